@@ -1,0 +1,433 @@
+"""A vision-language model as a policy: load it, show it a picture and a question, sample from it, score text under it.
+
+Everything RIL asks of a model is here, written out rather than called:
+
+    encode    example -> prompt        the chat template and the processor, one example at a time
+    generate  prompts -> outputs       line 5 of Algorithm 2: G samples of each prompt, batched, with a KV cache
+    score     prompts, outputs -> log-probs      what the ratio, the KL and the supervised loss are made of
+
+Two ideas make it cheap. Both come from the same fact: the K responses of a question share one image and one prompt.
+`generate` prefills each prompt once and only then repeats its KV cache for the G samples. `score` does the mirror image
+in training: one row holds [prompt | o_1 | o_2 | ... | o_K] under a mask that lets every response see the prompt and
+itself but not its siblings, so the image and the prompt are computed once per question and not K times.
+
+Notation, here and in every file: B questions, G samples of each side, K responses per question (K = 2G in RIL: students
+first, then teachers), P prompt tokens, R response tokens, V vocabulary, d width.
+"""
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache, GenerationConfig,
+                          InternVLConfig, PreTrainedModel, ProcessorMixin, Qwen2_5_VLConfig, Qwen2Tokenizer)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import is_torchvision_available
+
+
+class UserError(Exception):
+    """Something the user can mend: one sentence that names the file, the line and what was expected. Exit code 2."""
+
+
+def run(main):
+    """Call `main`; end with one sentence on stderr and exit code 2 on a UserError, never with a traceback."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+
+
+@dataclass
+class VLM:
+    """A model and the processor that speaks for it.
+
+    stop_ids end a response. banned_ids are never sampled: a policy that emits an image placeholder would crash its own
+    next forward pass, because the model then counts more placeholders than image features.
+    """
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    stop_ids: list[int]
+    banned_ids: list[int]
+    prompts: dict = field(default_factory=dict)                    # prompts encoded before, while there is room (bytes)
+    room: int = 2 ** 29
+
+    @property
+    def device(self):
+        return self.model.device
+
+    @property
+    def tokenizer(self):
+        return self.processor.tokenizer
+
+
+@dataclass
+class Prompt:
+    """One question, ready for the model: token ids (P,) and what the image processor made of its images (may be {})."""
+    ids: Tensor
+    images: dict[str, Tensor]
+
+
+@dataclass
+class Outputs:
+    """K responses to each of B questions. The mask is made where the tokens are made, and includes the stop token.
+
+    text: B lists of K strings; ids: (B, K, R) long, zero where padded; mask: (B, K, R) bool, True on response tokens.
+    """
+    text: list[list[str]]
+    ids: Tensor
+    mask: Tensor
+
+    def __getitem__(self, questions: slice):
+        return Outputs(self.text[questions], self.ids[questions], self.mask[questions])
+
+
+def join(students: Outputs, teachers: Outputs) -> Outputs:
+    """The 2G responses of each question as one object, students first: (B, G, R1) and (B, G, R2) -> (B, 2G, R)."""
+    def fit(x):                                                    # right-pad to the longer R, then (R, B * K) -> ...
+        return torch.nn.functional.pad(x, (0, max(students.ids.shape[-1], teachers.ids.shape[-1]) - x.shape[-1]))
+    return Outputs([s + t for s, t in zip(students.text, teachers.text)],
+                   torch.cat([fit(students.ids), fit(teachers.ids)], dim=1),
+                   torch.cat([fit(students.mask), fit(teachers.mask)], dim=1))
+
+
+# ---------------------------------------------------------------------------------------------- load and save
+
+
+def pick_device(device: str | None = None) -> torch.device:
+    """The device asked for, else CUDA, else Apple's MPS, else the CPU."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(device)
+
+
+def load_vlm(path: str, device: str | None = None, dtype: str | None = None) -> VLM:
+    """Load any image-text-to-text checkpoint, a folder or a hub id. dtype: bfloat16 on a GPU, float32 on the CPU.
+
+    Raises UserError when there is no such checkpoint or it is not a chat VLM.
+    """
+    device = pick_device(device)
+    dtype = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device).eval()
+        processor = load_processor(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not an image-text-to-text checkpoint that can be loaded "
+                        f"({str(error).splitlines()[0]})") from error
+    if not processor.chat_template:
+        raise UserError(f"{path}: its processor has no chat template, so it cannot be asked questions")
+    return VLM(model, processor, *special_ids(model, processor.tokenizer))
+
+
+def load_processor(path: str) -> ProcessorMixin:
+    """AutoProcessor, also where torchvision is missing.
+
+    Families that can watch videos want a video processor, and that one wants torchvision. We only show still images, so
+    without torchvision the family's processor is told that it has no such part: transformers reads the parts a
+    processor has from the signature of its __init__.
+    """
+    config = AutoConfig.from_pretrained(path)
+    family = PROCESSOR_MAPPING.get(type(config), None)
+    if is_torchvision_available() or family is None:
+        return AutoProcessor.from_pretrained(path)
+
+    class ImagesOnly(family):
+        @classmethod
+        def get_attributes(cls):
+            return [part for part in super().get_attributes() if part != "video_processor"]
+
+    ImagesOnly.__name__ = family.__name__                          # the name that a saved processor_config.json carries
+    return ImagesOnly.from_pretrained(path)
+
+
+def save_vlm(vlm: VLM, path: str):
+    """Write an ordinary checkpoint folder. It appears under its name only when it is whole."""
+    unfinished = Path(f"{path}.unfinished")
+    vlm.model.save_pretrained(unfinished)
+    vlm.processor.save_pretrained(unfinished)
+    if not hasattr(vlm.processor, "video_processor"):              # so that AutoProcessor, with torchvision, loads it too
+        (unfinished / "video_preprocessor_config.json").write_text(json.dumps(vlm.processor.image_processor.to_dict()))
+    unfinished.rename(path)
+
+
+def special_ids(model: PreTrainedModel, tokenizer) -> tuple[list[int], list[int]]:
+    """(stop_ids, banned_ids). The first stop id is the one that ends an assistant turn of the chat template.
+
+    Banned is every special token that does not end a response (image, video and turn markers, padding), and every row
+    of the embedding that the tokenizer has no text for (vocabularies are padded to round sizes).
+    """
+    stops = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    stops = list(dict.fromkeys([tokenizer.eos_token_id] + (stops if isinstance(stops, list) else [stops])))
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = {i for name in ("image_token_id", "video_token_id") if (i := getattr(model.config, name, None)) is not None}
+    unused = range(len(tokenizer), model.get_output_embeddings().out_features)
+    return stops, sorted((special | named | set(unused)) - set(stops))
+
+
+# ---------------------------------------------------------------------------------------------- prompts
+
+
+def encode(vlm: VLM, question: str, images: list[Image.Image]) -> Prompt:
+    """Chat prompt of one user turn: the images, then the question. Images of any sizes, or none.
+
+    Raises UserError when the question spells one of the model's image tokens: it would be counted as one more image.
+    """
+    for token in {getattr(vlm.processor, "image_token", None), getattr(vlm.processor, "video_token", None)} - {None}:
+        if token in question:
+            raise UserError(f"the question {question[:80]!r} spells {token}, which this model reads as an image")
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
+    text = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                             tokenize=False)
+    inputs = vlm.processor(text=[text], images=images or None, return_tensors="pt")
+    ids = inputs.pop("input_ids")[0]
+    return Prompt(ids, {name: value for name, value in inputs.items()
+                        if name not in ("attention_mask", "mm_token_type_ids", "token_type_ids")})
+
+
+def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
+    """Responses that came as text (a teacher's, a ground truth) as tokens of this model: text, then the stop token.
+
+    `split_special_tokens` reads everything as plain text, so no response can spell an image token or end its own turn.
+    """
+    ids = [vlm.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids + vlm.stop_ids[:1]
+           for responses in texts for text in responses]
+    ids = [torch.tensor(row, device=vlm.device) for row in ids]
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True)    # (B * K, R)
+    return Outputs(texts, pad_sequence(ids, batch_first=True).unflatten(0, (len(texts), -1)),
+                   mask.unflatten(0, (len(texts), -1)))
+
+
+def collate(vlm: VLM, prompts: list[Prompt]) -> dict:
+    """Prompts as one left-padded batch: input_ids (B, P), mask (B, P) bool, position_ids, images.
+
+    Left-padded, so that the last column is every prompt's last token. position_ids is (B, P), or (3, B, P) for the
+    Qwen-VL families, whose rotary embedding counts time, height and width apart.
+    """
+    ids = pad_sequence([p.ids for p in prompts], batch_first=True, padding_side="left").to(vlm.device)
+    mask = pad_sequence([torch.ones_like(p.ids, dtype=torch.bool) for p in prompts], batch_first=True,
+                        padding_side="left").to(vlm.device)
+    names = {name for p in prompts for name in p.images}
+    images = {name: torch.cat([p.images[name] for p in prompts if name in p.images]).to(vlm.device) for name in names}
+    images = {name: x.to(vlm.model.dtype) if x.is_floating_point() else x for name, x in images.items()}
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    if hasattr(vlm.model.model, "get_rope_index"):
+        is_image = (ids == vlm.model.config.image_token_id).int()
+        positions, _ = vlm.model.model.get_rope_index(ids, mm_token_type_ids=is_image, attention_mask=mask,
+                                                      image_grid_thw=images.get("image_grid_thw"))
+    return {"input_ids": ids, "mask": mask, "position_ids": positions, "images": images}
+
+
+# ---------------------------------------------------------------------------------------------- generate
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample (the paper's values). temperature 0 is greedy; top_k 0, top_p 1, repetition_penalty 1 are off."""
+    temperature: float = 1.0
+    top_p: float = 0.95
+    top_k: int = 50
+    repetition_penalty: float = 1.05
+    max_new_tokens: int = 256
+
+
+def sample(logits: Tensor, seen: Tensor, sampling: Sampling, generator=None) -> Tensor:
+    """One token per row: logits (N, V), seen (N, V) bool marks tokens of the prompt and the response so far -> (N,).
+
+    In the order of transformers' generate: repetition penalty, temperature, top-k, top-p.
+    """
+    if sampling.repetition_penalty != 1:                           # towards less likely, whatever the sign
+        penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+        logits = torch.where(seen, penalised, logits)
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    probs, tokens = (logits / sampling.temperature).topk(k)        # (N, k), likeliest first
+    probs = probs.softmax(-1)
+    before = probs.cumsum(-1) - probs                              # mass of the likelier tokens: < top_p keeps the first
+    choice = torch.multinomial(probs * (before < sampling.top_p), 1, generator=generator)
+    return tokens.gather(-1, choice).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampling, generator=None) -> Outputs:
+    """Sample num_samples = G responses to each prompt: text, ids (B, G, R), mask (B, G, R) with the stop token in it.
+
+    A response that reaches max_new_tokens ends there, without a stop token. `generator`: a torch.Generator on the
+    device of the model, or None for the global one.
+    """
+    B, G = len(prompts), num_samples
+    trunk, head = vlm.model.model, vlm.model.get_output_embeddings()
+    batch, cache = collate(vlm, prompts), DynamicCache(config=vlm.model.config)
+    states = trunk(input_ids=batch["input_ids"], attention_mask=batch["mask"].long(), use_cache=True,
+                   position_ids=batch["position_ids"], past_key_values=cache, **batch["images"]).last_hidden_state
+    cache.batch_repeat_interleave(G)                               # B prompts were read once; now one row per sample
+    spread = lambda x: x.repeat_interleave(G, dim=0)               # noqa: E731          (B, ...) -> (B * G, ...)
+    logits = spread(head(states[:, -1]).float())                   # (B * G, V)
+    attention = spread(batch["mask"])                              # (B * G, P), grows by one column a step
+    position = batch["position_ids"][..., -1:].repeat_interleave(G, dim=-2)                  # ([3,] B * G, 1)
+    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, spread(batch["input_ids"]), True)
+    banned = torch.tensor(vlm.banned_ids, device=vlm.device, dtype=torch.long)
+    stops = torch.tensor(vlm.stop_ids, device=vlm.device)
+    ids = torch.zeros(B * G, sampling.max_new_tokens, dtype=torch.long, device=vlm.device)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    rows = torch.arange(B * G, device=vlm.device)                  # which response each row still in the batch writes
+
+    for step in range(sampling.max_new_tokens):
+        token = sample(logits.index_fill(1, banned, -torch.inf), seen, sampling, generator)  # (rows,)
+        ids[rows, step], mask[rows, step] = token, True
+        alive = ~torch.isin(token, stops)
+        if step + 1 == sampling.max_new_tokens or not alive.any():
+            break
+        if not alive.all():                                        # finished rows leave the batch, and the cache with it
+            keep = alive.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            rows, token, seen, attention = rows[keep], token[keep], seen[keep], attention[keep]
+            position = position.index_select(-2, keep)
+        seen.scatter_(1, token[:, None], True)
+        attention = torch.nn.functional.pad(attention, (0, 1), value=True)
+        position = position + 1
+        states = trunk(input_ids=token[:, None], attention_mask=attention.long(), use_cache=True, position_ids=position,
+                       past_key_values=cache).last_hidden_state
+        logits = head(states[:, -1]).float()
+
+    ids, mask = ids[:, :step + 1].unflatten(0, (B, G)), mask[:, :step + 1].unflatten(0, (B, G))
+    text = [[vlm.tokenizer.decode(i[m], skip_special_tokens=True).strip() for i, m in zip(*pair)]
+            for pair in zip(ids, mask)]
+    return Outputs(text, ids, mask)
+
+
+# ---------------------------------------------------------------------------------------------- score
+
+
+def packed_mask(prompt_mask: Tensor, response_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask of rows [prompt | o_1 | ... | o_K]: (B, P), (B, K, R) -> (B, 1, L, L), L = P + K * R.
+
+    A token sees what is before it, is real, and lies in the prompt or in its own response. Every token sees itself, so
+    that padding has something to attend to (its states are never used).
+    """
+    B, P = prompt_mask.shape
+    K, R = response_mask.shape[1:]
+    owner = torch.cat([torch.zeros(P), torch.arange(1, K + 1).repeat_interleave(R)]).to(prompt_mask.device)     # (L,)
+    real = torch.cat([prompt_mask, response_mask.flatten(1)], dim=1)                                            # (B, L)
+    causal = torch.ones(P + K * R, P + K * R, dtype=torch.bool, device=real.device).tril()
+    visible = (owner[:, None] == owner) | (owner == 0)             # (L, L) [query, key]
+    visible = (visible & causal) & real[:, None, :] | torch.eye(P + K * R, dtype=torch.bool, device=real.device)
+    return torch.zeros(visible.shape, dtype=dtype, device=real.device).masked_fill_(
+        ~visible, torch.finfo(dtype).min)[:, None]
+
+
+def packed_states(trunk, batch: dict, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Last-layer states of one packed row per question, from a collated batch of prompts and responses (B, K, R).
+
+    Returns the state of each prompt's last token (B, d) and of every response token (B, K, R, d). Positions restart
+    after the prompt for each response, so each is computed as if it were alone.
+    """
+    K, R = ids.shape[1:]
+    last = batch["position_ids"][..., -1:]                         # ([3,] B, 1)
+    positions = last + 1 + torch.arange(R, device=ids.device).repeat(K)
+    states = trunk(input_ids=torch.cat([batch["input_ids"], ids.flatten(1)], dim=1),
+                   attention_mask=packed_mask(batch["mask"], mask, next(trunk.parameters()).dtype),
+                   position_ids=torch.cat([batch["position_ids"], positions], dim=-1),
+                   use_cache=False, **batch["images"]).last_hidden_state                     # (B, P + K * R, d)
+    P = batch["input_ids"].shape[1]
+    return states[:, P - 1], states[:, P:].unflatten(1, (K, R))
+
+
+def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float = 1.0) -> Tensor:
+    """Log-probability of every response token, (B, K, R) float32, zero where padded. Differentiable.
+
+    temperature is the one the policy samples with: the ratio must compare the distributions that were sampled from.
+    (Top-k, top-p and the penalty are left out of it, as is usual: teachers' tokens may lie outside of them.)
+    """
+    batch = collate(vlm, prompts)
+    last, states = packed_states(vlm.model.model, batch, outputs.ids, outputs.mask)
+    first = last[:, None, None].expand(-1, states.shape[1], -1, -1)                          # (B, K, 1, d)
+    states = torch.cat([first, states[:, :, :-1]], dim=2)          # the state *before* a token predicts it
+    picked, targets = states[outputs.mask], outputs.ids[outputs.mask]                        # (N, d), (N,)
+    logps = torch.zeros(outputs.mask.shape, device=picked.device)
+    logps[outputs.mask] = token_logps(vlm.model.get_output_embeddings(), picked, targets, temperature)
+    return logps
+
+
+def token_logps(head, states: Tensor, targets: Tensor, temperature: float, budget: int = 2 ** 26) -> Tensor:
+    """log softmax(head(states) / temperature)[targets]: (N, d), (N,) -> (N,), `budget` logits at a time.
+
+    N x V logits are the largest tensor of the whole step (2,000 tokens x 152,000 words x 4 bytes = 1.2 GB, and twice
+    that backward); in chunks, recomputed in the backward pass, they never exist at once.
+    """
+    def chunk(states, targets):
+        return -torch.nn.functional.cross_entropy(head(states).float() / temperature, targets, reduction="none")
+    size = max(1, budget // head.out_features)
+    if len(states) <= size:
+        return chunk(states, targets)
+    return torch.cat([checkpoint(chunk, s, t, use_reentrant=False)
+                      for s, t in zip(states.split(size), targets.split(size))])
+
+
+# ---------------------------------------------------------------------------------------------- tiny real models
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def build_tiny_vlm(path: str, family: str, texts: list[str], width: int, layers: int, vocabulary: int, seed: int):
+    """Save a randomly initialised, tiny but otherwise ordinary checkpoint: family "qwen2_5_vl" or "internvl".
+
+    Its byte-level tokenizer is trained on `texts` and covers any UTF-8 text. One 16 x 16 patch of the image is one
+    token: the toy world draws one object to a patch, and a model this small cannot put an object together from parts.
+    initializer_range is 0.1 where large models take 0.02, with which so narrow a network hardly starts to learn.
+    """
+    torch.manual_seed(seed)
+    folder, qwen = Path(f"{path}.unfinished"), family == "qwen2_5_vl"
+    names = ({"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
+              "vision_end_token": "<|vision_end|>"} if qwen else
+             {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>", "start_image_token": "<img>",
+              "end_image_token": "</img>"})
+    image = "<|vision_start|><|image_pad|><|vision_end|>" if qwen else "<IMG_CONTEXT>\n"
+    alphabet = {char: i for i, char in enumerate(bytes_to_unicode().values())}
+    tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                               extra_special_tokens=names | {"turn_token": "<|im_start|>"})
+    tokenizer = tokenizer.train_new_from_iterator(texts, vocabulary, show_progress=False)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("IMAGE", image)
+    tokenizer.save_pretrained(folder)
+
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+                num_attention_heads=width // 32, num_key_value_heads=width // 32, max_position_embeddings=4096,
+                initializer_range=0.1, tie_word_embeddings=False, **ends)
+    if qwen:
+        # mrope_section: how many of the head's 16 rotary frequencies count time, height and width
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
+        vision = dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=16, spatial_merge_size=1,
+                      out_hidden_size=width, window_size=96, temporal_patch_size=1, fullatt_block_indexes=[0], initializer_range=0.1)
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False,
+                                  **{f"{name}_id": i for name, i in ids.items()}, **ends)
+        pictures = Qwen2VLImageProcessorPil(patch_size=16, merge_size=1, temporal_patch_size=1,
+                                            size={"shortest_edge": 48 * 48, "longest_edge": 96 * 96})
+        extra = {"processor_class": "Qwen2_5_VLProcessor"}
+    else:
+        vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+                      image_size=[48, 48], patch_size=[16, 16], initializer_range=0.1)
+        config = InternVLConfig(text_config=text | {"model_type": "qwen2"}, vision_config=vision, downsample_ratio=1.0,
+                                image_seq_length=9, image_token_id=ids["context_image_token"],
+                                tie_word_embeddings=False, **ends)
+        pictures = GotOcr2ImageProcessorPil(size={"height": 48, "width": 48}, crop_to_patches=True, max_patches=4)
+        extra = {"processor_class": "InternVLProcessor", "image_seq_length": 9}
+    model = AutoModelForImageTextToText.from_config(config)
+    model.generation_config = GenerationConfig(**ends)
+    model.save_pretrained(folder)
+    pictures.save_pretrained(folder)
+    (folder / "processor_config.json").write_text(json.dumps(extra))
+    folder.rename(path)
