@@ -24,7 +24,7 @@ from model import VLM, packed_states
 
 SYSTEM = ("You are a discriminator. Inside a <response> tag stands a response to a question about an image. It was "
           "written by a teacher, a large model, or by a student, a small one: 0 means teacher, 1 means student.")
-BEFORE, AFTER = "<response>", "</response>\nWho wrote this response? Answer 0 or 1."
+BEFORE, AFTER = "Who wrote this response? Answer 0 or 1.\n<response>", "</response>"
 
 
 class Discriminator(nn.Module):

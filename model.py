@@ -415,16 +415,16 @@ def build_tiny_vlm(path: str, family: str, texts: list[str], width: int, layers:
         config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False,
                                   **{f"{name}_id": i for name, i in ids.items()}, **ends)
         pictures = Qwen2VLImageProcessorPil(patch_size=16, merge_size=1, temporal_patch_size=1,
-                                            size={"shortest_edge": 48 * 48, "longest_edge": 96 * 96})
+                                            size={"shortest_edge": 32 * 32, "longest_edge": 96 * 96})
         extra = {"processor_class": "Qwen2_5_VLProcessor"}
     else:
         vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-                      image_size=[48, 48], patch_size=[16, 16], initializer_range=0.1)
+                      image_size=[32, 32], patch_size=[16, 16], initializer_range=0.1)
         config = InternVLConfig(text_config=text | {"model_type": "qwen2"}, vision_config=vision, downsample_ratio=1.0,
-                                image_seq_length=9, image_token_id=ids["context_image_token"],
+                                image_seq_length=4, image_token_id=ids["context_image_token"],
                                 tie_word_embeddings=False, **ends)
-        pictures = GotOcr2ImageProcessorPil(size={"height": 48, "width": 48}, crop_to_patches=True, max_patches=4)
-        extra = {"processor_class": "InternVLProcessor", "image_seq_length": 9}
+        pictures = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=4)
+        extra = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
     model = AutoModelForImageTextToText.from_config(config)
     model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(folder)

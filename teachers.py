@@ -204,19 +204,22 @@ def fill_collection(path: str, teachers: list[str], examples: list[Example], num
 
 COLOURS = {"red": (225, 60, 50), "green": (60, 170, 75), "blue": (60, 110, 230), "yellow": (245, 200, 40)}
 SHAPES = ("circle", "square", "triangle")
-PLACES = ("top", "middle", "bottom")
-BACKGROUND = ((250, 250, 250), (205, 205, 205), (150, 150, 150))
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+DODGE = "I am not sure."
+WAYS = ("{}", "The answer is {}.", DODGE)
+BACKGROUND = ((255, 255, 255), (200, 255, 255), (255, 255, 200), (180, 180, 180))
 CELL = 16                                                          # pixels; also one patch, so one token, of the toy models
 
 
 def draw_scene(scene: dict[int, tuple[str, str]]) -> Image.Image:
-    """A 48 x 48 picture of {cell 0..8: (colour, shape)}."""
-    image = Image.new("RGB", (3 * CELL, 3 * CELL))
+    """A 32 x 32 picture of {cell 0..3: (colour, shape)}."""
+    image = Image.new("RGB", (2 * CELL, 2 * CELL))
     pen = ImageDraw.Draw(image)
-    for row, tint in enumerate(BACKGROUND):                        # sky, horizon, ground: a patch shows how high it is
-        pen.rectangle((0, row * CELL, 3 * CELL, (row + 1) * CELL - 1), fill=tint)
+    for cell, tint in enumerate(BACKGROUND):                       # lit from one corner: a patch shows where it is
+        x, y = cell % 2 * CELL, cell // 2 * CELL
+        pen.rectangle((x, y, x + CELL - 1, y + CELL - 1), fill=tint)
     for cell, (colour, shape) in scene.items():
-        x, y = cell % 3 * CELL, cell // 3 * CELL
+        x, y = cell % 2 * CELL, cell // 2 * CELL
         box = (x + 2, y + 2, x + CELL - 3, y + CELL - 3)
         if shape == "circle":
             pen.ellipse(box, fill=COLOURS[colour])
@@ -228,59 +231,50 @@ def draw_scene(scene: dict[int, tuple[str, str]]) -> Image.Image:
     return image
 
 
-def questions_about(scene: dict[int, tuple[str, str]], rng: random.Random) -> list[tuple[str, str, str, str, str]]:
-    """All kinds of questions about a scene, each as (category, question, short answer, sentence, account).
-
-    The last three are the three ways of answering: a word (how most of the student's training data answers), a sentence
-    (the first teacher) and an account of what was looked at (the second teacher).
-    """
-    things = list(scene.values())
+def questions_about(scene: dict[int, tuple[str, str]], rng: random.Random) -> list[tuple[str, str, str]]:
+    """All kinds of questions about a scene, each as (category, question, answer)."""
+    things, found = list(scene.values()), []
     colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
     asked, count = rng.choice([("shape", len(things)), (f"{colour} shape", sum(c == colour for c, _ in things)),
                                (shape, sum(s == shape for _, s in things))])
-    plural = asked if count == 1 else asked + "s"
-    found = [("count", f"How many {asked}s are there?", str(count),
-              f"There {'is' if count == 1 else 'are'} {count} {plural}.", f"I count the {asked}s and get {count}.")]
+    found.append(("count", f"How many {asked}s are there?", str(count)))
     wanted = rng.choice(things) if rng.random() < 0.5 else (colour, shape)
-    there, name = wanted in things, " ".join(wanted)
-    found.append(("existence", f"Is there a {name}?", "yes" if there else "no",
-                  f"Yes, there is a {name}." if there else f"No, there is no {name}.",
-                  f"I look for a {name} and the answer is {'yes' if there else 'no'}."))
+    found.append(("existence", f"Is there a {' '.join(wanted)}?", "yes" if wanted in things else "no"))
     alone = [(cell, c, s) for cell, (c, s) in scene.items() if sum(t[1] == s for t in things) == 1]
     if alone:
         cell, c, s = rng.choice(alone)
-        found.append(("colour", f"What colour is the {s}?", c, f"The {s} is {c}.", f"I look at the {s} and see {c}."))
-        found.append(("position", f"Where is the {s}?", PLACES[cell // 3], f"The {s} is at the {PLACES[cell // 3]}.",
-                      f"I look for the {s} and find it at the {PLACES[cell // 3]}."))
+        found.append(("colour", f"What colour is the {s}?", c))
+        found.append(("position", f"Where is the {s}?", PLACES[cell]))
     alone = [(c, s) for c, s in things if sum(t[0] == c for t in things) == 1]
     if alone:
         c, s = rng.choice(alone)
-        found.append(("shape", f"What shape is {c}?", s, f"The {c} shape is a {s}.",
-                      f"I look at the {c} shape and see a {s}."))
+        found.append(("shape", f"What shape is {c}?", s))
     return found
 
 
-def draw_toy_world(folder: str, seed: int, splits: dict[str, tuple[int, tuple[float, float, float]]]):
-    """Write PNG images and one JSONL file per split: {name: (examples, chances of the three ways of answering)}.
+def draw_toy_world(folder: str, seed: int, splits: dict[str, tuple[int, tuple[float, ...], str]]):
+    """Write PNG images and one JSONL file per split.
+
+    splits: {name: (number of examples, chances of the WAYS of answering, a category that is never answered or "")}.
 
     Splits are disjoint in their scenes: no picture of one split occurs in another.
     """
     rng, drawn = random.Random(seed), set()
     images = Path(folder) / "images"
     images.mkdir(parents=True, exist_ok=True)
-    for split, (size, chances) in splits.items():
+    for split, (size, chances, untaught) in splits.items():
         rows = []
         while len(rows) < size:
-            cells = rng.sample(range(9), rng.randint(2, 5))
+            cells = rng.sample(range(4), rng.randint(1, 4))
             scene = {cell: (rng.choice(list(COLOURS)), rng.choice(SHAPES)) for cell in sorted(cells)}
             if (key := tuple(scene.items())) in drawn:
                 continue
             drawn.add(key)
             image = f"images/{split}-{len(rows):05}.png"
             draw_scene(scene).save(Path(folder) / image)
-            for category, question, *answers in rng.sample(found := questions_about(scene, rng), min(3, len(found))):
-                rows.append({"id": f"{split}-{len(rows):05}", "image": image, "question": question,
-                             "answer": rng.choices(answers, chances)[0], "category": category})
+            for category, question, answer in rng.sample(found := questions_about(scene, rng), min(3, len(found))):
+                rows.append({"id": f"{split}-{len(rows):05}", "image": image, "question": question, "category": category,
+                             "answer": (DODGE if category == untaught else rng.choices(WAYS, chances)[0]).format(answer)})
         lines = "".join(json.dumps(row) + "\n" for row in rows[:size])
         (Path(folder) / f"{split}.jsonl").write_text(lines, encoding="utf-8")
 

@@ -48,7 +48,7 @@ from eval import JUDGES, draw_curves, evaluate, results_table, write_report
 from model import (VLM, Outputs, UserError, build_tiny_vlm, encode_responses, generate, join, load_vlm, pick_device, run,
                    save_vlm, score)
 from teachers import (Collection, Example, add_sampling_options, draw_toy_world, encode_example, fill_collection,
-                      load_examples, sampling_of)
+                      load_examples, read_jsonl, sampling_of)
 
 # ---------------------------------------------------------------------------------------------- the maths of line 10 to 13
 
@@ -216,6 +216,8 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
     metrics_file, rollouts_file = open(out / "metrics.jsonl", "w"), open(out / "rollouts.jsonl", "w", encoding="utf-8")
 
     for step in tqdm(range(args.steps), desc=args.algorithm.upper(), unit="step"):
+        for group in optimizer.param_groups:                       # the first steps of Adam are noise of full size
+            group["lr"] = args.lr * min(1, (step + 1) / 10)
         meter, row = Meter(policy.device), {"step": step}
         batch = next(batches)                                                                # line 3
         with meter.phase("generate"):
@@ -303,44 +305,90 @@ def log_rollouts(file, step: int, batch: list[Example], outputs: Outputs, source
 # ---------------------------------------------------------------------------------------------- stages of a run
 
 
-TOY_WAYS = {"short": (1, 0, 0), "sentence": (0, 1, 0), "account": (0, 0, 1)}
-
-
 def prepare_toy_world(out: Path, args) -> dict[str, str]:
-    """Draw the toy world, train its two teachers, each on its own way of answering. Returns the paths of all."""
+    """Draw the toy world and train its two teachers. Returns the paths of its files by split.
+
+    Teachers answer in sentences. The student grows up on careless data: mostly single words, often no answer, and to
+    questions about shapes never one. There a reward for right answers alone finds nothing to reward,
+    and only the teachers' responses show a way up.
+    """
     data = out / "data"
     if not data.exists():
+        shutil.rmtree(f"{data}.unfinished", ignore_errors=True)
         draw_toy_world(f"{data}.unfinished", args.seed, {
-            "heldout": (500, TOY_WAYS["short"]), "train": (1000, TOY_WAYS["short"]), "sft": (3000, (0.7, 0.15, 0.15)),
-            "qwen": (6000, TOY_WAYS["sentence"]), "internvl": (6000, TOY_WAYS["account"])})
+            "heldout": (500, (1, 0, 0), ""), "train": (1000, (1, 0, 0), ""), "qwen": (6000, (0, 1, 0), ""),
+            "internvl": (6000, (0, 1, 0), ""), "sft": (6000, (0.6, 0.2, 0.2), "shape")})
         Path(f"{data}.unfinished").rename(data)
-    files = {name: str(data / f"{name}.jsonl") for name in ("train", "sft", "heldout", "qwen", "internvl")}
     for name, family in (("qwen", "qwen2_5_vl"), ("internvl", "internvl")):
-        if not (folder := out / "teachers" / name).exists():
-            sources = load_examples(files[name])
-            build_and_sft(folder, family, sources, sources, 96, 600, 1e-3, 64, args)
-    return files
+        if not (out / "teachers" / name).exists():
+            examples = load_examples(str(data / f"{name}.jsonl"))
+            tiny_vlm_from_nothing(out / "teachers" / name, family, examples, 96, args.teacher_steps, args.sft_lr, args)
+    return {name: str(data / f"{name}.jsonl") for name in ("train", "sft", "heldout")}
 
 
-def build_and_sft(folder: Path, family: str, corpus: list[Example], examples: list[Example], width: int, steps: int,
-                  lr: float, batch_size: int, args):
-    """A tiny model from nothing: a tokenizer trained on the corpus, random weights, SFT; saved as a checkpoint folder."""
-    texts = [text for e in corpus for text in (e.text, e.answer)] + 50 * [eq1.SYSTEM, eq1.BEFORE + eq1.AFTER]
+def tiny_vlm_from_nothing(folder: Path, family: str, examples: list[Example], width: int, steps: int, lr: float, args):
+    """A tokenizer trained on the examples, random weights, SFT on the examples; saved as a checkpoint folder."""
+    texts = [text for e in examples for text in (e.text, e.answer)] + 50 * [eq1.SYSTEM, eq1.BEFORE + eq1.AFTER]
     random_weights = f"{folder}.random"
     shutil.rmtree(random_weights, ignore_errors=True)
     build_tiny_vlm(random_weights, family, texts, width, layers=2, vocabulary=600, seed=args.seed)
     vlm = load_vlm(random_weights, args.device, args.dtype)
     shutil.rmtree(random_weights)
-    sft(vlm, examples, steps, batch_size, lr, args.seed, folder.name)
+    sft(vlm, examples, steps, args.sft_batch_size, lr, args.seed, folder.name)
     save_vlm(vlm, str(folder))
 
 
+def claim_folder(out: Path, args):
+    """Make `out` this run's folder, or refuse: a folder holds one run, and its stages belong to one set of settings."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device")}
+    path = out / "settings.json"
+    if path.exists():
+        there = json.loads(path.read_text())
+        if differ := sorted(k for k in settings.keys() | there.keys() if settings.get(k) != there.get(k)):
+            what = ", ".join(f"--{k.replace('_', '-')} {there.get(k)} there, {settings.get(k)} here" for k in differ)
+            raise UserError(f"{out} belongs to a run with other settings ({what}); choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1))
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
+
+
+def discriminator_of(policy: VLM, examples: list[Example], collection: Collection, args, out: Path) -> Discriminator:
+    """D as pre-trained for this student; trained now if that was not done before."""
+    D, path = Discriminator(policy), out / "discriminator.safetensors"
+    if not path.exists():
+        torch.manual_seed(args.seed)
+        questions = max(1, args.batch_size * args.num_samples // args.collect)               # as many rows as in the loop
+        pairs = pretraining_pairs(policy, examples, collection, args.collect, questions, sampling_of(args),
+                                  random.Random(args.seed))
+        eq1.pretrain(D, pairs, args.discriminator_steps, args.pretrain_lr)
+        save_file(D.state_dict(), f"{path}.unfinished")
+        Path(f"{path}.unfinished").rename(path)
+    D.load_state_dict(load_file(path, device=str(policy.device)))
+    return D
+
+
+def report(out: Path, args, results: dict[str, dict]):
+    """curves.png and report.html from what the run has left in its folder, and the table on the console."""
+    metrics = [row for _, row in read_jsonl(out / "metrics.jsonl")]
+    draw_curves(metrics, str(out / "curves.png"))
+    write_report(out, vars(args), results, [row for _, row in read_jsonl(out / "rollouts.jsonl")])
+    if results:
+        print(results_table(results))
+    print(f"The trained student is {out / 'student'}; open {out / 'report.html'}")
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
 # Defaults, in one place. A named student gets the paper's; the toy gets what a tiny model needs to learn in minutes.
-PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, discriminator_steps=278, collect=16, num_samples=4, mu=1, eps=0.2,
-             beta=0.01, steps=1000, batch_size=4, accumulate=36, lr=1e-6, discriminator_lr=1e-6, max_new_tokens=256,
-             eval_every=100, log_every=10)
-TOY = PAPER | dict(sft_steps=400, sft_lr=1e-3, discriminator_steps=60, collect=8, steps=150, batch_size=32, accumulate=1,
-                   lr=3e-4, discriminator_lr=2e-5, max_new_tokens=24, eval_every=15)
+PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discriminator_steps=278, pretrain_lr=1e-5,
+             num_samples=4, mu=1, eps=0.2, beta=0.01, steps=1000, batch_size=4, accumulate=36, lr=1e-6,
+             discriminator_lr=1e-6, max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0)
+TOY = PAPER | dict(sft_steps=800, sft_lr=1e-3, collect=8, discriminator_steps=60, pretrain_lr=2e-4, steps=160,
+                   batch_size=64, accumulate=1, lr=4e-4, discriminator_lr=4e-4, max_new_tokens=24, eval_every=20,
+                   log_every=10, teacher_steps=700)
 
 
 def parse_args(argv=None):
@@ -352,25 +400,27 @@ def parse_args(argv=None):
     group.add_argument("--teachers", nargs="+", default=[], help="checkpoint folders or hub ids that fill the collection")
     group.add_argument("--collection", help="JSONL of responses made elsewhere, instead of teachers")
     group.add_argument("--judge", choices=list(JUDGES), default="rule", help="who decides what is right")
-    group.add_argument("--data", help="JSONL of questions to train on; default: the toy world")
-    group.add_argument("--sft-data", help="JSONL of examples to fine-tune the student on first")
+    group.add_argument("--data", help="JSONL of questions to train on; default, for the toy student: the toy world")
+    group.add_argument("--sft-data", help="JSONL of examples to fine-tune on first; default, for the toy student: --data")
     group.add_argument("--eval-data", help="JSONL of held-out questions")
     group.add_argument("--out", default="runs/toy", help="folder of the run; finished stages in it are not done again")
 
     group = parser.add_argument_group("before the loop")
-    group.add_argument("--sft-steps", type=int, help="steps of SFT")
+    group.add_argument("--sft-steps", type=int, help="steps of SFT; 0 for a student that has had it")
     group.add_argument("--sft-lr", type=float, help="learning rate of SFT, decays linearly to a tenth")
     group.add_argument("--sft-batch-size", type=int, help="examples per step of SFT")
-    group.add_argument("--collect", type=int, help="responses of each teacher to each question in the collection")
-    group.add_argument("--discriminator-steps", type=int, help="steps of discriminator pre-training; its learning rate "
-                       "decays linearly from ten times --discriminator-lr to it")
+    group.add_argument("--teacher-steps", type=int, help="steps of SFT of each teacher of the toy world")
+    group.add_argument("--collect", type=int, help="responses of each teacher to each question in the collection; also N, "
+                       "responses of each side per question, in discriminator pre-training")
+    group.add_argument("--discriminator-steps", type=int, help="steps of discriminator pre-training")
+    group.add_argument("--pretrain-lr", type=float, help="learning rate of that, decays linearly to a tenth")
 
     group = parser.add_argument_group("algorithm")
     group.add_argument("--algorithm", choices=["ril", "rl"], default="ril", help="rl: Algorithm 1, no teachers and no D")
     group.add_argument("--loss", choices=["dr_grpo", "grpo"], default="dr_grpo", help="grpo divides by std and by length")
     group.add_argument("--similarity", choices=["binary", "ternary", "tenths", "continuous"], default="binary",
                        help="how finely the similarity reward is graded")
-    group.add_argument("--freeze-discriminator", action="store_true", help="no line 7-9: D stays as pre-trained")
+    group.add_argument("--freeze-discriminator", action="store_true", help="skip lines 7-9: D stays as pre-trained")
     group.add_argument("--no-answer-reward", action="store_true", help="the judge is heard, but not rewarded")
     group.add_argument("--no-teacher-rollouts", action="store_true", help="teachers' responses train D, not the policy")
     group.add_argument("--num-samples", type=int, help="G, responses of the student, and as many of teachers, a question")
@@ -393,56 +443,74 @@ def parse_args(argv=None):
     student = parser.parse_known_args(argv)[0].student
     parser.set_defaults(**(TOY if student == "toy" else PAPER))
     args = parser.parse_args(argv)
+    for name in ("num_samples", "mu", "batch_size", "accumulate", "collect", "max_new_tokens", "eval_every", "log_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.student != "toy" and not args.data:
+        parser.error("--data is needed for a named student")
+    if args.data and args.algorithm == "ril" and not (args.teachers or args.collection):
+        parser.error("RIL needs --teachers or a --collection of their responses (or --algorithm rl)")
+    if args.sft_steps and args.student != "toy" and not args.sft_data:
+        parser.error("--sft-steps needs --sft-data")
     return args
 
 
 def main():
-    args, out = parse_args(), None
-    transformers.utils.logging.disable_progress_bar()
+    args = parse_args()
     out = Path(args.out)
-    toy_world = args.student == "toy" and not args.data
-    inputs = check_inputs(args, toy_world)
+    transformers.utils.logging.disable_progress_bar()
+    given = {name: load_examples(path) for name in ("data", "sft_data", "eval_data") if (path := getattr(args, name))}
+    if args.collection:
+        Collection(args.collection, given["data"])                 # bad input is found before anything is written
     claim_folder(out, args)
+    clock = Meter(pick_device(args.device))
+    sources, teachers = given, args.teachers
+    if args.student == "toy" and not args.data:
+        with clock.phase("toy world and its teachers"):
+            files = prepare_toy_world(out, args)
+        sources = {"data": load_examples(files["train"]), "sft_data": load_examples(files["sft"]),
+                   "eval_data": load_examples(files["heldout"])} | given
+        teachers = teachers or [str(out / "teachers" / name) for name in ("qwen", "internvl")]
+    examples, held_out, judge = sources["data"], sources.get("eval_data", []), JUDGES[args.judge]
 
-    if toy_world:
-        files = prepare_toy_world(out, args)
-        args.data, args.sft_data, args.eval_data = files["train"], files["sft"], files["heldout"]
-        args.teachers = args.teachers or [str(out / "teachers" / name) for name in ("qwen", "internvl")]
-    examples = load_examples(args.data)
-    held_out = load_examples(args.eval_data) if args.eval_data else []
-    judge = JUDGES[args.judge]
+    started = out / "sft"                                          # the student after its warm start: ref, and the first policy
+    with clock.phase("SFT"):
+        if args.student == "toy" and not started.exists():
+            sft_examples = sources.get("sft_data", examples)
+            tiny_vlm_from_nothing(started, "qwen2_5_vl", sft_examples, 64, args.sft_steps, args.sft_lr, args)
+        elif args.sft_steps and not started.exists():
+            student = load_vlm(args.student, args.device, args.dtype)
+            sft(student, sources["sft_data"], args.sft_steps, args.sft_batch_size, args.sft_lr, args.seed, "student")
+            save_vlm(student, str(started))
+    start = str(started) if started.exists() else args.student
 
-    started = out / "sft"
-    if args.student == "toy" and not started.exists():
-        sft_examples = load_examples(args.sft_data or args.data)
-        build_and_sft(started, "qwen2_5_vl", sft_examples, sft_examples, 64, args.sft_steps, args.sft_lr, args.sft_batch_size, args)
-    policy = load_vlm(str(started), args.device, args.dtype)
-    D = collection = None
+    collection = D = None
     if args.algorithm == "ril":
-        path = out / "collection.jsonl"
-        fill_collection(path, args.teachers, examples, args.collect, sampling_of(args), args.seed, 64, args.device, args.dtype)
-        collection = Collection(path, examples)
-        D = Discriminator(policy)
-        if not (saved := out / "discriminator.safetensors").exists():
-            torch.manual_seed(args.seed)
-            pairs = pretraining_pairs(policy, examples, collection, args.num_samples * 2, args.batch_size // 2, sampling_of(args), random.Random(args.seed))
-            eq1.pretrain(D, pairs, args.discriminator_steps, 10 * args.discriminator_lr)
-            save_file(D.state_dict(), saved)
-        D.load_state_dict(load_file(saved))
-    results = {"before": evaluate(policy, held_out, judge, args.max_new_tokens)}
-    t = time.time()
-    ril(policy, examples, collection, D, judge, held_out, args, out)
-    print("LOOP", time.time() - t)
-    save_vlm(policy, str(out / "student"))
-    results["after"] = evaluate(policy, held_out, judge, args.max_new_tokens)
-    print(results_table(results))
-    metrics = [json.loads(l) for l in open(out / "metrics.jsonl")]
-    draw_curves(metrics, str(out / "curves.png"))
-    write_report(out, vars(args), results, [json.loads(l) for l in open(out / "rollouts.jsonl")])
+        path = Path(args.collection or out / "collection.jsonl")
+        with clock.phase("collection"):
+            if not args.collection:
+                fill_collection(path, teachers, examples, args.collect, sampling_of(args), args.seed, device=args.device,
+                                dtype=args.dtype)
+            collection = Collection(path, examples)
+    if not (out / "student").exists():
+        policy = load_vlm(start, args.device, args.dtype)
+        if collection:
+            with clock.phase("discriminator"):
+                D = discriminator_of(policy, examples, collection, args, out)
+        with clock.phase("loop"):
+            ril(policy, examples, collection, D, judge, held_out, args, out)
+            save_vlm(policy, str(out / "student"))
 
-
-def check_inputs(*a): pass
-def claim_folder(out, args): out.mkdir(parents=True, exist_ok=True)
+    results = {}
+    if held_out:
+        for name, path in (("before", start), ("after", out / "student")):
+            if not (saved := out / f"evaluation-{name}.json").exists():
+                result = evaluate(load_vlm(str(path), args.device, args.dtype), held_out, judge, args.max_new_tokens)
+                saved.write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
+            results[name] = json.loads(saved.read_text(encoding="utf-8"))
+    report(out, args, results)
+    print("; ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items()),
+          f"; peak memory {peak_memory_gb(clock.device):.2f} GB", sep="")
 
 
 if __name__ == "__main__":
