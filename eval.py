@@ -185,7 +185,7 @@ def write_report(folder: Path, settings: dict, results: dict[str, dict], rollout
         first = group[0]
         image = f'<img alt="" src="{embedded(first["image"][0])}">' if first["image"] else ""
         lines = "".join(
-            f'<tr><td>{html.escape(r["source"])}<td>{html.escape(r["text"])}<td>{r["p_student"]:.2f}'
+            f'<tr><td>{html.escape(r["source"])}<td>{html.escape(r["text"])}<td>{"" if r["p_student"] is None else format(r["p_student"], ".2f")}'
             f'<td>{"?" if r["verdict"] is None else r["verdict"]}<td>{r["reward"]:.2f}'
             f'<td class={"up" if r["advantage"] > 0 else "down"}>{r["advantage"]:+.2f}</tr>' for r in group)
         cards.append(f'<div class=card>{image}<table><caption>step {first["step"] + 1}: <b>{html.escape(first["question"])}</b> '

@@ -15,7 +15,9 @@ Notation, here and in every file: B questions, G samples of each side, K respons
 first, then teachers), P prompt tokens, R response tokens, V vocabulary, d width.
 """
 import json
+import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,7 +93,7 @@ class Outputs:
 
 def join(students: Outputs, teachers: Outputs) -> Outputs:
     """The 2G responses of each question as one object, students first: (B, G, R1) and (B, G, R2) -> (B, 2G, R)."""
-    def fit(x):                                                    # right-pad to the longer R, then (R, B * K) -> ...
+    def fit(x):                                                    # right-pad to the longer of the two R
         return torch.nn.functional.pad(x, (0, max(students.ids.shape[-1], teachers.ids.shape[-1]) - x.shape[-1]))
     return Outputs([s + t for s, t in zip(students.text, teachers.text)],
                    torch.cat([fit(students.ids), fit(teachers.ids)], dim=1),
@@ -113,43 +115,55 @@ def load_vlm(path: str, device: str | None = None, dtype: str | None = None) -> 
 
     Raises UserError when there is no such checkpoint or it is not a chat VLM.
     """
-    device = pick_device(device)
+    processor, device = load_processor(path), pick_device(device)
     dtype = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
-    try:
+    with naming(path):
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device).eval()
-        processor = load_processor(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not an image-text-to-text checkpoint that can be loaded "
-                        f"({str(error).splitlines()[0]})") from error
-    if not processor.chat_template:
-        raise UserError(f"{path}: its processor has no chat template, so it cannot be asked questions")
     return VLM(model, processor, *special_ids(model, processor.tokenizer))
 
 
+@contextmanager
+def naming(path: str):
+    """Turn what transformers raises over a missing or foreign checkpoint into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not an image-text-to-text checkpoint that can be loaded "
+                        f"({str(error).strip().splitlines()[0]})") from error
+
+
 def load_processor(path: str) -> ProcessorMixin:
-    """AutoProcessor, also where torchvision is missing.
+    """AutoProcessor, also where torchvision is missing. Raises UserError like load_vlm, without reading any weights.
 
     Families that can watch videos want a video processor, and that one wants torchvision. We only show still images, so
-    without torchvision the family's processor is told that it has no such part: transformers reads the parts a
-    processor has from the signature of its __init__.
+    without torchvision the family's processor is told that it has no such part.
     """
-    config = AutoConfig.from_pretrained(path)
-    family = PROCESSOR_MAPPING.get(type(config), None)
-    if is_torchvision_available() or family is None:
-        return AutoProcessor.from_pretrained(path)
+    with naming(path):
+        family = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(path)), None)
+        if is_torchvision_available() or family is None:
+            processor = AutoProcessor.from_pretrained(path)
+        else:
+            class ImagesOnly(family):
+                @classmethod
+                def get_attributes(cls):
+                    return [part for part in super().get_attributes() if part != "video_processor"]
 
-    class ImagesOnly(family):
-        @classmethod
-        def get_attributes(cls):
-            return [part for part in super().get_attributes() if part != "video_processor"]
+            ImagesOnly.__name__ = family.__name__                  # the name that a saved processor_config.json carries
+            processor = ImagesOnly.from_pretrained(path)
+    if not getattr(processor, "chat_template", None):
+        raise UserError(f"{path}: its processor has no chat template, so it cannot be asked questions")
+    return processor
 
-    ImagesOnly.__name__ = family.__name__                          # the name that a saved processor_config.json carries
-    return ImagesOnly.from_pretrained(path)
+
+def image_tokens(processor: ProcessorMixin) -> set[str]:
+    """The placeholders that stand for images and videos in this family's text."""
+    return {getattr(processor, "image_token", None), getattr(processor, "video_token", None)} - {None}
 
 
 def save_vlm(vlm: VLM, path: str):
     """Write an ordinary checkpoint folder. It appears under its name only when it is whole."""
     unfinished = Path(f"{path}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
     vlm.model.save_pretrained(unfinished)
     vlm.processor.save_pretrained(unfinished)
     if not hasattr(vlm.processor, "video_processor"):              # so that AutoProcessor, with torchvision, loads it too
@@ -179,7 +193,7 @@ def encode(vlm: VLM, question: str, images: list[Image.Image]) -> Prompt:
 
     Raises UserError when the question spells one of the model's image tokens: it would be counted as one more image.
     """
-    for token in {getattr(vlm.processor, "image_token", None), getattr(vlm.processor, "video_token", None)} - {None}:
+    for token in image_tokens(vlm.processor):
         if token in question:
             raise UserError(f"the question {question[:80]!r} spells {token}, which this model reads as an image")
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
@@ -389,7 +403,7 @@ def build_tiny_vlm(path: str, family: str, texts: list[str], width: int, layers:
     initializer_range is 0.1 where large models take 0.02, with which so narrow a network hardly starts to learn.
     """
     torch.manual_seed(seed)
-    folder, qwen = Path(f"{path}.unfinished"), family == "qwen2_5_vl"
+    folder, qwen = Path(path), family == "qwen2_5_vl"
     names = ({"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
               "vision_end_token": "<|vision_end|>"} if qwen else
              {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>", "start_image_token": "<img>",
@@ -430,4 +444,3 @@ def build_tiny_vlm(path: str, family: str, texts: list[str], width: int, layers:
     model.save_pretrained(folder)
     pictures.save_pretrained(folder)
     (folder / "processor_config.json").write_text(json.dumps(extra))
-    folder.rename(path)

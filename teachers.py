@@ -71,11 +71,14 @@ def load_examples(path: str) -> list[Example]:
     """
     examples, seen = [], set()
     for where, row in read_jsonl(path):
-        images = row.get("image") or []
+        images, options = row.get("image") or [], row.get("options") or []
         images = [images] if isinstance(images, str) else images
+        for name, value in (("image", images), ("options", options)):
+            if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+                raise UserError(f'{where}: expected a list of strings as "{name}", found {value!r}')
         example = Example(str(row.get("id", where.rsplit(":", 1)[1])),
                           tuple(str(Path(path).parent / image) for image in images), row.get("question"),
-                          row.get("answer"), tuple(row.get("options") or ()), str(row.get("category", "")), where)
+                          row.get("answer"), tuple(options), str(row.get("category", "")), where)
         for name in ("question", "answer"):
             value = getattr(example, name)
             if not isinstance(value, str) or not value.strip():
@@ -126,16 +129,19 @@ def encode_example(vlm: VLM, example: Example) -> Prompt:
 class Collection:
     """The saved responses: `responses[example id][teacher]` is a list of texts."""
 
-    def __init__(self, path: str, examples: list[Example]):
+    def __init__(self, path: str, examples: list[Example], forbidden: set[str] = frozenset()):
         """Read a collection for these examples. A row is {"id", "teacher", "text"}, and may say "finished".
 
         Responses that were cut off by a token limit ("finished": false) are left out and counted in `unfinished`.
-        UserError when an example has no response at all: it could not be drawn from.
+        UserError when an example has no response at all, as it could not be drawn from, and when a response spells one
+        of the `forbidden` image tokens of the student.
         """
         self.responses, self.unfinished = defaultdict(lambda: defaultdict(list)), 0
         for where, row in read_jsonl(path):
             if not isinstance(row.get("text"), str) or "id" not in row:
                 raise UserError(f'{where}: expected a response {{"id": ..., "teacher": ..., "text": ...}}')
+            if spelt := [token for token in forbidden if token in row["text"]]:
+                raise UserError(f"{where}: the response spells {spelt[0]}, which the student reads as an image")
             self.unfinished += not row.get("finished", True)
             if row.get("finished", True):
                 self.responses[str(row["id"])][str(row.get("teacher", "teacher"))].append(row["text"])

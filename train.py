@@ -45,8 +45,8 @@ from tqdm import tqdm
 import discriminator as eq1
 from discriminator import Discriminator, similarity_reward
 from eval import JUDGES, draw_curves, evaluate, results_table, write_report
-from model import (VLM, Outputs, UserError, build_tiny_vlm, encode_responses, generate, join, load_vlm, pick_device, run,
-                   save_vlm, score)
+from model import (VLM, Outputs, UserError, build_tiny_vlm, encode_responses, generate, image_tokens, join,
+                   load_processor, load_vlm, pick_device, run, save_vlm, score)
 from teachers import (Collection, Example, add_sampling_options, draw_toy_world, encode_example, fill_collection,
                       load_examples, read_jsonl, sampling_of)
 
@@ -113,7 +113,7 @@ def batches_of(examples: list, size: int, rng: random.Random):
 def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: float, seed: int, name: str):
     """Supervised fine-tuning on the examples' own answers; mean cross-entropy per token, lr decayed linearly to lr / 10."""
     optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.95))
-    batches, prompts = batches_of(examples, batch_size, random.Random(seed)), {}
+    batches = batches_of(examples, batch_size, random.Random(seed))
     bar = tqdm(range(steps), desc=f"SFT of {name}", unit="step")
     for step in bar:
         for group in optimizer.param_groups:                       # a short warm-up: the first steps of Adam are noise
@@ -224,22 +224,22 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
             prompts = [encode_example(policy, e) for e in batch]
             outputs = generate(policy, prompts, G, sampling)                                 # line 5       (B, G, R)
         sources = [["student"] * G for _ in batch]
-        p_student = torch.ones(len(batch), G, device=policy.device)                          # Algorithm 1: no similarity
+        p_student, similarity = None, torch.zeros(len(batch), G, device=policy.device)       # Algorithm 1 has none
 
         if D:
             with meter.phase("discriminator"):
                 drawn = collection.draw(batch, G, rng)                                       # line 6
                 teachers = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
                 outputs = join(outputs, teachers)                                            #              (B, 2G, R)
-                sources = [row + [teacher for teacher, _ in pairs] for row, pairs in zip(sources, drawn)]
-                is_student = torch.tensor([[s == "student" for s in row] for row in sources], device=policy.device)
+                sources = [s + [teacher for teacher, _ in pairs] for s, pairs in zip(sources, drawn)]
+                is_student = torch.tensor([[name == "student" for name in s] for s in sources], device=policy.device)
                 for _ in range(0 if args.freeze_discriminator else args.mu):                 # lines 7-9, Eq. 1
                     row |= eq1.update(D, d_optimizer, outputs.text, is_student)
                 p_student = D.p_student(outputs.text)                                        # line 10, by the new D
+                similarity = similarity_reward(p_student, args.similarity)                   #              (B, 2G)
 
         with meter.phase("judge"):
             answer = judge_all(judge, batch, outputs)                                        # line 10      (B, 2G)
-        similarity = similarity_reward(p_student, args.similarity)
         reward, valid = rewards(similarity, torch.zeros_like(answer) if args.no_answer_reward else answer)
         if D and args.no_teacher_rollouts:
             valid &= is_student
@@ -286,7 +286,7 @@ def console_line(row: dict) -> str:
             f"{sum(v for k, v in row.items() if k.startswith('seconds/')):5.2f} s{held_out}")
 
 
-def log_rollouts(file, step: int, batch: list[Example], outputs: Outputs, sources, p_student: Tensor, answer: Tensor,
+def log_rollouts(file, step: int, batch: list[Example], outputs: Outputs, sources, p_student: Tensor | None, answer: Tensor,
                  reward: Tensor, advantage: Tensor, questions: int = 4):
     """Write all responses to the first few questions of the batch to rollouts.jsonl, and show four of them."""
     for b, example in enumerate(batch[:questions]):
@@ -294,7 +294,7 @@ def log_rollouts(file, step: int, batch: list[Example], outputs: Outputs, source
             verdict = None if answer[b, k].isnan() else int(answer[b, k])
             row = {"step": step, "id": example.id, "image": list(example.images), "question": example.text,
                    "truth": example.answer, "source": sources[b][k], "text": text,
-                   "p_student": round(p_student[b, k].item(), 4), "verdict": verdict,
+                   "p_student": None if p_student is None else round(p_student[b, k].item(), 4), "verdict": verdict,
                    "reward": reward[b, k].item(), "advantage": round(advantage[b, k].item(), 4)}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             if b == 0 and k % max(1, len(sources[b]) // 4) == 0:
@@ -460,8 +460,9 @@ def main():
     out = Path(args.out)
     transformers.utils.logging.disable_progress_bar()
     given = {name: load_examples(path) for name in ("data", "sft_data", "eval_data") if (path := getattr(args, name))}
-    if args.collection:
-        Collection(args.collection, given["data"])                 # bad input is found before anything is written
+    processors = [load_processor(path) for path in args.teachers + [args.student] * (args.student != "toy")]
+    if args.collection:                                            # bad input is found before anything is written
+        Collection(args.collection, given["data"], image_tokens(processors[-1]) if processors else frozenset())
     claim_folder(out, args)
     clock = Meter(pick_device(args.device))
     sources, teachers = given, args.teachers
@@ -491,7 +492,7 @@ def main():
             if not args.collection:
                 fill_collection(path, teachers, examples, args.collect, sampling_of(args), args.seed, device=args.device,
                                 dtype=args.dtype)
-            collection = Collection(path, examples)
+            collection = Collection(path, examples, image_tokens(load_processor(start)))
     if not (out / "student").exists():
         policy = load_vlm(start, args.device, args.dtype)
         if collection:

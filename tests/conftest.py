@@ -1,0 +1,73 @@
+"""Shared by all tests: off line, and one tiny random checkpoint of each toy family, built once."""
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+from PIL import Image, ImageDraw  # noqa: E402
+
+FAMILIES = ("qwen2_5_vl", "internvl")
+TEXTS = ["How many red circles are there? There are 3 red circles. The answer is yes, no, blue or green."] * 20
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    from model import build_tiny_vlm
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for family, words in zip(FAMILIES, (400, 300)):
+        build_tiny_vlm(str(folder / family), family, TEXTS, 64, 2, words, seed=0)
+    return {family: str(folder / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def vlm(request, checkpoints):
+    from model import load_vlm
+    return load_vlm(checkpoints[request.param], "cpu")
+
+
+@pytest.fixture(scope="session")
+def qwen(checkpoints):
+    from model import load_vlm
+    return load_vlm(checkpoints["qwen2_5_vl"], "cpu")
+
+
+def noise_image(width, height, seed=0):
+    return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(3 * width * height))
+
+
+@pytest.fixture(scope="session")
+def prompts(vlm):
+    """Four prompts in one batch: three sizes of image, two images, and none."""
+    from model import encode
+    a, b, c = noise_image(32, 32), noise_image(80, 48, 1), noise_image(48, 64, 2)
+    return [encode(vlm, "How many?", [a]), encode(vlm, "Is there a red circle?", [b]), encode(vlm, "yes or no?", []),
+            encode(vlm, "two", [c, a])]
+
+
+@pytest.fixture
+def lamps(tmp_path):
+    """Data that is not the toy world: lamps that are on or off, and responses made by rule. Returns (data, collection)."""
+    rng = random.Random(0)
+    with open(tmp_path / "lamps.jsonl", "w") as data, open(tmp_path / "responses.jsonl", "w") as responses:
+        for i in range(24):
+            on = rng.random() < 0.5
+            image = Image.new("RGB", (rng.choice([40, 64, 90]), rng.choice([33, 64])), "black")
+            ImageDraw.Draw(image).ellipse((5, 5, 28, 28), fill="yellow" if on else "grey")
+            image.save(tmp_path / f"{i}.jpg")
+            answer = "yes" if on else "no"
+            data.write(json.dumps({"id": f"lamp{i}", "image": f"{i}.jpg", "question": "Is the lamp on?", "answer": answer}) + "\n")
+            for text in (f"Looking at it, {answer}.", f"{answer}, plainly."):
+                responses.write(json.dumps({"id": f"lamp{i}", "teacher": "rule", "text": text}) + "\n")
+    return tmp_path / "lamps.jsonl", tmp_path / "responses.jsonl"
+
+
+def run(script, *options, cwd=ROOT):
+    """The real command line; returns the finished process with stdout and stderr as text."""
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, options)], cwd=cwd, capture_output=True, text=True)

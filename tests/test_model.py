@@ -1,0 +1,207 @@
+"""generate and score against transformers' own code and against themselves, one response at a time."""
+import warnings
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+from transformers.generation.logits_process import (LogitsProcessorList, RepetitionPenaltyLogitsProcessor,
+                                                    TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+
+from conftest import noise_image
+from discriminator import Discriminator
+from model import Outputs, Sampling, UserError, encode, encode_responses, generate, join, load_vlm, sample, save_vlm, score
+
+GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=12)
+
+
+def transformers_inputs(vlm, prompt):
+    extra = {}
+    if hasattr(vlm.model.model, "get_rope_index"):
+        extra["mm_token_type_ids"] = (prompt.ids == vlm.model.config.image_token_id).int()[None]
+    return dict(input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids)[None], **prompt.images, **extra)
+
+
+def test_greedy_generation_gives_transformers_own_tokens(vlm, prompts):
+    """Wrong positions after a left-padded prompt, a cache repeated in the wrong order, a mask off by one."""
+    ours = generate(vlm, prompts, 1, GREEDY)
+    for b, prompt in enumerate(prompts):
+        theirs = vlm.model.generate(**transformers_inputs(vlm, prompt), max_new_tokens=12, do_sample=False,
+                                    suppress_tokens=vlm.banned_ids)
+        assert ours.ids[b, 0][ours.mask[b, 0]].tolist() == theirs[0, len(prompt.ids):].tolist()
+
+
+def test_rows_that_finish_early_leave_the_others_as_they_were(vlm, prompts):
+    """Dropping finished rows must not shuffle the cache. Every token that occurs is made a stop in turn."""
+    whole = generate(vlm, prompts, 2, GREEDY)
+    stop = whole.ids[0, 0, 3].item()
+    vlm.stop_ids.append(stop)
+    try:
+        cut = generate(vlm, prompts, 2, GREEDY)
+    finally:
+        vlm.stop_ids.remove(stop)
+    for before, after, mask in zip(whole.ids.flatten(0, 1), cut.ids.flatten(0, 1), cut.mask.flatten(0, 1)):
+        ended = before.tolist()[:before.tolist().index(stop) + 1] if stop in before else before.tolist()
+        assert after[mask].tolist() == ended                       # the stop token itself is inside the mask
+    assert cut.mask[0, 0].sum() <= 4
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 0.5, 0, 1.3), Sampling(1.5, 1.0, 7, 1.0)])
+def test_sampled_frequencies_match_the_filtered_distribution(sampling):
+    """A filter in the wrong order or off by one token: chi-square of 20,000 draws against transformers' own warpers."""
+    torch.manual_seed(0)
+    logits, prompt = 2 * torch.randn(1, 40), torch.tensor([[3, 7, 7, 11]])
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.repetition_penalty != 1:
+        warpers.insert(0, RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    expected = 20000 * warpers(prompt, logits.clone()).softmax(-1)[0]
+    seen = torch.zeros(1, 40, dtype=torch.bool).scatter_(1, prompt, True)
+    counts = sample(logits.expand(20000, -1), seen.expand(20000, -1), sampling).bincount(minlength=40).float()
+    assert (counts[expected == 0] == 0).all()                      # filtered tokens never occur
+    kept = expected > 0
+    chi2 = ((counts - expected)[kept].square() / expected[kept]).sum().item()
+    degrees = kept.sum().item() - 1
+    assert chi2 < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_generation_at_temperature_1_follows_the_model(qwen):
+    """Sampling from anything but the model's next-token distribution, in the loop itself."""
+    prompt = encode(qwen, "How many?", [noise_image(32, 32)])
+    outputs = generate(qwen, [prompt], 4000, Sampling(1.0, 1.0, 0, 1.0, max_new_tokens=1), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = qwen.model(**transformers_inputs(qwen, prompt)).logits[0, -1]
+    logits[qwen.banned_ids] = -torch.inf
+    expected = 4000 * logits.softmax(-1)
+    counts = outputs.ids.flatten().bincount(minlength=len(expected)).float()
+    common = expected > 5
+    chi2 = ((counts - expected)[common].square() / expected[common]).sum().item()
+    assert chi2 < common.sum().item() + 4 * (2 * common.sum().item()) ** 0.5
+
+
+def test_banned_tokens_are_never_sampled(vlm, prompts):
+    """A policy that samples an image placeholder crashes its next forward pass. Their logits are made the largest."""
+    head = vlm.model.get_output_embeddings()
+    with torch.no_grad():
+        saved = head.weight.clone()
+        head.weight[vlm.banned_ids] *= 1000
+        try:
+            outputs = generate(vlm, prompts, 8, Sampling(max_new_tokens=6))
+        finally:
+            head.weight.copy_(saved)
+    assert vlm.model.config.image_token_id in vlm.banned_ids
+    assert not torch.isin(outputs.ids[outputs.mask], torch.tensor(vlm.banned_ids)).any()
+
+
+def unpacked(vlm, prompts, outputs):
+    """Row-per-response log-probs from transformers' own forward: the slow, obvious reference."""
+    rows = torch.zeros(outputs.mask.shape)
+    for b, prompt in enumerate(prompts):
+        for k in range(outputs.mask.shape[1]):
+            ids = outputs.ids[b, k][outputs.mask[b, k]]
+            inputs = transformers_inputs(vlm, prompt)
+            inputs["input_ids"] = torch.cat([prompt.ids, ids])[None]
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if "mm_token_type_ids" in inputs:
+                inputs["mm_token_type_ids"] = (inputs["input_ids"] == vlm.model.config.image_token_id).int()
+            logps = vlm.model(**inputs).logits[0, len(prompt.ids) - 1:-1].log_softmax(-1)
+            rows[b, k, :len(ids)] = logps.gather(1, ids[:, None])[:, 0]
+    return rows
+
+
+def gradients(vlm, logps, weights):
+    vlm.model.zero_grad()
+    (logps * weights).sum().backward()
+    return torch.cat([p.grad.flatten() for p in vlm.model.parameters() if p.grad is not None])
+
+
+def test_packed_scores_and_gradients_equal_one_row_per_response(vlm, prompts):
+    """Responses that see their siblings, positions that run on, prompt or pad tokens in the score, a shift by one."""
+    outputs = generate(vlm, prompts, 3, Sampling(max_new_tokens=9), torch.Generator().manual_seed(0))
+    outputs = join(outputs, encode_responses(vlm, [["yes", "There are 3 red circles."]] * 4))   # different lengths
+    weights = torch.randn(outputs.mask.shape)
+    packed, reference = score(vlm, prompts, outputs), unpacked(vlm, prompts, outputs)
+    assert ((packed - reference).abs() / reference.abs().clamp(min=1)).max() < 1e-5
+    ours, theirs = gradients(vlm, packed, weights), gradients(vlm, reference, weights)
+    assert ((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
+
+
+def test_chunked_log_probs_equal_whole_ones(qwen, prompts, monkeypatch):
+    """Chunks of the head that lose or repeat a token, in value or gradient."""
+    import model
+    head, states, targets = qwen.model.get_output_embeddings(), torch.randn(50, 64, requires_grad=True), torch.randint(300, (50,))
+    whole = model.token_logps(head, states, targets, 0.7)
+    parts = model.token_logps(head, states, targets, 0.7, budget=7 * head.out_features)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(whole, (head(states) / 0.7).log_softmax(-1).gather(1, targets[:, None])[:, 0])
+    for x in (whole, parts):
+        x.sum().backward()
+    torch.testing.assert_close(*[torch.autograd.grad(model.token_logps(head, states, targets, 1.0, b).sum(), states)[0]
+                                 for b in (2 ** 26, 7 * head.out_features)])
+
+
+def test_teacher_text_never_becomes_an_image_or_a_turn(vlm, prompts):
+    """Teacher text that spells special tokens must stay text: no placeholder, no early stop, and it decodes to itself."""
+    text = "see <|image_pad|> <IMG_CONTEXT> <img> <|im_end|> <|im_start|>user"
+    outputs = encode_responses(vlm, [[text], ["yes"]])
+    ids = outputs.ids[0, 0][outputs.mask[0, 0]]
+    assert not torch.isin(ids, torch.tensor(vlm.banned_ids)).any()
+    assert torch.isin(ids, torch.tensor(vlm.stop_ids)).tolist() == [False] * (len(ids) - 1) + [True]
+    assert vlm.tokenizer.decode(ids[:-1]) == text
+    assert torch.isfinite(score(vlm, prompts[:2], outputs)).all()
+
+
+def test_a_question_that_spells_an_image_token_is_refused(vlm):
+    with pytest.raises(UserError, match="spells"):
+        encode(vlm, f"what is {vlm.processor.image_token}?", [noise_image(32, 32)])
+
+
+def test_any_utf8_text_survives_the_tokenizers(vlm):
+    for text in ("naïve café", "日本語 😀", "\t\x01 zero-width\u200b"):
+        assert vlm.tokenizer.decode(vlm.tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_the_toy_families_have_different_tokenizers(checkpoints):
+    a, b = (load_vlm(path, "cpu").tokenizer for path in checkpoints.values())
+    assert a("How many red circles?").input_ids != b("How many red circles?").input_ids
+
+
+def test_saved_folder_loads_unchanged_with_transformers_alone(vlm, prompts, tmp_path):
+    """A checkpoint that only our own loader understands."""
+    save_vlm(vlm, str(tmp_path / "saved"))
+    theirs, missing = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not missing["missing_keys"] and not missing["unexpected_keys"]
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(value, vlm.model.state_dict()[name])
+    again = load_vlm(str(tmp_path / "saved"), "cpu")
+    torch.testing.assert_close(generate(again, prompts, 1, GREEDY).ids, generate(vlm, prompts, 1, GREEDY).ids)
+    assert (again.stop_ids, again.banned_ids) == (vlm.stop_ids, vlm.banned_ids)
+
+
+def test_discriminator_reads_each_response_alone_and_as_text(vlm):
+    """p_student that depends on the other responses in the row, on padding, or on tags that a response spells."""
+    torch.manual_seed(0)
+    D = Discriminator(vlm)
+    texts = ["yes", "There are 3 red circles.", "<|im_end|> no </response> 0", ""]
+    together = D.p_student([texts])[0]
+    torch.testing.assert_close(together, torch.cat([D.p_student([[text]])[0] for text in texts]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together.flip(0), D.p_student([texts[::-1]])[0], atol=1e-5, rtol=1e-5)
+    assert (D.backbone.embed_tokens.weight == vlm.model.model.language_model.embed_tokens.weight).all()
+    assert D.backbone.embed_tokens.weight is not vlm.model.model.language_model.embed_tokens.weight
+
+
+def test_outputs_join_keeps_text_ids_and_mask_together(qwen):
+    a, b = encode_responses(qwen, [["yes"], ["no"]]), encode_responses(qwen, [["There are 3"], ["blue circles"]])
+    both = join(a, b)
+    assert both.text == [["yes", "There are 3"], ["no", "blue circles"]]
+    for row, texts in enumerate(both.text):
+        for k, text in enumerate(texts):
+            assert qwen.tokenizer.decode(both.ids[row, k][both.mask[row, k]], skip_special_tokens=True) == text
+
+
+def test_a_missing_checkpoint_is_one_sentence():
+    with warnings.catch_warnings(), pytest.raises(UserError, match="no/such/model"):
+        warnings.simplefilter("ignore")
+        load_vlm("no/such/model", "cpu")

@@ -1,0 +1,150 @@
+"""The real command line, end to end, by subprocess: what a user does, and what a user does wrong."""
+import json
+import shutil
+
+import pytest
+from transformers import AutoModelForImageTextToText
+
+from conftest import run
+
+FAST = ["--device", "cpu", "--batch-size", "4", "--steps", "3", "--discriminator-steps", "2", "--num-samples", "2",
+        "--max-new-tokens", "12", "--eval-every", "2", "--log-every", "1", "--collect", "2"]
+METRICS = {"step", "loss", "kl", "clip_fraction", "grad_norm", "judge_failed", "equal_groups", "length", "cut_off",
+           "tokens_per_second", "similarity/student", "answer/student"}
+
+
+def rows_of(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run of the whole method on the toy world, with far too few steps to learn anything."""
+    out = tmp_path_factory.mktemp("runs") / "toy"
+    done = run("train.py", "--out", out, *FAST, "--teacher-steps", 80, "--sft-steps", 30)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
+    out, done = finished
+    names = {"student", "sft", "data", "teachers", "collection.jsonl", "metrics.jsonl", "rollouts.jsonl", "curves.png",
+             "report.html", "settings.json", "discriminator.safetensors", "evaluation-before.json", "evaluation-after.json"}
+    assert {path.name for path in out.iterdir()} == names
+    metrics = rows_of(out / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+    wanted = METRICS | {f"{m}/{source}" for m in ("similarity", "answer") for source in ("qwen", "internvl")}
+    wanted |= {"d_loss", "d_accuracy"}
+    wanted |= {f"{m}/{p}" for m in ("seconds", "memory_gb") for p in ("generate", "discriminator", "judge", "update")}
+    assert all(wanted <= row.keys() for row in metrics) and "heldout_accuracy" in metrics[0]
+    rollouts = rows_of(out / "rollouts.jsonl")
+    assert {"question", "image", "source", "text", "p_student", "verdict", "reward", "advantage"} <= rollouts[0].keys()
+    assert {row["source"] for row in rollouts} == {"student", "qwen", "internvl"}
+    for row in rollouts:                                           # the reward that was logged is Algorithm 2's
+        assert row["reward"] == (row["p_student"] < 0.5) + row["verdict"] or abs(row["p_student"] - 0.5) < 1e-3
+    group = rollouts[:4]
+    assert sum(row["advantage"] for row in group) == pytest.approx(0, abs=1e-3)
+    assert "before" in done.stdout and "after" in done.stdout
+    AutoModelForImageTextToText.from_pretrained(out / "student")
+
+
+def test_a_second_run_repeats_nothing_and_other_settings_are_refused(finished):
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    again = run("train.py", "--out", out, *FAST, "--teacher-steps", 80, "--sft-steps", 30)
+    assert again.returncode == 0 and {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+    other = run("train.py", "--out", out, *FAST, "--teacher-steps", 80, "--sft-steps", 30, "--lr", 0.5)
+    assert other.returncode == 2 and "--lr 0.0004 there, 0.5 here" in other.stderr
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+
+
+def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
+    """A seed that is not used everywhere: the loop again from the same stages must give the same weights and rollouts."""
+    out, _ = finished
+    for part in ("data", "teachers", "sft"):
+        shutil.copytree(out / part, tmp_path / "again" / part)
+    done = run("train.py", "--out", tmp_path / "again", *FAST, "--teacher-steps", 80, "--sft-steps", 30)
+    assert done.returncode == 0, done.stderr
+    for name in ("collection.jsonl", "student/model.safetensors", "discriminator.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+    strip = lambda path: [{k: v for k, v in r.items() if k != "image"} for r in rows_of(path)]    # noqa: E731
+    assert strip(tmp_path / "again" / "rollouts.jsonl") == strip(out / "rollouts.jsonl")
+
+
+def test_data_that_is_not_the_toy_world(lamps, tmp_path):
+    """The same command on anyone's images and a collection written by rule; then from the checkpoint it left."""
+    data, responses = lamps
+    first = run("train.py", "--out", tmp_path / "first", "--data", data, "--sft-data", data, "--eval-data", data,
+                "--collection", responses, "--sft-steps", 3, *FAST)
+    assert first.returncode == 0, first.stderr
+    assert {row["source"] for row in rows_of(tmp_path / "first" / "rollouts.jsonl")} == {"student", "rule"}
+    second = run("train.py", "--student", tmp_path / "first" / "student", "--out", tmp_path / "second", "--data", data,
+                 "--collection", responses, "--loss", "grpo", "--mu", 2, "--accumulate", 2, "--similarity", "tenths", *FAST)
+    assert second.returncode == 0, second.stderr
+    assert (tmp_path / "second" / "report.html").exists() and not (tmp_path / "second" / "evaluation-after.json").exists()
+    scored = run("eval.py", "--model", tmp_path / "second" / "student", "--data", data, "--max-new-tokens", 4, "--out",
+                 tmp_path / "predictions.jsonl", "--device", "cpu")
+    assert scored.returncode == 0 and "accuracy" in scored.stdout, scored.stderr
+    assert len(rows_of(tmp_path / "predictions.jsonl")) == 24
+
+
+@pytest.mark.parametrize("options", [["--algorithm", "rl"], ["--freeze-discriminator"], ["--no-answer-reward"],
+                                     ["--no-teacher-rollouts"], ["--beta", "0"]])
+def test_every_ablation_runs(finished, tmp_path, options):
+    out, _ = finished
+    done = run("train.py", "--student", out / "sft", "--data", out / "data" / "train.jsonl", "--collection",
+               out / "collection.jsonl", "--out", tmp_path / "run", *FAST, *options)
+    assert done.returncode == 0, done.stderr
+    metrics = rows_of(tmp_path / "run" / "metrics.jsonl")
+    rollouts = rows_of(tmp_path / "run" / "rollouts.jsonl")
+    if options[0] == "--algorithm":
+        assert {row["source"] for row in rollouts} == {"student"} and "d_loss" not in metrics[0]
+    if options[0] == "--freeze-discriminator":
+        assert "d_loss" not in metrics[0] and "similarity/student" in metrics[0]
+    if options[0] == "--no-answer-reward":
+        assert all(row["reward"] == (row["p_student"] < 0.5) for row in rollouts)
+    if options[0] == "--no-teacher-rollouts":
+        assert all(row["advantage"] == 0 for row in rollouts if row["source"] != "student")
+
+
+def test_collecting_alone(finished, tmp_path):
+    out, _ = finished
+    done = run("teachers.py", "--teachers", out / "teachers" / "qwen", out / "teachers" / "internvl", "--data",
+               out / "data" / "heldout.jsonl", "--out", tmp_path / "c.jsonl", "-n", 1, "--max-new-tokens", 2, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(tmp_path / "c.jsonl")) == 1000
+
+
+def fails(*options, says, out):
+    """The command ends with one sentence on stderr and exit code 2, and has written nothing."""
+    before = sorted(out.rglob("*")) if out.exists() else None
+    done = run("train.py", "--out", out, *FAST, *options)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and says in done.stderr.splitlines()[-1], done.stderr
+    assert (sorted(out.rglob("*")) if out.exists() else None) == before
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(lamps, tmp_path, checkpoints):
+    (data, responses), toy = lamps, checkpoints["qwen2_5_vl"]
+    out = tmp_path / "out"
+    fails("--data", tmp_path / "no.jsonl", "--collection", responses, says="no such file", out=out)
+    fails("--data", data, "--collection", tmp_path / "no.jsonl", says="no such file", out=out)
+    fails("--data", data, says="--teachers", out=out)
+    fails("--student", tmp_path / "no", "--data", data, "--collection", responses, says="not an image-text-to-text", out=out)
+    fails("--lerning-rate", 1, says="unrecognized", out=out)
+    fails("--steps", "many", says="invalid int", out=out)
+    fails("--num-samples", 0, says="at least 1", out=out)
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(responses.read_text().splitlines(keepends=True)[:-2]))
+    fails("--data", data, "--collection", short, says="no finished response for the question 'lamp23'", out=out)
+    spelling = tmp_path / "spelling.jsonl"
+    spelling.write_text(responses.read_text().replace("Looking at it", "<|image_pad|>", 1))
+    fails("--student", toy, "--data", data, "--collection", spelling, says="spells <|image_pad|>", out=out)
+    image = tmp_path / "5.jpg"
+    whole = image.read_bytes()
+    for damaged in (b"", b"GIF89a", b"\0" * 400):
+        image.write_bytes(damaged)
+        fails("--data", data, "--collection", responses, says="lamps.jsonl:6: image", out=out)
+    image.write_bytes(whole[:-200])                                # its header is whole: it is found when it is used
+    done = run("train.py", "--out", out, *FAST, "--data", data, "--collection", responses)
+    assert done.returncode == 2 and "lamps.jsonl:6" in done.stderr.splitlines()[-1], done.stderr
