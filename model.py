@@ -277,16 +277,20 @@ def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampli
     device of the model, or None for the global one.
     """
     B, G = len(prompts), num_samples
+
+    def spread(x):                                                 # (B, ...) -> (B * G, ...), each row G times
+        return x.repeat_interleave(G, dim=0)
+
     trunk, head = vlm.model.model, vlm.model.get_output_embeddings()
     batch, cache = collate(vlm, prompts), DynamicCache(config=vlm.model.config)
     states = trunk(input_ids=batch["input_ids"], attention_mask=batch["mask"].long(), use_cache=True,
                    position_ids=batch["position_ids"], past_key_values=cache, **batch["images"]).last_hidden_state
     cache.batch_repeat_interleave(G)                               # B prompts were read once; now one row per sample
-    spread = lambda x: x.repeat_interleave(G, dim=0)               # noqa: E731          (B, ...) -> (B * G, ...)
     logits = spread(head(states[:, -1]).float())                   # (B * G, V)
     attention = spread(batch["mask"])                              # (B * G, P), grows by one column a step
     position = batch["position_ids"][..., -1:].repeat_interleave(G, dim=-2)                  # ([3,] B * G, 1)
-    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, spread(batch["input_ids"]), True)
+    read = torch.where(batch["mask"], batch["input_ids"], batch["input_ids"][:, -1:])       # padding is no token: a real
+    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, spread(read), True)        # one stands in for it
     banned = torch.tensor(vlm.banned_ids, device=vlm.device, dtype=torch.long)
     stops = torch.tensor(vlm.stop_ids, device=vlm.device)
     ids = torch.zeros(B * G, sampling.max_new_tokens, dtype=torch.long, device=vlm.device)

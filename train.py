@@ -279,7 +279,8 @@ def step_metrics(outputs: Outputs, sources: list[list[str]], similarity: Tensor,
 
 def console_line(row: dict) -> str:
     """One line a step, always as wide: what to watch while it runs."""
-    get = lambda name: f"{row[name]:5.2f}" if name in row else "    -"                       # noqa: E731
+    def get(name):
+        return f"{row[name]:5.2f}" if name in row else "    -"
     held_out = f"  held-out {row['heldout_accuracy']:.3f}" if "heldout_accuracy" in row else ""
     return (f"step {row['step'] + 1:5}  similar {get('similarity/student')}  right {get('answer/student')}  "
             f"D acc {get('d_accuracy')}  KL {row['kl']:7.4f}  |g| {row['grad_norm']:6.2f}  tokens {row['length']:5.1f}  "
@@ -493,6 +494,8 @@ def main():
                 fill_collection(path, teachers, examples, args.collect, sampling_of(args), args.seed, device=args.device,
                                 dtype=args.dtype)
             collection = Collection(path, examples, image_tokens(load_processor(start)))
+        if collection.unfinished:
+            print(f"{path}: {collection.unfinished} responses were cut off by a token limit and are left out")
     if not (out / "student").exists():
         policy = load_vlm(start, args.device, args.dtype)
         if collection:

@@ -1,5 +1,6 @@
 """generate and score against transformers' own code and against themselves, one response at a time."""
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,11 +22,13 @@ def transformers_inputs(vlm, prompt):
     return dict(input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids)[None], **prompt.images, **extra)
 
 
-def test_greedy_generation_gives_transformers_own_tokens(vlm, prompts):
-    """Wrong positions after a left-padded prompt, a cache repeated in the wrong order, a mask off by one."""
-    ours = generate(vlm, prompts, 1, GREEDY)
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_generation_gives_transformers_own_tokens(vlm, prompts, penalty):
+    """Wrong positions after a left-padded prompt, a cache repeated in the wrong order, a mask off by one; padding that
+    counts as a token that was seen."""
+    ours = generate(vlm, prompts, 1, replace(GREEDY, repetition_penalty=penalty))
     for b, prompt in enumerate(prompts):
-        theirs = vlm.model.generate(**transformers_inputs(vlm, prompt), max_new_tokens=12, do_sample=False,
+        theirs = vlm.model.generate(**transformers_inputs(vlm, prompt), max_new_tokens=12, do_sample=False, repetition_penalty=penalty,
                                     suppress_tokens=vlm.banned_ids)
         assert ours.ids[b, 0][ours.mask[b, 0]].tolist() == theirs[0, len(prompt.ids):].tolist()
 

@@ -1,0 +1,41 @@
+"""What the README says of the repo must be so."""
+import re
+import shlex
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_path_that_the_readme_links_to_exists():
+    for path in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_line_counts_in_the_file_map_are_right():
+    """Line counts in a README rot. Each may be off by no more than a tenth."""
+    counts = re.findall(r"\[([a-z]+\.py)\]\([a-z.]+\) \| (\d+)", README)
+    assert {name for name, _ in counts} == {path.name for path in ROOT.glob("*.py")}
+    for name, said in counts:
+        lines = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(lines - int(said)) <= 0.1 * lines, (name, lines)
+
+
+def test_every_option_in_the_readmes_commands_exists():
+    """A command that fails when it is pasted: unknown scripts or options."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "python " in line]
+    assert len(commands) >= 6
+    for command in commands:
+        words = shlex.split(command[command.index("python "):].split("#")[0].split("&&")[0])
+        script = (ROOT / words[1]).read_text(encoding="utf-8") + (ROOT / "teachers.py").read_text(encoding="utf-8")
+        for word in words[2:]:
+            if word.startswith("-"):
+                assert f'"{word}"' in script, (command, word)
+
+
+def test_every_logged_metric_is_explained():
+    source = (ROOT / "train.py").read_text(encoding="utf-8") + (ROOT / "discriminator.py").read_text(encoding="utf-8")
+    for name in ("similarity/", "answer/", "d_accuracy", "d_loss", "kl", "clip_fraction", "equal_groups", "length", "cut_off",
+                 "grad_norm", "judge_failed", "tokens_per_second", "seconds/", "memory_gb/", "heldout_accuracy", "loss"):
+        assert name in source and f"`{name}" in README, name
