@@ -357,9 +357,9 @@ def claim_folder(out: Path, args):
 
 def discriminator_of(policy: VLM, examples: list[Example], collection: Collection, args, out: Path) -> Discriminator:
     """D as pre-trained for this student; trained now if that was not done before."""
+    torch.manual_seed(args.seed)                                   # before D: its head is drawn at random
     D, path = Discriminator(policy), out / "discriminator.safetensors"
     if not path.exists():
-        torch.manual_seed(args.seed)
         questions = max(1, args.batch_size * args.num_samples // args.collect)               # as many rows as in the loop
         pairs = pretraining_pairs(policy, examples, collection, args.collect, questions, sampling_of(args),
                                   random.Random(args.seed))
