@@ -45,7 +45,9 @@ def normalise(text: str) -> str:
 def mentions(text: str, phrases: tuple[str, ...] | None) -> set[str]:
     """Which of `phrases` (None: which numbers) a normalised text asserts: whole words, the longest, not negated."""
     pattern = "|".join(phrases) if phrases else r"-?\d+(?:\.\d+)?"
-    found = [(m.group(1), text[:m.start()].rsplit(".", 1)[-1]) for m in re.finditer(rf"(?<![\w-])({pattern})(?:e?s)?(?!\w)", text)]
+    # (phrase, what stands before it in its clause); a plural counts: "circles" asserts "circle"
+    found = [(m.group(1), text[:m.start()].rsplit(".", 1)[-1])
+             for m in re.finditer(rf"(?<![\w-])({pattern})(?:e?s)?(?!\w)", text)]
     return {phrase for phrase, before in found if phrase in ("yes", "no") or not NEGATION.search(before)}
 
 
@@ -57,6 +59,7 @@ def rule_judge(question: str, truth: str, response: str) -> int:
     two, "not red" names none, "12" is not "2". Values that only repeat the question are set aside first ("the circle
     beside the blue square is red"). Any other truth must occur word for word, not negated, with no "or" beside it.
     """
+    # an empty remainder ("red is the answer:") means that the answer came before the marker
     parts = re.split(r"answer is|answer :|answer \.|\btherefore|\bthus|\bhence|\. so ", normalise(response))
     text = next((part for part in reversed(parts) if part.strip(" .")), "")
     truth = normalise(truth).strip(" .")
@@ -65,7 +68,7 @@ def rule_judge(question: str, truth: str, response: str) -> int:
         return int(bool(mentions(text, (re.escape(truth),))) and not re.search(r"\bor\b", text.replace(truth, "")))
     found = mentions(text, kind)
     asked = mentions(normalise(question), kind) if kind != KINDS[0] else set()
-    found = (found - asked) or found
+    found = (found - asked) or found                               # unless nothing else is said: "Is it red or blue?" "red"
     return int(found == {truth} if kind else {float(x) for x in found} == {float(truth)})
 
 
@@ -112,7 +115,8 @@ def bootstrap_interval(values: list[float], rounds: int = 2000, seed: int = 0) -
 def results_table(results: dict[str, dict]) -> str:
     """{model: what evaluate returned} as text, one line a model."""
     categories = sorted({c for r in results.values() for c in r["by_category"]})
-    lines = [" ".join([f"{'':12}", f"{'accuracy':>8}", f"{'95% interval':>15}"] + [f"{c[:10]:>10}" for c in categories])]
+    lines = [" ".join([f"{'':12}", f"{'accuracy':>8}", f"{'95% interval':>15}"]
+                      + [f"{c[:10]:>10}" for c in categories])]
     for name, r in results.items():
         low, high = r["interval"]
         lines.append(" ".join([f"{name[:12]:12}", f"{r['accuracy']:8.3f}", f"{low:7.3f}-{high:.3f}  "]
@@ -137,18 +141,20 @@ def draw_curves(metrics: list[dict], path: str, width: int = 560, height: int = 
     last = max([row["step"] for row in metrics], default=0) + 1
     for panel, (title, name, colour) in enumerate(panels):
         x0, y0, w, h = panel * width + left, top, width - left - right, height - top - bottom
-        def at(step, value):
+
+        def at(step, value):                                       # data -> pixels; 0 is at the bottom
             return x0 + w * step / last, y0 + h * (1 - value)
         pen.text((x0, 12), title, fill="black", font=large)
         for tick in range(0, 11, 2):
             pen.line([at(0, tick / 10), at(last, tick / 10)], fill=(225, 225, 225))
             pen.text((x0 - 8, at(0, tick / 10)[1]), f"{tick / 10:.1f}", fill="black", font=small, anchor="rm")
         for tick in range(5):
-            pen.text((at(last * tick / 4, 0)[0], y0 + h + 8), f"{last * tick / 4:.0f}", fill="black", font=small, anchor="mt")
+            x, _ = at(last * tick / 4, 0)
+            pen.text((x, y0 + h + 8), f"{last * tick / 4:.0f}", fill="black", font=small, anchor="mt")
         pen.text((x0 + w / 2, height - 8), "step", fill="black", font=small, anchor="mb")
         points = [(row["step"] + 1, row[name]) for row in metrics if row.get(name) is not None]
         smooth = [(step, float(np.mean([v for s, v in points if abs(s - step) <= 5]))) for step, _ in points]
-        if name == "heldout_accuracy":
+        if name == "heldout_accuracy":                             # few points: each is a mean already, shown as a dot
             smooth = points
             for point in points:
                 x, y = at(*point)
@@ -175,25 +181,27 @@ def embedded(path: str) -> str:
 
 def write_report(folder: Path, settings: dict, results: dict[str, dict], rollouts: list[dict]):
     """report.html: curves, before and after, rollouts with their images, settings; one file, all text escaped."""
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in settings.items())
-    cards = []
-    groups = defaultdict(list)
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
+                   for row in settings.items())
+    cards, groups = [], defaultdict(list)                          # a card shows the whole group of one question
     for row in rollouts:
         groups[row["step"], row["id"]].append(row)
-    chosen = list(groups.values())[::max(1, len(groups) // 24)]
-    for group in chosen[::-1]:
+    for group in list(groups.values())[::-max(1, len(groups) // 24)]:    # about 24 of them, spread over the run
         first = group[0]
         image = f'<img alt="" src="{embedded(first["image"][0])}">' if first["image"] else ""
         lines = "".join(
-            f'<tr><td>{html.escape(r["source"])}<td>{html.escape(r["text"])}<td>{"" if r["p_student"] is None else format(r["p_student"], ".2f")}'
-            f'<td>{"?" if r["verdict"] is None else r["verdict"]}<td>{r["reward"]:.2f}'
-            f'<td class={"up" if r["advantage"] > 0 else "down"}>{r["advantage"]:+.2f}</tr>' for r in group)
-        cards.append(f'<div class=card>{image}<table><caption>step {first["step"] + 1}: <b>{html.escape(first["question"])}</b> '
-                     f'(true answer: {html.escape(first["truth"])})</caption><tr><th>source<th>response<th>p student'
-                     f'<th>right<th>reward<th>advantage</tr>{lines}</table></div>')
+            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in (
+                r["source"], r["text"], "" if r["p_student"] is None else f"{r['p_student']:.2f}",
+                "?" if r["verdict"] is None else r["verdict"], f"{r['reward']:.2f}"))
+            + f'<td class={"up" if r["advantage"] > 0 else "down"}>{r["advantage"]:+.2f}</td></tr>' for r in group)
+        cards.append(
+            f'<div class=card>{image}<table><caption>step {first["step"] + 1}: <b>{html.escape(first["question"])}</b> '
+            f'(true answer: {html.escape(first["truth"])})</caption><tr><th>source<th>response<th>p student<th>right'
+            f"<th>reward<th>advantage</tr>{lines}</table></div>")
     page = f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>RIL: {html.escape(folder.name)}</title><style>{STYLE}</style><h1>RIL: {html.escape(folder.name)}</h1>
-<img class=curves alt="Similarity reward, answer reward and held-out accuracy by step" src="{embedded(str(folder / "curves.png"))}">
+<img class=curves alt="Similarity reward, answer reward and held-out accuracy by step"
+src="{embedded(str(folder / "curves.png"))}">
 <h2>Before and after</h2><pre>{html.escape(results_table(results) if results else "no held-out data was given")}</pre>
 <h2>What was rewarded</h2><p>Newest first. The advantage is the reward less the mean of its group: up is made likelier,
 down less likely, whoever wrote it.</p>{"".join(cards)}
@@ -205,6 +213,7 @@ down less likely, whoever wrote it.</p>{"".join(cards)}
 
 
 def main():
+    """Evaluate from the command line."""
     parser = argparse.ArgumentParser(description="Accuracy of a model on held-out questions.", allow_abbrev=False)
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
     parser.add_argument("--data", required=True, help="JSONL of examples")

@@ -429,7 +429,8 @@ def build_tiny_vlm(path: str, family: str, texts: list[str], width: int, layers:
         # mrope_section: how many of the head's 16 rotary frequencies count time, height and width
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
         vision = dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=16, spatial_merge_size=1,
-                      out_hidden_size=width, window_size=96, temporal_patch_size=1, fullatt_block_indexes=[0], initializer_range=0.1)
+                      out_hidden_size=width, window_size=96, temporal_patch_size=1, fullatt_block_indexes=[0],
+                      initializer_range=0.1)
         config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False,
                                   **{f"{name}_id": i for name, i in ids.items()}, **ends)
         pictures = Qwen2VLImageProcessorPil(patch_size=16, merge_size=1, temporal_patch_size=1,

@@ -1,4 +1,4 @@
-"""What is asked, and what good answers look like: examples, the toy world, the teachers and the collection of their responses.
+"""What is asked, and what good answers look like: examples, teachers, the collection of their responses, the toy world.
 
 RIL reads nothing of a teacher but its text. So every teacher answers every question N times *before* training, the
 responses are kept in one JSONL file (the collection, line 6 of Algorithm 2 draws from it), and no teacher is in memory
@@ -48,17 +48,17 @@ def read_jsonl(path: str):
     """Yield (where, row) for each line of a JSONL file; UserError naming file and line for one that is not an object."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:                                 # bytes: what is not UTF-8 is then a bad line, named
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
             try:
                 row = json.loads(line) if line.strip() else None
             except ValueError as error:
                 raise UserError(f"{where}: not JSON ({error})") from error
-            if row is None:
+            if row is None and not line.strip():
                 continue
             if not isinstance(row, dict):
-                raise UserError(f"{where}: expected an object in braces, found {line.strip()[:40]}")
+                raise UserError(f"{where}: expected an object in braces, found {str(row)[:40]}")
             yield where, row
 
 
@@ -87,7 +87,7 @@ def load_examples(path: str) -> list[Example]:
             raise UserError(f"{where}: the id {example.id!r} was used before; ids must be unique within a file")
         seen.add(example.id)
         for image in example.images:
-            open_image(image, where)
+            open_image(image, where).close()
         examples.append(example)
     if not examples:
         raise UserError(f"{path}: no examples in it")
@@ -148,7 +148,6 @@ class Collection:
         for example in examples:
             if example.id not in self.responses:
                 raise UserError(f"{path}: no finished response for the question {example.id!r} of {example.where}")
-        self.teachers = sorted({teacher for of in self.responses.values() for teacher in of})
 
     def draw(self, examples: list[Example], num: int, rng: random.Random) -> list[list[tuple[str, str]]]:
         """num pairs (teacher, text) per example, spread evenly over its teachers (who gets the odd one is drawn).
@@ -159,10 +158,10 @@ class Collection:
         for example in examples:
             of = self.responses[example.id]
             order = rng.sample(sorted(of), len(of))
-            bags = {teacher: [] for teacher in order}
+            bags = {teacher: [] for teacher in order}              # a teacher's responses, shuffled, not yet drawn
             pairs = []
             for i in range(num):
-                teacher = order[i % len(order)]
+                teacher = order[i % len(order)]                    # taking turns is as even as it gets
                 if not bags[teacher]:
                     bags[teacher] = rng.sample(of[teacher], len(of[teacher]))
                 pairs.append((teacher, bags[teacher].pop()))
@@ -171,6 +170,7 @@ class Collection:
 
 
 def teacher_name(teacher: str) -> str:
+    """What the collection and the logs call a teacher: the last part of its path or hub id."""
     return Path(teacher).name
 
 
@@ -181,13 +181,17 @@ def fill_collection(path: str, teachers: list[str], examples: list[Example], num
     What is already there under the same example, teacher and sampling settings is kept, so an interrupted fill goes
     on where it stopped. Each batch has a seed of its own: it comes out the same whether or not there was a stop.
     """
-    have = defaultdict(int)
+    names = [teacher_name(teacher) for teacher in teachers]
+    if len(set(names)) < len(names):
+        raise UserError(f"two teachers have the same name ({', '.join(names)}); rename a folder, so that their responses "
+                        "can be told apart")
+    have = defaultdict(int)                                        # responses by example, teacher and sampling settings
     if Path(path).exists():
         for _, row in read_jsonl(path):
             have[row.get("id"), row.get("teacher"), json.dumps(row.get("sampling"))] += 1
     settings = asdict(sampling)
-    for teacher in teachers:
-        name, vlm = teacher_name(teacher), None
+    for name, teacher in zip(names, teachers):
+        vlm = None                                                 # loaded only if it has anything left to say
         batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
         for number, batch in enumerate(tqdm(batches, desc=f"responses of {name}", unit="batch")):
             missing = {e.id: num - have[e.id, name, json.dumps(settings)] for e in batch}
@@ -196,6 +200,7 @@ def fill_collection(path: str, teachers: list[str], examples: list[Example], num
             vlm = vlm or load_vlm(teacher, device, dtype)
             generator = torch.Generator(vlm.device).manual_seed(zlib.crc32(f"{seed} {name} {number}".encode()))
             outputs = generate(vlm, [encode_example(vlm, e) for e in batch], num, sampling, generator)
+            # a response is finished when its last token is a stop token; one that was cut off never is drawn
             last = (outputs.ids * outputs.mask).gather(2, outputs.mask.sum(2, keepdim=True) - 1).squeeze(2)    # (B, G)
             finished = torch.isin(last, torch.tensor(vlm.stop_ids, device=vlm.device)).tolist()
             with open(path, "a", encoding="utf-8") as file:
@@ -299,10 +304,12 @@ def add_sampling_options(parser):
 
 
 def sampling_of(args) -> Sampling:
+    """The Sampling that the options of add_sampling_options ask for."""
     return Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.max_new_tokens)
 
 
 def main():
+    """Fill a collection from the command line."""
     parser = argparse.ArgumentParser(description="Collect responses of teachers.", allow_abbrev=False)
     parser.add_argument("--teachers", nargs="+", required=True, help="checkpoint folders or hub ids")
     parser.add_argument("--data", required=True, help="JSONL of examples")

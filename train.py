@@ -180,7 +180,7 @@ def update_policy(policy: VLM, reference: VLM, optimizer, prompts: list, outputs
                   valid: Tensor, args) -> dict[str, float]:
     """Lines 11-13: mu updates of the policy by Eq. 2, each accumulated over micro-batches of batch_size questions."""
     chunks = [slice(i, i + args.batch_size) for i in range(0, len(prompts), args.batch_size)]
-    logps = partial(score, temperature=args.temperature or 1.0)
+    logps = partial(score, temperature=args.temperature or 1.0)    # greedy sampling is still scored at temperature 1
     old_logp, ref_logp, stats = {}, {}, defaultdict(float)
     for _ in range(args.mu):
         optimizer.zero_grad()
@@ -265,7 +265,7 @@ def step_metrics(outputs: Outputs, sources: list[list[str]], similarity: Tensor,
         row[f"similarity/{source}"] = similarity[chosen].mean().item()
         row[f"answer/{source}"] = answer[chosen].nanmean().item()
     of_students = outputs.mask[:, :args.num_samples]
-    low = reward.masked_fill(~valid, torch.inf).amin(1)
+    low = reward.masked_fill(~valid, torch.inf).amin(1)            # a group with low >= high has no gradient
     tokens = of_students.sum().item()
     return row | {
         "judge_failed": answer.isnan().float().mean().item(),
@@ -329,6 +329,7 @@ def prepare_toy_world(out: Path, args) -> dict[str, str]:
 
 def tiny_vlm_from_nothing(folder: Path, family: str, examples: list[Example], width: int, steps: int, lr: float, args):
     """A tokenizer trained on the examples, random weights, SFT on the examples; saved as a checkpoint folder."""
+    # with the discriminator's prompt among them, its words become tokens too, and the prompt short
     texts = [text for e in examples for text in (e.text, e.answer)] + 50 * [eq1.SYSTEM, eq1.BEFORE + eq1.AFTER]
     random_weights = f"{folder}.random"
     shutil.rmtree(random_weights, ignore_errors=True)
@@ -342,7 +343,7 @@ def tiny_vlm_from_nothing(folder: Path, family: str, examples: list[Example], wi
 def claim_folder(out: Path, args):
     """Make `out` this run's folder, or refuse: a folder holds one run, and its stages belong to one set of settings."""
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "device")}
-    path = out / "settings.json"
+    path = out / "settings.json"                                   # without it, stages copied from elsewhere are taken over
     if path.exists():
         there = json.loads(path.read_text())
         if differ := sorted(k for k in settings.keys() | there.keys() if settings.get(k) != there.get(k)):
@@ -457,6 +458,8 @@ def parse_args(argv=None):
 
 
 def main():
+    """The stages of a run, each skipped where its result is in the folder already. A stage's result appears under its
+    name only when it is whole, so a run that was interrupted can simply be started again."""
     args = parse_args()
     out = Path(args.out)
     transformers.utils.logging.disable_progress_bar()
@@ -466,6 +469,8 @@ def main():
         Collection(args.collection, given["data"], image_tokens(processors[-1]) if processors else frozenset())
     claim_folder(out, args)
     clock = Meter(pick_device(args.device))
+
+    # 1. questions, and someone to answer them
     sources, teachers = given, args.teachers
     if args.student == "toy" and not args.data:
         with clock.phase("toy world and its teachers"):
@@ -475,7 +480,8 @@ def main():
         teachers = teachers or [str(out / "teachers" / name) for name in ("qwen", "internvl")]
     examples, held_out, judge = sources["data"], sources.get("eval_data", []), JUDGES[args.judge]
 
-    started = out / "sft"                                          # the student after its warm start: ref, and the first policy
+    # 2. SFT of the student
+    started = out / "sft"                                          # the warm start: reference, and first policy
     with clock.phase("SFT"):
         if args.student == "toy" and not started.exists():
             sft_examples = sources.get("sft_data", examples)
@@ -486,6 +492,7 @@ def main():
             save_vlm(student, str(started))
     start = str(started) if started.exists() else args.student
 
+    # 3. the teachers' responses, then the discriminator, then the loop
     collection = D = None
     if args.algorithm == "ril":
         path = Path(args.collection or out / "collection.jsonl")
@@ -505,6 +512,7 @@ def main():
             ril(policy, examples, collection, D, judge, held_out, args, out)
             save_vlm(policy, str(out / "student"))
 
+    # 4. before and after
     results = {}
     if held_out:
         for name, path in (("before", start), ("after", out / "student")):
