@@ -389,7 +389,7 @@ PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discrimina
              num_samples=4, mu=1, eps=0.2, beta=0.01, steps=1000, batch_size=4, accumulate=36, lr=1e-6,
              discriminator_lr=1e-6, max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0)
 TOY = PAPER | dict(sft_steps=800, sft_lr=1e-3, collect=8, discriminator_steps=60, pretrain_lr=2e-4, steps=160,
-                   batch_size=64, accumulate=1, lr=4e-4, discriminator_lr=4e-4, max_new_tokens=24, eval_every=20,
+                   batch_size=64, accumulate=1, lr=4e-4, discriminator_lr=1e-4, max_new_tokens=24, eval_every=20,
                    log_every=10, teacher_steps=700)
 
 
