@@ -216,8 +216,8 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
     metrics_file, rollouts_file = open(out / "metrics.jsonl", "w"), open(out / "rollouts.jsonl", "w", encoding="utf-8")
 
     for step in tqdm(range(args.steps), desc=args.algorithm.upper(), unit="step"):
-        for group in optimizer.param_groups:                       # the first steps of Adam are noise of full size
-            group["lr"] = args.lr * min(1, (step + 1) / 10)
+        for group in optimizer.param_groups:                       # D, pre-trained on other samples, first catches up
+            group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         meter, row = Meter(policy.device), {"step": step}
         batch = next(batches)                                                                # line 3
         with meter.phase("generate"):
@@ -386,11 +386,11 @@ def report(out: Path, args, results: dict[str, dict]):
 
 # Defaults, in one place. A named student gets the paper's; the toy gets what a tiny model needs to learn in minutes.
 PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discriminator_steps=278, pretrain_lr=1e-5,
-             num_samples=4, mu=1, eps=0.2, beta=0.01, steps=1000, batch_size=4, accumulate=36, lr=1e-6,
+             num_samples=4, mu=1, eps=0.2, beta=0.01, steps=1000, batch_size=4, accumulate=36, lr=1e-6, warmup=0,
              discriminator_lr=1e-6, max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0)
 TOY = PAPER | dict(sft_steps=800, sft_lr=1e-3, collect=8, discriminator_steps=60, pretrain_lr=2e-4, steps=160,
-                   batch_size=64, accumulate=1, lr=4e-4, discriminator_lr=1e-4, max_new_tokens=24, eval_every=20,
-                   log_every=10, teacher_steps=700)
+                   batch_size=64, accumulate=1, lr=4e-4, warmup=32, discriminator_lr=4e-4, max_new_tokens=24,
+                   eval_every=20, log_every=10, teacher_steps=700)
 
 
 def parse_args(argv=None):
@@ -435,6 +435,7 @@ def parse_args(argv=None):
     group.add_argument("--batch-size", type=int, help="questions per micro-batch")
     group.add_argument("--accumulate", type=int, help="micro-batches per step")
     group.add_argument("--lr", type=float, help="learning rate of the student")
+    group.add_argument("--warmup", type=int, help="steps in which the student's learning rate rises from nothing")
     group.add_argument("--discriminator-lr", type=float, help="learning rate of D")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
