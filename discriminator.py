@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import VLM, packed_states
+from model import VLM, needs_bos, packed_states, render
 
 SYSTEM = ("You are a discriminator. Inside a <response> tag stands a response to a question about an image. It was "
           "written by a teacher, a large model, or by a student, a small one: 0 means teacher, 1 means student.")
@@ -33,15 +33,15 @@ class Discriminator(nn.Module):
     def __init__(self, student: VLM):
         super().__init__()
         self.tokenizer = student.tokenizer
-        self.backbone = copy.deepcopy(student.model.model.language_model)
+        self.backbone = copy.deepcopy(student.model.get_decoder())
         width = student.model.get_output_embeddings().in_features
         self.head = nn.Linear(width, 1, device=student.device)     # float32, also beside a bfloat16 backbone
         marker = "[the response]"
         turns = [{"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
                  {"role": "user", "content": [{"type": "text", "text": BEFORE + marker + AFTER}]}]
-        text = student.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        text = render(student.processor, turns, add_generation_prompt=True)
         before, after = text.split(marker)
-        self.before = self.tokenizer(before, add_special_tokens=False).input_ids
+        self.before = self.tokenizer(before, add_special_tokens=needs_bos(self.tokenizer, before)).input_ids
         self.after = self.tokenizer(after, add_special_tokens=False).input_ids
 
     def forward(self, texts: list[list[str]]) -> Tensor:

@@ -14,6 +14,7 @@ itself but not its siblings, so the image and the prompt are computed once per q
 Notation, here and in every file: B questions, G samples of each side, K responses per question (K = 2G in RIL: students
 first, then teachers), P prompt tokens, R response tokens, V vocabulary, d width.
 """
+import inspect
 import json
 import shutil
 import sys
@@ -26,11 +27,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache, GenerationConfig,
-                          InternVLConfig, PreTrainedModel, ProcessorMixin, Qwen2_5_VLConfig, Qwen2Tokenizer)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, DynamicCache,
+                          GenerationConfig, InternVLConfig, PreTrainedModel, ProcessorMixin, Qwen2_5_VLConfig, Qwen2Tokenizer)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
 
@@ -67,7 +69,12 @@ class VLM:
 
     @property
     def tokenizer(self):
-        return self.processor.tokenizer
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def trunk(self):
+        """The model without its vocabulary head."""
+        return self.model.base_model
 
 
 @dataclass
@@ -110,16 +117,21 @@ def pick_device(device: str | None = None) -> torch.device:
     return torch.device(device)
 
 
-def load_vlm(path: str, device: str | None = None, dtype: str | None = None) -> VLM:
+def load_vlm(path: str, device: str | None = None, dtype: str | None = None, text_only: bool = False) -> VLM:
     """Load any image-text-to-text checkpoint, a folder or a hub id. dtype: bfloat16 on a GPU, float32 on the CPU.
 
-    Raises UserError when there is no such checkpoint or it is not a chat VLM.
+    text_only also takes a language model without eyes (a judge needs none). Raises UserError when there is no such
+    checkpoint, or it is not a chat model of that kind.
     """
-    processor, device = load_processor(path), pick_device(device)
+    processor, device = load_processor(path, text_only), pick_device(device)
     dtype = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
+    kind = AutoModelForImageTextToText if hasattr(processor, "image_processor") else AutoModelForCausalLM
     with naming(path):
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device).eval()
-    return VLM(model, processor, *special_ids(model, processor.tokenizer))
+        model = kind.from_pretrained(path, dtype=dtype).to(device).eval()
+    if unknown := set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - set(ATTENTION):
+        raise UserError(f"{path}: its layers of {', '.join(sorted(unknown))} cannot be packed; "
+                        f"known are {' and '.join(ATTENTION)}")
+    return VLM(model, processor, *special_ids(model, processor))
 
 
 @contextmanager
@@ -132,21 +144,31 @@ def naming(path: str):
                         f"({str(error).strip().splitlines()[0]})") from error
 
 
-def load_processor(path: str) -> ProcessorMixin:
+def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
     """AutoProcessor, also where torchvision is missing. Raises UserError like load_vlm, without reading any weights.
 
     Families that can watch videos want a video processor, and that one wants torchvision. We only show still images, so
-    without torchvision the family's processor is told that it has no such part.
+    without torchvision the family's processor is told that it has no such part. SmolVLM's wants one more package, to
+    spell out the times in a video: it never gets to.
     """
+    processing_smolvlm.num2words = processing_smolvlm.num2words or str
     with naming(path):
-        family = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(path)), None)
-        if is_torchvision_available() or family is None:
+        config = AutoConfig.from_pretrained(path)
+        family = PROCESSOR_MAPPING.get(type(config), None)
+        if text_only and not hasattr(config, "vision_config"):
+            processor = AutoTokenizer.from_pretrained(path)
+        elif is_torchvision_available() or family is None:
             processor = AutoProcessor.from_pretrained(path)
         else:
             class ImagesOnly(family):
                 @classmethod
                 def get_attributes(cls):
                     return [part for part in super().get_attributes() if part != "video_processor"]
+
+                @classmethod
+                def from_args_and_dict(cls, args, settings, **kwargs):
+                    none = {"video_processor": None} if "video_processor" in super().get_attributes() else {}
+                    return super().from_args_and_dict(args, settings | none, **kwargs)
 
             ImagesOnly.__name__ = family.__name__                  # the name that a saved processor_config.json carries
             processor = ImagesOnly.from_pretrained(path)
@@ -156,8 +178,11 @@ def load_processor(path: str) -> ProcessorMixin:
 
 
 def image_tokens(processor: ProcessorMixin) -> set[str]:
-    """The placeholders that stand for images and videos in this family's text."""
-    return {getattr(processor, "image_token", None), getattr(processor, "video_token", None)} - {None}
+    """The placeholders that stand for images and videos in this family's text, and the marks around them."""
+    names = [f"{part}_token" for part in ("image", "video", "boi", "eoi", "fake_image", "global_image", "start_image",
+                                          "context_image", "vision_start")]
+    return {token for owner in (processor, getattr(processor, "tokenizer", None)) for name in names
+            if (token := getattr(owner, name, None))}
 
 
 def save_vlm(vlm: VLM, path: str):
@@ -171,38 +196,79 @@ def save_vlm(vlm: VLM, path: str):
     unfinished.rename(path)
 
 
-def special_ids(model: PreTrainedModel, tokenizer) -> tuple[list[int], list[int]]:
+def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list[int], list[int]]:
     """(stop_ids, banned_ids). The first stop id is the one that ends an assistant turn of the chat template.
 
     Banned is every special token that does not end a response (image, video and turn markers, padding), and every row
     of the embedding that the tokenizer has no text for (vocabularies are padded to round sizes).
     """
+    tokenizer = getattr(processor, "tokenizer", processor)
     stops = model.generation_config.eos_token_id or tokenizer.eos_token_id
     stops = list(dict.fromkeys([tokenizer.eos_token_id] + (stops if isinstance(stops, list) else [stops])))
+    turns = [{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant")]
+    end = tokenizer(render(processor, turns).rsplit("assistant", 1)[1]).input_ids            # what follows a reply
+    stops.sort(key=lambda i: end.index(i) if i in end else len(end))           # Gemma: <end_of_turn> before <eos>
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = {i for name in ("image_token_id", "video_token_id") if (i := getattr(model.config, name, None)) is not None}
     unused = range(len(tokenizer), model.get_output_embeddings().out_features)
     return stops, sorted((special | named | set(unused)) - set(stops))
 
 
+def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: bool = False) -> str:
+    """Chat turns, whose content is a list of image and text parts, as the text that the model's chat template makes."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:                                          # a language model: its template wants strings
+        tokenizer, turns = processor, [{**t, "content": "".join(part["text"] for part in t["content"])} for t in turns]
+    return tokenizer.apply_chat_template(turns, chat_template=processor.chat_template, tokenize=False,
+                                         add_generation_prompt=add_generation_prompt)
+
+
 # ---------------------------------------------------------------------------------------------- prompts
 
 
-def encode(vlm: VLM, question: str, images: list[Image.Image]) -> Prompt:
-    """Chat prompt of one user turn: the images, then the question. Images of any sizes, or none.
+MARK = "<image>"                                                   # where in a question an image stands, in every data format
 
-    Raises UserError when the question spells one of the model's image tokens: it would be counted as one more image.
+
+def chat_turns(question: str, images: int, history: tuple[tuple[str, str], ...] = ()) -> list[dict]:
+    """Chat messages of earlier (question, answer) pairs and a question; {"type": "image"} stands for each image.
+
+    An image stands where MARK says so; without marks all stand first. UserError when there are too many or too few.
     """
+    texts = [asked for asked, _ in history] + [question]
+    marks = sum(text.count(MARK) for text in texts)
+    if marks not in (0, images):
+        raise UserError(f"the question {question[:80]!r} marks {marks} places with {MARK}, for {images} images")
+    turns = []
+    for i, text in enumerate(texts):
+        pieces = ([""] * images if i == 0 and not marks else []) + text.split(MARK)
+        content = [part for j, piece in enumerate(pieces) for part in
+                   [{"type": "image"}] * (j > 0) + [{"type": "text", "text": piece.strip("\n")}] * bool(piece.strip())]
+        turns.append({"role": "user", "content": content})
+        if i < len(history):
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": history[i][1]}]})
+    return turns
+
+
+def encode(vlm: VLM, question: str, images: list[Image.Image], history: tuple[tuple[str, str], ...] = ()) -> Prompt:
+    """Chat prompt that ends in a user's question, after the earlier turns of `history`. Images of any sizes, or none.
+
+    Raises UserError when a text spells one of the model's image tokens: it would be counted as one more image.
+    """
+    turns = chat_turns(question, len(images), history)
     for token in image_tokens(vlm.processor):
-        if token in question:
+        if any(token in part.get("text", "") for turn in turns for part in turn["content"]):
             raise UserError(f"the question {question[:80]!r} spells {token}, which this model reads as an image")
-    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-    text = vlm.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
-                                             tokenize=False)
-    inputs = vlm.processor(text=[text], images=images or None, return_tensors="pt")
+    text = render(vlm.processor, turns, add_generation_prompt=True)
+    inputs = vlm.processor(text=[text], **({"images": images} if images else {}), return_tensors="pt",
+                           add_special_tokens=needs_bos(vlm.tokenizer, text))
     ids = inputs.pop("input_ids")[0]
     return Prompt(ids, {name: value for name, value in inputs.items()
                         if name not in ("attention_mask", "mm_token_type_ids", "token_type_ids")})
+
+
+def needs_bos(tokenizer, text: str) -> bool:
+    """Whether the tokenizer should still put its beginning-of-text token first: some chat templates have written it."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
@@ -219,7 +285,7 @@ def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
 
 
 def collate(vlm: VLM, prompts: list[Prompt]) -> dict:
-    """Prompts as one left-padded batch: input_ids (B, P), mask (B, P) bool, position_ids, images.
+    """Prompts as one left-padded batch: input_ids (B, P), mask (B, P) bool, is_image (B, P) bool, position_ids, images.
 
     Left-padded, so that the last column is every prompt's last token. position_ids is (B, P), or (3, B, P) for the
     Qwen-VL families, whose rotary embedding counts time, height and width apart.
@@ -228,14 +294,22 @@ def collate(vlm: VLM, prompts: list[Prompt]) -> dict:
     mask = pad_sequence([torch.ones_like(p.ids, dtype=torch.bool) for p in prompts], batch_first=True,
                         padding_side="left").to(vlm.device)
     names = {name for p in prompts for name in p.images}
-    images = {name: torch.cat([p.images[name] for p in prompts if name in p.images]).to(vlm.device) for name in names}
+    images = {name: stack([p.images[name] for p in prompts if name in p.images]).to(vlm.device) for name in names}
     images = {name: x.to(vlm.model.dtype) if x.is_floating_point() else x for name, x in images.items()}
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    if hasattr(vlm.model.model, "get_rope_index"):
-        is_image = (ids == vlm.model.config.image_token_id).int()
-        positions, _ = vlm.model.model.get_rope_index(ids, mm_token_type_ids=is_image, attention_mask=mask,
-                                                      image_grid_thw=images.get("image_grid_thw"))
-    return {"input_ids": ids, "mask": mask, "position_ids": positions, "images": images}
+    is_image = mask & (ids == getattr(vlm.model.config, "image_token_id", -1))
+    if hasattr(vlm.trunk, "get_rope_index"):
+        positions, _ = vlm.trunk.get_rope_index(ids, mm_token_type_ids=is_image.int(), attention_mask=mask,
+                                                image_grid_thw=images.get("image_grid_thw"))
+    return {"input_ids": ids, "mask": mask, "is_image": is_image, "position_ids": positions, "images": images}
+
+
+def stack(tensors: list[Tensor]) -> Tensor:
+    """Concatenate along the first dimension; the others are zero-padded to the largest. Families that cut an image into
+    tiles give (images, tiles, ...), with tiles that differ from prompt to prompt, and skip the empty ones."""
+    largest = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors))]
+    padding = [[n for have, want in zip(x.shape[:0:-1], largest[::-1]) for n in (0, want - have)] for x in tensors]
+    return torch.cat([torch.nn.functional.pad(x, p) if any(p) else x for x, p in zip(tensors, padding)])
 
 
 # ---------------------------------------------------------------------------------------------- generate
@@ -281,10 +355,11 @@ def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampli
     def spread(x):                                                 # (B, ...) -> (B * G, ...), each row G times
         return x.repeat_interleave(G, dim=0)
 
-    trunk, head = vlm.model.model, vlm.model.get_output_embeddings()
+    trunk, head = vlm.trunk, vlm.model.get_output_embeddings()
     batch, cache = collate(vlm, prompts), DynamicCache(config=vlm.model.config)
+    types = {"token_type_ids": batch["is_image"].long()} if sees_images_whole(trunk) else {}
     states = trunk(input_ids=batch["input_ids"], attention_mask=batch["mask"].long(), use_cache=True,
-                   position_ids=batch["position_ids"], past_key_values=cache, **batch["images"]).last_hidden_state
+                   position_ids=batch["position_ids"], past_key_values=cache, **batch["images"], **types).last_hidden_state
     cache.batch_repeat_interleave(G)                               # B prompts were read once; now one row per sample
     logits = spread(head(states[:, -1]).float())                   # (B * G, V)
     attention = spread(batch["mask"])                              # (B * G, P), grows by one column a step
@@ -324,38 +399,61 @@ def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampli
 # ---------------------------------------------------------------------------------------------- score
 
 
-def packed_mask(prompt_mask: Tensor, response_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask of rows [prompt | o_1 | ... | o_K]: (B, P), (B, K, R) -> (B, 1, L, L), L = P + K * R.
+ATTENTION = ("full_attention", "sliding_attention")                # kinds of layers that packing knows
 
-    A token sees what is before it, is real, and lies in the prompt or in its own response. Every token sees itself, so
-    that padding has something to attend to (its states are never used).
+
+def sees_images_whole(trunk) -> bool:
+    """Whether a token of an image sees the later tokens of the same image, as in Gemma 3 (told by its argument)."""
+    return "token_type_ids" in inspect.signature(trunk.forward).parameters
+
+
+def packed_mask(owner: Tensor, place: Tensor, dtype: torch.dtype, is_image: Tensor | None = None,
+                window: int | None = None) -> Tensor:
+    """Additive attention mask of rows [prompt | o_1 | ... | o_K]: owner, place (B, L) -> (B, 1, L, L).
+
+    owner is 0 for tokens of the prompt, k for tokens of o_k, -1 for padding; place is where a token stands in the text
+    [prompt | o_k]. A token sees the prompt and its own response, as far as it has come. Every token sees itself, so that
+    padding has something to attend to (its states are never used). is_image (B, L): tokens in one run of it also see
+    each other. window: nothing further back than so many places is seen.
     """
-    B, P = prompt_mask.shape
-    K, R = response_mask.shape[1:]
-    owner = torch.cat([torch.zeros(P), torch.arange(1, K + 1).repeat_interleave(R)]).to(prompt_mask.device)     # (L,)
-    real = torch.cat([prompt_mask, response_mask.flatten(1)], dim=1)                                            # (B, L)
-    causal = torch.ones(P + K * R, P + K * R, dtype=torch.bool, device=real.device).tril()
-    visible = (owner[:, None] == owner) | (owner == 0)             # (L, L) [query, key]
-    visible = (visible & causal) & real[:, None, :] | torch.eye(P + K * R, dtype=torch.bool, device=real.device)
-    return torch.zeros(visible.shape, dtype=dtype, device=real.device).masked_fill_(
-        ~visible, torch.finfo(dtype).min)[:, None]
+    asks, seen = owner[:, :, None], owner[:, None]                 # (B, L, 1) queries, (B, 1, L) keys
+    back = place[:, :, None] - place[:, None]                      # how far the key lies behind the query
+    visible = ((asks == seen) | (seen == 0)) & (back >= 0)
+    if is_image is not None:
+        starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
+        run = starts.cumsum(1) * is_image
+        visible |= (run[:, :, None] == run[:, None]) & (run[:, None] > 0)
+    if window:
+        visible &= back < window
+    visible = visible & (seen >= 0) | torch.eye(owner.shape[1], dtype=torch.bool, device=owner.device)
+    return torch.zeros(visible.shape, dtype=dtype, device=owner.device).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
 def packed_states(trunk, batch: dict, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Last-layer states of one packed row per question, from a collated batch of prompts and responses (B, K, R).
 
-    Returns the state of each prompt's last token (B, d) and of every response token (B, K, R, d). Positions restart
-    after the prompt for each response, so each is computed as if it were alone.
+    Returns the state of each prompt's last token (B, d) and of every response token (B, K, R, d). A row holds the real
+    tokens of its responses, one after the other. Positions restart after the prompt for each response, so each is
+    computed as if it were alone.
     """
-    K, R = ids.shape[1:]
-    last = batch["position_ids"][..., -1:]                         # ([3,] B, 1)
-    positions = last + 1 + torch.arange(R, device=ids.device).repeat(K)
-    states = trunk(input_ids=torch.cat([batch["input_ids"], ids.flatten(1)], dim=1),
-                   attention_mask=packed_mask(batch["mask"], mask, next(trunk.parameters()).dtype),
-                   position_ids=torch.cat([batch["position_ids"], positions], dim=-1),
-                   use_cache=False, **batch["images"]).last_hidden_state                     # (B, P + K * R, d)
-    P = batch["input_ids"].shape[1]
-    return states[:, P - 1], states[:, P:].unflatten(1, (K, R))
+    (B, K, R), P = ids.shape, batch["mask"].shape[1]
+    real = mask.flatten(1)                                         # (B, K * R)
+    where = real.int().argsort(dim=1, descending=True, stable=True)[:, :real.sum(1).max()]   # (B, S) real tokens first
+    real, offset = real.gather(1, where), where % R
+    config, last = trunk.config.get_text_config(), batch["position_ids"][..., -1:]           # ([3,] B, 1)
+    owner = torch.cat([batch["mask"].long() - 1, torch.where(real, where // R + 1, -1)], dim=1)              # (B, L)
+    place = torch.cat([torch.arange(P, device=ids.device).expand(B, P), P + offset], dim=1)
+    whole = torch.nn.functional.pad(batch["is_image"], (0, where.shape[1])) if sees_images_whole(trunk) else None
+    dtype = next(trunk.parameters()).dtype
+    attention = packed_mask(owner, place, dtype, whole)
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):    # such models take a mask per kind of layer
+        attention = dict(zip(ATTENTION, (attention, packed_mask(owner, place, dtype, whole, config.sliding_window))))
+    states = trunk(input_ids=torch.cat([batch["input_ids"], ids.flatten(1).gather(1, where)], dim=1),
+                   position_ids=torch.cat([batch["position_ids"], last + 1 + offset], dim=-1), attention_mask=attention,
+                   use_cache=False, **batch["images"]).last_hidden_state                     # (B, L, d)
+    responses = states.new_zeros(B, K * R, states.shape[-1])
+    responses = responses.scatter(1, where[..., None].expand(-1, -1, states.shape[-1]), states[:, P:])
+    return states[:, P - 1], responses.unflatten(1, (K, R))
 
 
 def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float = 1.0) -> Tensor:
@@ -365,13 +463,37 @@ def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float 
     (Top-k, top-p and the penalty are left out of it, as is usual: teachers' tokens may lie outside of them.)
     """
     batch = collate(vlm, prompts)
-    last, states = packed_states(vlm.model.model, batch, outputs.ids, outputs.mask)
+    last, states = packed_states(vlm.trunk, batch, outputs.ids, outputs.mask)
     first = last[:, None, None].expand(-1, states.shape[1], -1, -1)                          # (B, K, 1, d)
     states = torch.cat([first, states[:, :, :-1]], dim=2)          # the state *before* a token predicts it
     picked, targets = states[outputs.mask], outputs.ids[outputs.mask]                        # (N, d), (N,)
     logps = torch.zeros(outputs.mask.shape, device=picked.device)
     logps[outputs.mask] = token_logps(vlm.model.get_output_embeddings(), picked, targets, temperature)
     return logps
+
+
+@torch.no_grad()
+def check_packing(vlm: VLM, prompt: Prompt, path: str):
+    """Score two responses packed and as the model's own forward pass has them; UserError where the two differ.
+
+    What packing assumes of a family (what sees what, how positions count, that logits are head(states)) is checked on
+    the model at hand rather than believed: seven families are tested, and transformers has many more.
+    """
+    outputs = encode_responses(vlm, [["Yes.", "It is not."]])
+    packed = score(vlm, [prompt], outputs)
+    for k, mask in enumerate(outputs.mask[0]):
+        ids = torch.cat([prompt.ids.to(vlm.device), outputs.ids[0, k][mask]])[None]
+        is_image = (ids == getattr(vlm.model.config, "image_token_id", -1)).long()
+        accepted = inspect.signature(vlm.model.forward).parameters
+        types = {name: is_image for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
+        images = {name: x.to(vlm.device, vlm.model.dtype if x.is_floating_point() else x.dtype)
+                  for name, x in prompt.images.items()}
+        logits = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **types).logits.float()
+        plain = logits[0, len(prompt.ids) - 1:-1].log_softmax(-1).gather(1, outputs.ids[0, k][mask][:, None]).squeeze(1)
+        error, allowed = (plain - packed[0, k][mask]).abs().max().item(), 1e-3 if vlm.model.dtype == torch.float32 else 0.5
+        if not error < allowed:
+            raise UserError(f"{type(vlm.model).__name__} reads packed responses differently from single ones (log-probs "
+                            f"differ by {error:.3g}), so this code cannot train it")
 
 
 def token_logps(head, states: Tensor, targets: Tensor, temperature: float, budget: int = 2 ** 26) -> Tensor:

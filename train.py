@@ -390,7 +390,7 @@ PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discrimina
              discriminator_lr=1e-6, max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0)
 TOY = PAPER | dict(sft_steps=800, sft_lr=1e-3, collect=8, discriminator_steps=60, pretrain_lr=2e-4, steps=160,
                    batch_size=64, accumulate=1, lr=4e-4, warmup=32, discriminator_lr=4e-4, max_new_tokens=24,
-                   eval_every=20, log_every=10, teacher_steps=700)
+                   eval_every=20, log_every=10, teacher_steps=600)
 
 
 def parse_args(argv=None):
