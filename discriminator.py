@@ -63,9 +63,10 @@ class Discriminator(nn.Module):
         return self.head(states.gather(2, final).squeeze(2).float()).squeeze(-1)             # (B, K)
 
     @torch.no_grad()
-    def p_student(self, texts: list[list[str]]) -> Tensor:
-        """(B, K) probabilities that the student wrote each text."""
-        return self(texts).sigmoid()
+    def p_student(self, texts: list[list[str]], rows: int) -> Tensor:
+        """(B, K) probabilities that the student wrote each text, computed `rows` responses at a time."""
+        size = max(1, rows // len(texts[0]))
+        return torch.cat([self(texts[i:i + size]) for i in range(0, len(texts), size)]).sigmoid()
 
 
 def discriminator_loss(logits: Tensor, is_student: Tensor) -> Tensor:
@@ -74,27 +75,31 @@ def discriminator_loss(logits: Tensor, is_student: Tensor) -> Tensor:
              + nn.functional.logsigmoid(-logits[~is_student]).mean())          # log (1 - D(o^teacher))
 
 
-def update(discriminator: Discriminator, optimizer, texts: list[list[str]], is_student: Tensor) -> dict[str, float]:
-    """One step of Eq. 1 (line 8 of Algorithm 2) on B lists of K responses. Returns its loss and accuracy before it."""
-    logits = discriminator(texts)
-    loss = discriminator_loss(logits, is_student)
-    optimizer.zero_grad()
-    loss.backward()
+def update(discriminator: Discriminator, optimizer, texts: list[list[str]], is_student: Tensor,
+           rows: int) -> dict[str, float]:
+    """One step of Eq. 1 (line 8 of Algorithm 2) on B lists of K responses, `rows` responses at a time. Every list has as
+    many responses of each side, so the parts' gradients add up to the whole's. Returns loss and accuracy before it."""
+    size, loss, right = max(1, rows // len(texts[0])), 0.0, 0.0
+    for i in range(0, len(texts), size):
+        logits, label = discriminator(texts[i:i + size]), is_student[i:i + size]
+        part = discriminator_loss(logits, label) * len(label) / len(texts)
+        part.backward()
+        loss, right = loss + part.item(), right + ((logits > 0) == label).sum().item()
     optimizer.step()
-    return {"d_loss": loss.item(), "d_accuracy": ((logits > 0) == is_student).float().mean().item()}
+    optimizer.zero_grad()
+    return {"d_loss": loss, "d_accuracy": right / is_student.numel()}
 
 
-def pretrain(discriminator: Discriminator, batches, steps: int, lr: float):
+def pretrain(discriminator: Discriminator, optimizer, batches, steps: int, lr: float, rows: int):
     """Teach D before it rewards anyone: `steps` updates of Eq. 1 on (texts, is_student) batches, lr decayed to lr / 10.
 
     Returns the accuracy over the last tenth of the steps.
     """
-    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=lr, weight_decay=0.0)
     bar, accuracies = tqdm(range(steps), desc="discriminator", unit="step"), []
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - 0.9 * step / steps)
-        metrics = update(discriminator, optimizer, *next(batches))
+        metrics = update(discriminator, optimizer, *next(batches), rows)
         accuracies.append(metrics["d_accuracy"])
         bar.set_postfix_str(f"loss {metrics['d_loss']:.3f} accuracy {metrics['d_accuracy']:.2f}", refresh=False)
     last = accuracies[-max(1, steps // 10):]

@@ -20,6 +20,7 @@ import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, DynamicCache,
                           GenerationConfig, InternVLConfig, PreTrainedModel, ProcessorMixin, Qwen2_5_VLConfig, Qwen2Tokenizer)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
@@ -98,13 +100,19 @@ class Outputs:
         return Outputs(self.text[questions], self.ids[questions], self.mask[questions])
 
 
-def join(students: Outputs, teachers: Outputs) -> Outputs:
-    """The 2G responses of each question as one object, students first: (B, G, R1) and (B, G, R2) -> (B, 2G, R)."""
-    def fit(x):                                                    # right-pad to the longer of the two R
-        return torch.nn.functional.pad(x, (0, max(students.ids.shape[-1], teachers.ids.shape[-1]) - x.shape[-1]))
-    return Outputs([s + t for s, t in zip(students.text, teachers.text)],
-                   torch.cat([fit(students.ids), fit(teachers.ids)], dim=1),
-                   torch.cat([fit(students.mask), fit(teachers.mask)], dim=1))
+def join(parts: list[Outputs], dim: int) -> Outputs:
+    """Outputs as one, padded to the longest R: dim 0 puts questions after questions, dim 1 responses after responses."""
+    text = [row for part in parts for row in part.text] if dim == 0 else [sum(rows, []) for rows in zip(*(p.text for p in parts))]
+    return Outputs(text, stack([part.ids.transpose(0, dim) for part in parts]).transpose(0, dim),
+                   stack([part.mask.transpose(0, dim) for part in parts]).transpose(0, dim))
+
+
+def stack(tensors: list[Tensor]) -> Tensor:
+    """Concatenate along the first dimension; the others are zero-padded to the largest. Families that cut an image into
+    tiles give (images, tiles, ...), with tiles that differ from prompt to prompt, and skip the empty ones."""
+    largest = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors))]
+    padding = [[n for have, want in zip(x.shape[:0:-1], largest[::-1]) for n in (0, want - have)] for x in tensors]
+    return torch.cat([torch.nn.functional.pad(x, p) if any(p) else x for x, p in zip(tensors, padding)])
 
 
 # ---------------------------------------------------------------------------------------------- load and save
@@ -128,9 +136,6 @@ def load_vlm(path: str, device: str | None = None, dtype: str | None = None, tex
     kind = AutoModelForImageTextToText if hasattr(processor, "image_processor") else AutoModelForCausalLM
     with naming(path):
         model = kind.from_pretrained(path, dtype=dtype).to(device).eval()
-    if unknown := set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - set(ATTENTION):
-        raise UserError(f"{path}: its layers of {', '.join(sorted(unknown))} cannot be packed; "
-                        f"known are {' and '.join(ATTENTION)}")
     return VLM(model, processor, *special_ids(model, processor))
 
 
@@ -154,6 +159,8 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
     processing_smolvlm.num2words = processing_smolvlm.num2words or str
     with naming(path):
         config = AutoConfig.from_pretrained(path)
+        if unknown := set(getattr(config.get_text_config(), "layer_types", None) or ()) - set(ATTENTION):
+            raise ValueError(f"layers of {', '.join(sorted(unknown))} cannot be packed, only {' and '.join(ATTENTION)}")
         family = PROCESSOR_MAPPING.get(type(config), None)
         if text_only and not hasattr(config, "vision_config"):
             processor = AutoTokenizer.from_pretrained(path)
@@ -183,6 +190,14 @@ def image_tokens(processor: ProcessorMixin) -> set[str]:
                                           "context_image", "vision_start")]
     return {token for owner in (processor, getattr(processor, "tokenizer", None)) for name in names
             if (token := getattr(owner, name, None))}
+
+
+def checkpoint_layers(model: PreTrainedModel):
+    """From now on, packed_states keeps the input of each layer only, and computes its inside again to go backward."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def save_vlm(vlm: VLM, path: str):
@@ -302,14 +317,6 @@ def collate(vlm: VLM, prompts: list[Prompt]) -> dict:
         positions, _ = vlm.trunk.get_rope_index(ids, mm_token_type_ids=is_image.int(), attention_mask=mask,
                                                 image_grid_thw=images.get("image_grid_thw"))
     return {"input_ids": ids, "mask": mask, "is_image": is_image, "position_ids": positions, "images": images}
-
-
-def stack(tensors: list[Tensor]) -> Tensor:
-    """Concatenate along the first dimension; the others are zero-padded to the largest. Families that cut an image into
-    tiles give (images, tiles, ...), with tiles that differ from prompt to prompt, and skip the empty ones."""
-    largest = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors))]
-    padding = [[n for have, want in zip(x.shape[:0:-1], largest[::-1]) for n in (0, want - have)] for x in tensors]
-    return torch.cat([torch.nn.functional.pad(x, p) if any(p) else x for x, p in zip(tensors, padding)])
 
 
 # ---------------------------------------------------------------------------------------------- generate
@@ -448,9 +455,12 @@ def packed_states(trunk, batch: dict, ids: Tensor, mask: Tensor) -> tuple[Tensor
     attention = packed_mask(owner, place, dtype, whole)
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):    # such models take a mask per kind of layer
         attention = dict(zip(ATTENTION, (attention, packed_mask(owner, place, dtype, whole, config.sliding_window))))
+    for layer in trunk.modules():                                  # layers checkpoint in training mode only; what is
+        layer.training = torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)   # in them stays out
     states = trunk(input_ids=torch.cat([batch["input_ids"], ids.flatten(1).gather(1, where)], dim=1),
                    position_ids=torch.cat([batch["position_ids"], last + 1 + offset], dim=-1), attention_mask=attention,
                    use_cache=False, **batch["images"]).last_hidden_state                     # (B, L, d)
+    trunk.eval()
     responses = states.new_zeros(B, K * R, states.shape[-1])
     responses = responses.scatter(1, where[..., None].expand(-1, -1, states.shape[-1]), states[:, P:])
     return states[:, P - 1], responses.unflatten(1, (K, R))
@@ -473,7 +483,7 @@ def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float 
 
 
 @torch.no_grad()
-def check_packing(vlm: VLM, prompt: Prompt, path: str):
+def check_packing(vlm: VLM, prompt: Prompt):
     """Score two responses packed and as the model's own forward pass has them; UserError where the two differ.
 
     What packing assumes of a family (what sees what, how positions count, that logits are head(states)) is checked on

@@ -11,25 +11,42 @@ The toy world is at the bottom: coloured shapes on a 3 x 3 grid, drawn with Pill
 same reader as anyone's data.
 """
 import argparse
+import base64
+import http.client
+import io
 import json
+import math
+import os
 import random
+import re
+import struct
+import threading
+import time
+import urllib.error
+import urllib.request
 import zlib
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from model import VLM, Prompt, Sampling, UserError, encode, generate, load_vlm, run
+from model import MARK, VLM, Prompt, Sampling, UserError, chat_turns, encode, encode_responses, generate, load_vlm, run, score
 
 # ---------------------------------------------------------------------------------------------- examples
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question about some images (often one, possibly none) and its true answer. `where` is "file:line"."""
+    """One question about some images (often one, possibly none) and its true answer. `where` is "file:line".
+
+    Images stand where the question marks them with `<image>`, else before it. history: earlier (question, answer) turns.
+    """
     id: str
     images: tuple[str, ...]
     question: str
@@ -37,6 +54,7 @@ class Example:
     options: tuple[str, ...] = ()
     category: str = ""
     where: str = ""
+    history: tuple[tuple[str, str], ...] = ()
 
     @property
     def text(self) -> str:
@@ -62,65 +80,342 @@ def read_jsonl(path: str):
             yield where, row
 
 
-def load_examples(path: str) -> list[Example]:
-    """Read a JSONL file of examples: {"id", "image", "question", "answer", "options", "category"}, one a line.
+def read_rows(path: str):
+    """Yield (where, row) for each object of a JSON list or of a JSONL file, told apart by the first character."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        is_list = file.read(4096).lstrip().startswith(b"[")
+    if not is_list:
+        yield from read_jsonl(path)
+        return
+    try:
+        rows = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: item {number}: expected an object in braces, found {str(row)[:40]}")
+        yield f"{path}: item {number}", row
 
-    image is a path relative to the file's folder, a list of paths, or absent; id defaults to the line number; options
-    and category may be absent. UserError naming file and line for a bad row, a missing or unreadable image, or a
-    repeated id.
+
+def strings(row: dict, name: str, where: str) -> list[str]:
+    """row[name] as a list of strings; nothing, or where it is an image a single string, will do too."""
+    value = row.get(name) or []
+    value = [value] if isinstance(value, str) and name.startswith("image") else value
+    if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+        raise UserError(f'{where}: expected a list of strings as "{name}", found {value!r}')
+    return value
+
+
+def dialogue(row: dict, where: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """(user, assistant) texts and image paths of a row in LLaVA's form ("conversations") or the chat form ("messages").
+
+    A system turn goes before the first question. Image parts become `<image>` marks in the text.
     """
-    examples, seen = [], set()
-    for where, row in read_jsonl(path):
-        images, options = row.get("image") or [], row.get("options") or []
-        images = [images] if isinstance(images, str) else images
-        for name, value in (("image", images), ("options", options)):
-            if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
-                raise UserError(f'{where}: expected a list of strings as "{name}", found {value!r}')
-        example = Example(str(row.get("id", where.rsplit(":", 1)[1])),
-                          tuple(str(Path(path).parent / image) for image in images), row.get("question"),
-                          row.get("answer"), tuple(options), str(row.get("category", "")), where)
-        for name in ("question", "answer"):
-            value = getattr(example, name)
-            if not isinstance(value, str) or not value.strip():
-                raise UserError(f'{where}: expected a non-empty string as "{name}", found {value!r}')
-        if example.id in seen:
-            raise UserError(f"{where}: the id {example.id!r} was used before; ids must be unique within a file")
-        seen.add(example.id)
-        for image in example.images:
-            open_image(image, where).close()
-        examples.append(example)
+    turns, images, system = [], strings(row, "image", where) + strings(row, "images", where), ""
+    for turn in row.get("conversations") or row["messages"]:
+        role, content = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content") or ""
+        if isinstance(content, list):
+            for part in content:
+                if part.get("type") != "text":
+                    link = part.get("image_url")
+                    path = part.get("image") or part.get("path") or part.get("url") or (
+                        link.get("url") if isinstance(link, dict) else link)
+                    images += [path] if path else []
+            content = "".join(part["text"] if part.get("type") == "text" else MARK for part in content)
+        if role == "system":
+            system = content + "\n"
+        elif role in ("human", "user") and (not turns or len(turns[-1]) == 2):
+            turns.append((system + content,))
+            system = ""
+        elif role in ("gpt", "assistant") and turns and len(turns[-1]) == 1:
+            turns[-1] += (content,)
+        else:
+            raise UserError(f"{where}: expected questions and answers in turn, found {role!r} as turn {2 * len(turns) + 1}")
+    turns = [turn for turn in turns if len(turn) == 2]
+    if not turns:
+        raise UserError(f"{where}: no question with an answer in it")
+    return turns, images
+
+
+def examples_of(path: str, where: str, row: dict) -> list[Example]:
+    """A row of a data file as examples: one, or one for each answer of a dialogue."""
+    folder, name = Path(path).parent, str(row.get("id", where.rsplit(":", 1)[1].removeprefix(" item ")))
+
+    def found(image):                                              # beside the file, or in the folder `images` beside it
+        inside = folder / "images" / image
+        return str(inside if not (folder / image).exists() and inside.exists() else folder / image)
+    if "conversations" in row or "messages" in row:
+        try:
+            turns, images = dialogue(row, where)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{where}: a turn that is neither LLaVA's form nor the chat form ({error})") from error
+        examples = []
+        for i, (question, answer) in enumerate(turns):
+            marks = sum(text.count(MARK) for text, _ in turns[:i + 1])      # images of later turns are not yet shown
+            shown = images[:marks] if any(MARK in text for text, _ in turns) else images
+            examples.append(Example(name if len(turns) == 1 else f"{name}-{i + 1}", tuple(found(x) for x in shown), question,
+                                    answer, (), str(row.get("category", "")), where, tuple(turns[:i])))
+        return examples
+    if "question" not in row:
+        raise UserError(f'{where}: in no known format; expected "question" and "answer", or "conversations", or "messages"')
+    return [Example(name, tuple(found(image) for image in strings(row, "image", where)), row["question"], row.get("answer"),
+                    tuple(strings(row, "options", where)), str(row.get("category", "")), where,
+                    tuple(map(tuple, row.get("history", ()))))]
+
+
+def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
+    """Read examples, and look at every image once, so that what is wrong is known before any work is done.
+
+    Three forms, JSONL or a JSON list: ours, {"id", "image", "question", "answer", "options", "category"}; LLaVA's,
+    {"id", "image", "conversations"}; and chat, {"messages", "images"}. Images are paths relative to the file's folder or
+    to `images` in it. UserError naming file and line for a bad row, a missing or unreadable image, or a repeated id;
+    with skip_bad, rows with such images are left out, and counted on the console.
+    """
+    examples, ids = [], defaultdict(int)
+    for where, row in read_rows(path):
+        for example in examples_of(path, where, row):
+            for name in ("question", "answer"):
+                value = getattr(example, name)
+                if not isinstance(value, str) or not value.replace(MARK, "").strip():
+                    raise UserError(f'{where}: expected a non-empty string as "{name}", found {value!r}')
+            try:
+                chat_turns(example.text, len(example.images), example.history)        # do marks and images agree?
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+            ids[example.id] += 1
+            if ids[example.id] > 1 and "question" in row:
+                raise UserError(f"{where}: the id {example.id!r} was used before; ids must be unique within a file")
+            if ids[example.id] > 1:                                # common in LLaVA's files
+                example = Example(**vars(example) | {"id": f"{example.id}#{ids[example.id]}"})
+            examples.append(example)
+    wheres, bad = {image: e.where for e in reversed(examples) for image in e.images}, {}
+
+    def look(image):
+        try:
+            open_image(image, wheres[image])
+        except UserError as error:
+            bad[image] = error
+    with ThreadPoolExecutor(8) as pool:
+        list(tqdm(pool.map(look, wheres), f"images of {Path(path).name}", len(wheres), unit="image", delay=3))
+    for image in wheres:
+        if image in bad and not skip_bad:
+            raise bad[image]
+    if bad:
+        whole = [e for e in examples if not bad.keys() & set(e.images)]
+        print(f"{path}: {len(examples) - len(whole)} of {len(examples)} examples skipped for {len(bad)} bad images, "
+              f"the first: {next(iter(bad.values()))}")
+        examples = whole
     if not examples:
         raise UserError(f"{path}: no examples in it")
     return examples
 
 
 def open_image(path: str, where: str) -> Image.Image:
-    """Open an image and read its header, no pixels yet. UserError when it is missing, empty or not an image."""
+    """An image as 8-bit RGB, upright (EXIF), on white where it is transparent; 16-bit grey is scaled, not clipped.
+
+    UserError when it is missing, empty, truncated, no image, or so large that it must be a decompression bomb.
+    """
     try:
-        return Image.open(path)
+        image = Image.open(path)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            grey = np.asarray(image).astype(np.float32)
+            return Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except FileNotFoundError as error:
         raise UserError(f"{where}: image {path} does not exist") from error
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: image {path} cannot be read ({type(error).__name__}; "
-                        f"{Path(path).stat().st_size} bytes)") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(f"{where}: image {path} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def encode_example(vlm: VLM, example: Example) -> Prompt:
-    """The example as a prompt of this model; UserError naming file and line when an image turns out to be corrupt.
+    """The example as a prompt of this model; UserError naming file and line where it cannot be one.
 
     The first 512 MB of prompts are kept: epochs over a small set of small pictures should not open each every time.
     """
     if example in vlm.prompts:
         return vlm.prompts[example]
+    images = [open_image(path, example.where) for path in example.images]
     try:
-        images = [open_image(path, example.where).convert("RGB") for path in example.images]
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{example.where}: an image of {example.images} is corrupt ({error})") from error
-    prompt = encode(vlm, example.text, images)
+        prompt = encode(vlm, example.text, images, example.history)
+    except UserError as error:
+        raise UserError(f"{example.where}: {error}") from error
     vlm.room -= prompt.ids.nbytes + sum(x.nbytes for x in prompt.images.values())
     if vlm.room > 0:
         vlm.prompts[example] = prompt
     return prompt
+
+
+# ---------------------------------------------------------------------------------------------- models behind a URL
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model on an OpenAI-compatible server (vLLM, SGLang, a vendor). url: its base, as http://localhost:8000/v1.
+
+    timeout: seconds that one attempt may take; limit: seconds that a call may take with all its attempts; pause: seconds
+    before the second attempt, twice that before the third, ...; workers: calls at a time.
+    refused collects the sampling settings that the server turned out not to take.
+    """
+    model: str
+    url: str
+    timeout: float = 120.0
+    limit: float = 600.0
+    pause: float = 1.0
+    workers: int = 16
+    refused: set = field(default_factory=set, compare=False)
+
+
+KEY = "OPENAI_API_KEY"                                             # the only place an API key is read from; never logged
+OPTIONAL = ("top_k", "top_p", "repetition_penalty", "seed", "n", "temperature")      # what servers may not know
+
+
+class CallFailed(Exception):
+    """A call that came to nothing after all its attempts."""
+
+
+class Refused(CallFailed):
+    """The server understood the call and will not do it (HTTP 4xx): asking again is no use. args: status, text."""
+
+
+class Busy(Exception):
+    """HTTP 429 or 5xx: may pass. `after`: the server's Retry-After, or None."""
+    def __init__(self, status: int, after: str | None):
+        super().__init__(f"HTTP {status}")
+        self.after = after
+
+
+class StayHere(urllib.request.HTTPRedirectHandler):
+    """No redirects: they would carry the key to another host."""
+    def redirect_request(self, *_):
+        return None
+
+
+def endpoint_of(name: str) -> Endpoint | None:
+    """The Endpoint that "model@base_url" means; None for anything else, which is a checkpoint."""
+    model, _, url = name.rpartition("@")
+    return Endpoint(model, url.rstrip("/")) if model and url.startswith(("http://", "https://")) else None
+
+
+def attempt(endpoint: Endpoint, path: str, body: dict | None, deadline: float) -> dict:
+    """One HTTP request, POST with a body and GET without; the JSON object that came back. Raises Busy, OSError or
+    ValueError for what may pass, Refused for what will not."""
+    request = urllib.request.Request(endpoint.url + path, None if body is None else json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    if key := os.environ.get(KEY):
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.build_opener(StayHere).open(request, timeout=endpoint.timeout) as response:
+            pieces = []
+            while piece := response.read1(2 ** 16):                # a server that drips must not hold us for ever
+                pieces.append(piece)
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the answer did not end")
+            if (length := response.headers.get("Content-Length")) and int(length) != sum(map(len, pieces)):
+                raise ValueError("half an answer")
+    except urllib.error.HTTPError as error:
+        text = error.read(2000).decode("utf-8", "replace")
+        if error.code in (408, 409, 425, 429) or error.code >= 500:
+            raise Busy(error.code, error.headers.get("Retry-After")) from error
+        raise Refused(error.code, text) from error
+    except http.client.HTTPException as error:
+        raise ConnectionError(f"broken answer ({type(error).__name__})") from error
+    answer = json.loads(b"".join(pieces))
+    if not isinstance(answer, dict):
+        raise ValueError("not a JSON object")
+    return answer
+
+
+def call(endpoint: Endpoint, path: str, body: dict | None, read):
+    """read(answer) of the first attempt that succeeds: `read` raises ValueError for an answer that will not do.
+
+    Between attempts, waits pause, 2 pause, 4 pause, ... seconds, each times a random 0.5 to 1.5 so that callers do not
+    come back in step, or what Retry-After asks for. Raises CallFailed once `limit` seconds are over, Refused at once.
+    """
+    start, tries = time.monotonic(), 0
+    while True:
+        try:
+            return read(attempt(endpoint, path, body, time.monotonic() + endpoint.timeout))
+        except (Busy, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            after = str(getattr(error, "after", None))
+            wait = float(after) if after.isdigit() else endpoint.pause * 2 ** tries * random.uniform(0.5, 1.5)
+            tries += 1
+            if time.monotonic() + wait - start > endpoint.limit:
+                raise CallFailed(f"{endpoint.url}: no good answer in {tries} attempts; the last: {error}") from error
+            time.sleep(wait)
+
+
+def check_endpoint(endpoint: Endpoint):
+    """UserError unless the server is up, takes our key and serves this model. A server without /models is believed; one
+    that lists other models is asked for one token of ours, as some load models when asked."""
+    def ask(path, body=None):
+        try:
+            return attempt(endpoint, path, body, time.monotonic() + endpoint.timeout)
+        except (Busy, Refused) as error:
+            if error.args[0] in (401, 403):
+                raise UserError(f"{endpoint.url} " + (f"does not accept the key in the environment variable {KEY}" if
+                                os.environ.get(KEY) else f"wants a key: set the environment variable {KEY}")) from error
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{endpoint.url}: no server answers there ({getattr(error, 'reason', error)})") from error
+    served = ask("/models").get("data")
+    names = [str(row.get("id")) for row in served or [] if isinstance(row, dict)]
+    hello = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    if names and endpoint.model not in names and not ask("/chat/completions", hello):
+        raise UserError(f"{endpoint.url} does not serve {endpoint.model}; it serves {', '.join(names[:5])}")
+
+
+def messages_of(turns: list[dict], images: list[Image.Image]) -> list[dict]:
+    """chat_turns as an endpoint wants them: images as PNG data URLs, without loss; plain text as a string."""
+    urls = []
+    for image in images:
+        image.save(buffer := io.BytesIO(), "PNG", compress_level=1)
+        urls.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+    urls = iter(urls)
+    return [{"role": turn["role"], "content":
+             "".join(part["text"] for part in turn["content"]) if all(part["type"] == "text" for part in turn["content"]) else
+             [part if part["type"] == "text" else {"type": "image_url", "image_url": {"url": next(urls)}}
+              for part in turn["content"]]} for turn in turns]
+
+
+def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling, seed: int) -> list[tuple[str, bool]]:
+    """Up to `num` replies to messages (as messages_of makes them), each (text, finished). At least one, or CallFailed.
+
+    A setting that the server refuses is left out from then on, and that is said.
+    """
+    settings = {"n": num, "seed": seed, "temperature": sampling.temperature, "top_p": sampling.top_p,
+                "top_k": sampling.top_k or -1, "repetition_penalty": sampling.repetition_penalty}
+
+    def read(answer):
+        choices = [(c["message"].get("content") or "", c.get("finish_reason", "stop") == "stop") for c in answer["choices"]]
+        if not choices or not all(isinstance(text, str) for text, _ in choices):
+            raise ValueError("no choices in it")
+        return [(text.strip(), stopped and bool(text.strip())) for text, stopped in choices][:num]
+    while True:
+        body = {"model": endpoint.model, "messages": messages, "max_tokens": sampling.max_new_tokens, "stream": False}
+        body |= {name: value for name, value in settings.items() if name not in endpoint.refused}
+        if "max_tokens" in endpoint.refused:                       # a newer name for the same thing
+            body["max_completion_tokens"] = body.pop("max_tokens")
+        try:
+            replies = call(endpoint, "/chat/completions", body, read)
+        except Refused as error:
+            blamed = [name for name in (*OPTIONAL, "max_tokens") if name in body and re.search(rf"\b{name}\b", error.args[1])]
+            if error.args[0] not in (400, 422) or not blamed:
+                raise CallFailed(f"{endpoint.url} refuses: HTTP {error.args[0]}, {error.args[1][:200]}") from error
+            endpoint.refused.update(blamed)
+            tqdm.write(f"{endpoint.model}: the server does not take {', '.join(blamed)}; it is asked without")
+            continue
+        if len(replies) < num and "n" not in endpoint.refused:
+            endpoint.refused.add("n")
+            tqdm.write(f"{endpoint.model}: the server ignores n; it is asked for one response at a time")
+        return replies
 
 
 # ---------------------------------------------------------------------------------------------- the collection
@@ -129,22 +424,28 @@ def encode_example(vlm: VLM, example: Example) -> Prompt:
 class Collection:
     """The saved responses: `responses[example id][teacher]` is a list of texts."""
 
-    def __init__(self, path: str, examples: list[Example], forbidden: set[str] = frozenset()):
+    def __init__(self, path: str, examples: list[Example], forbidden: set[str] = frozenset(), tokenizer=None,
+                 longest: int = 0):
         """Read a collection for these examples. A row is {"id", "teacher", "text"}, and may say "finished".
 
-        Responses that were cut off by a token limit ("finished": false) are left out and counted in `unfinished`.
-        UserError when an example has no response at all, as it could not be drawn from, and when a response spells one
+        Left out, and counted: in `unfinished`, responses that were cut off by a token limit ("finished": false); in
+        `overlong`, those of more than `longest` tokens, by the student's tokenizer: it could never say them in full.
+        UserError when an example has no response left, as it could not be drawn from, and when a response spells one
         of the `forbidden` image tokens of the student.
         """
-        self.responses, self.unfinished = defaultdict(lambda: defaultdict(list)), 0
+        self.responses, self.unfinished, self.overlong = defaultdict(lambda: defaultdict(list)), 0, 0
         for where, row in read_jsonl(path):
-            if not isinstance(row.get("text"), str) or "id" not in row:
+            text = row.get("text")
+            if not isinstance(text, str) or "id" not in row:
                 raise UserError(f'{where}: expected a response {{"id": ..., "teacher": ..., "text": ...}}')
-            if spelt := [token for token in forbidden if token in row["text"]]:
+            if spelt := [token for token in forbidden if token in text]:
                 raise UserError(f"{where}: the response spells {spelt[0]}, which the student reads as an image")
+            # a token is at least a byte, so short texts need no counting; one more token ends the turn
+            overlong = tokenizer is not None and len(text.encode()) >= longest <= len(tokenizer(text).input_ids)
             self.unfinished += not row.get("finished", True)
-            if row.get("finished", True):
-                self.responses[str(row["id"])][str(row.get("teacher", "teacher"))].append(row["text"])
+            self.overlong += overlong
+            if row.get("finished", True) and not overlong:
+                self.responses[str(row["id"])][str(row.get("teacher", "teacher"))].append(text)
         for example in examples:
             if example.id not in self.responses:
                 raise UserError(f"{path}: no finished response for the question {example.id!r} of {example.where}")
@@ -171,43 +472,152 @@ class Collection:
 
 def teacher_name(teacher: str) -> str:
     """What the collection and the logs call a teacher: the last part of its path or hub id."""
-    return Path(teacher).name
+    endpoint = endpoint_of(teacher)
+    return Path(endpoint.model if endpoint else teacher).name
 
 
-def fill_collection(path: str, teachers: list[str], examples: list[Example], num: int, sampling: Sampling, seed: int = 0,
-                    batch_size: int = 64, device: str | None = None, dtype: str | None = None):
+def fill_collection(path: str, teachers: list[str | Endpoint], examples: list[Example], num: int, sampling: Sampling,
+                    seed: int = 0, batch_size: int = 64, device: str | None = None, dtype: str | None = None):
     """Bring the file to `num` responses of each teacher to each example, sampled with `sampling`; append as they come.
 
     What is already there under the same example, teacher and sampling settings is kept, so an interrupted fill goes
-    on where it stopped. Each batch has a seed of its own: it comes out the same whether or not there was a stop.
+    on where it stopped; a last line that was not finished is dropped. Every batch, and every call of a server, has a
+    seed of its own: it comes out the same whether or not there was a stop, from a server that honours seeds.
     """
-    names = [teacher_name(teacher) for teacher in teachers]
+    names = [teacher_name(t.model if isinstance(t, Endpoint) else t) for t in teachers]
     if len(set(names)) < len(names):
         raise UserError(f"two teachers have the same name ({', '.join(names)}); rename a folder, so that their responses "
                         "can be told apart")
-    have = defaultdict(int)                                        # responses by example, teacher and sampling settings
+    settings, have = asdict(sampling), defaultdict(int)            # responses by example, teacher and sampling settings
     if Path(path).exists():
+        drop_torn_line(path)
         for _, row in read_jsonl(path):
             have[row.get("id"), row.get("teacher"), json.dumps(row.get("sampling"))] += 1
-    settings = asdict(sampling)
+    lock = threading.Lock()
+
+    def keep(name, example, replies):
+        rows = [{"id": example.id, "teacher": name, "text": text, "finished": end, "sampling": settings}
+                for text, end in replies]
+        with lock, open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
     for name, teacher in zip(names, teachers):
-        vlm = None                                                 # loaded only if it has anything left to say
-        batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
-        for number, batch in enumerate(tqdm(batches, desc=f"responses of {name}", unit="batch")):
-            missing = {e.id: num - have[e.id, name, json.dumps(settings)] for e in batch}
-            if all(n <= 0 for n in missing.values()):
-                continue
-            vlm = vlm or load_vlm(teacher, device, dtype)
-            generator = torch.Generator(vlm.device).manual_seed(zlib.crc32(f"{seed} {name} {number}".encode()))
-            outputs = generate(vlm, [encode_example(vlm, e) for e in batch], num, sampling, generator)
-            # a response is finished when its last token is a stop token; one that was cut off never is drawn
-            last = (outputs.ids * outputs.mask).gather(2, outputs.mask.sum(2, keepdim=True) - 1).squeeze(2)    # (B, G)
-            finished = torch.isin(last, torch.tensor(vlm.stop_ids, device=vlm.device)).tolist()
-            with open(path, "a", encoding="utf-8") as file:
-                for example, texts, ends in zip(batch, outputs.text, finished):
-                    for text, end in list(zip(texts, ends))[num - max(0, missing[example.id]):]:
-                        row = {"id": example.id, "teacher": name, "text": text, "finished": end, "sampling": settings}
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        missing = {e.id: num - have[e.id, name, json.dumps(settings)] for e in examples}
+        endpoint = teacher if isinstance(teacher, Endpoint) else endpoint_of(teacher)
+        fill = fill_from_server if endpoint else fill_from_checkpoint
+        if max(missing.values()) > 0:
+            fill(endpoint or load_vlm(teacher, device, dtype), name, examples, num, missing, sampling, seed, batch_size,
+                 partial(keep, name))
+    if any(isinstance(t, Endpoint) or endpoint_of(t) for t in teachers):
+        put_in_order(path, names, examples)
+
+
+def drop_torn_line(path: str):
+    """Cut a file of lines back to its last whole one: a writer that was killed may have left half of one."""
+    with open(path, "rb+") as file:
+        tail = b""
+        end = size = file.seek(0, os.SEEK_END)
+        while end and b"\n" not in tail:
+            start = max(0, end - 2 ** 16)
+            file.seek(start)
+            tail, end = file.read(end - start) + tail, start
+        if (torn := len(tail) - (tail.rfind(b"\n") + 1)):
+            file.truncate(size - torn)
+
+
+def fill_from_checkpoint(vlm: VLM, name: str, examples: list[Example], num: int, missing: dict[str, int],
+                         sampling: Sampling, seed: int, batch_size: int, keep):
+    """Sample `num` responses to every example that misses any, a batch at a time, and keep(example, those missing)."""
+    batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
+    for number, batch in enumerate(tqdm(batches, desc=f"responses of {name}", unit="batch")):
+        if all(missing[e.id] <= 0 for e in batch):
+            continue
+        generator = torch.Generator(vlm.device).manual_seed(zlib.crc32(f"{seed} {name} {number}".encode()))
+        outputs = generate(vlm, [encode_example(vlm, e) for e in batch], num, sampling, generator)
+        # a response is finished when its last token is a stop token; one that was cut off never is drawn
+        last = (outputs.ids * outputs.mask).gather(2, outputs.mask.sum(2, keepdim=True) - 1).squeeze(2)        # (B, G)
+        finished = torch.isin(last, torch.tensor(vlm.stop_ids, device=vlm.device)).tolist()
+        for example, texts, ends in zip(batch, outputs.text, finished):
+            keep(example, list(zip(texts, ends))[num - max(0, missing[example.id]):])
+
+
+def fill_from_server(endpoint: Endpoint, name: str, examples: list[Example], num: int, missing: dict[str, int],
+                     sampling: Sampling, seed: int, batch_size: int, keep):
+    """Ask the server for what each example misses, endpoint.workers examples at a time; every answer is on disk before
+    the same example is asked again. A call that fails for good is counted and left out: another run asks it again."""
+    check_endpoint(endpoint)
+    failures, successes = [], 0
+
+    def work(example):
+        nonlocal successes
+        have, images = num - missing[example.id], [open_image(path, example.where) for path in example.images]
+        messages = messages_of(chat_turns(example.text, len(images), example.history), images)
+        while have < num:
+            if not successes and len(failures) >= endpoint.workers:
+                return                                             # nothing ever came back: give up, do not try them all
+            try:
+                replies = chat(endpoint, messages, num - have, sampling,
+                               zlib.crc32(f"{seed} {name} {example.id} {have}".encode()))
+            except CallFailed as error:
+                failures.append(error)
+                return
+            keep(example, replies)
+            have, successes = have + len(replies), successes + 1
+
+    todo = [e for e in examples if missing[e.id] > 0]
+    with ThreadPoolExecutor(endpoint.workers) as pool:
+        list(tqdm(pool.map(work, todo), f"responses of {name}", len(todo), unit="question"))
+    if failures:
+        message = f"{name}: {len(failures)} questions still lack responses; the last failure: {failures[-1]}"
+        if not successes:
+            raise UserError(message)
+        tqdm.write(message + " (run again to ask for them)")
+
+
+def put_in_order(path: str, names: list[str], examples: list[Example]):
+    """Sort the file by teacher, then example: calls in parallel come back in any order. Other rows stay first."""
+    teacher, example = {n: i for i, n in enumerate(names)}, {e.id: i for i, e in enumerate(examples)}
+    lines = [line for line in Path(path).read_bytes().splitlines(keepends=True) if line.strip()]
+    rows = [json.loads(line) for line in lines]
+    keys = [(teacher[r["teacher"]], example[r["id"]]) if r.get("teacher") in teacher and r.get("id") in example else (-1, 0)
+            for r in rows]
+    order = sorted(range(len(lines)), key=lambda i: keys[i])
+    if order != list(range(len(lines))):
+        Path(f"{path}.unfinished").write_bytes(b"".join(lines[i] for i in order))
+        Path(f"{path}.unfinished").replace(path)
+
+
+def select(vlm: VLM, examples: list[Example], num: int, longest: int, seed: int, batch_size: int = 16) -> list[Example]:
+    """Choose `num` examples to train on, as the paper picks its 40K: overlong filtering and log-probability sampling.
+
+    Examples whose answer has more than `longest` tokens are dropped, and counted on the console. Of the others, `num`
+    are drawn without replacement, one after the other, each time with chances in proportion to
+    w = 1 - exp(mean log-prob of the answer's tokens under the student): what it would say anyway teaches it nothing, and
+    what it finds impossible, which may be a wrong label, counts no more than what it finds hard. Drawing so is the same
+    as taking the `num` largest log w + Gumbel noise, which is what is done. The paper names the two steps and gives no
+    formula: the weight is ours. Returned in the order of the file.
+    """
+    short = [e for e in examples if len(encode_responses(vlm, [[e.answer]]).ids[0, 0]) <= longest]
+    print(f"{len(examples) - len(short)} of {len(examples)} examples dropped: answers of more than {longest} tokens")
+    rng, keys = random.Random(seed), []
+    for i in tqdm(range(0, len(short), batch_size), desc="log-probs", unit="batch"):
+        batch = short[i:i + batch_size]
+        outputs = encode_responses(vlm, [[e.answer] for e in batch])
+        with torch.no_grad():
+            logps = score(vlm, [encode_example(vlm, e) for e in batch], outputs).sum((1, 2)) / outputs.mask.sum((1, 2))
+        keys += [math.log(max(1e-9, -math.expm1(logp))) - math.log(-math.log(rng.random())) for logp in logps.tolist()]
+    chosen = set(sorted(range(len(short)), key=lambda i: -keys[i])[:num])
+    return [e for i, e in enumerate(short) if i in chosen]
+
+
+def write_examples(examples: list[Example], path: str):
+    """Write examples as JSONL that load_examples reads back; image paths relative to the file."""
+    with open(path, "w", encoding="utf-8") as file:
+        for e in examples:
+            row = {"id": e.id, "image": [os.path.relpath(image, Path(path).parent) for image in e.images],
+                   "question": e.question, "answer": e.answer, "options": e.options, "category": e.category,
+                   "history": e.history}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------- the toy world
@@ -309,20 +719,32 @@ def sampling_of(args) -> Sampling:
 
 
 def main():
-    """Fill a collection from the command line."""
-    parser = argparse.ArgumentParser(description="Collect responses of teachers.", allow_abbrev=False)
-    parser.add_argument("--teachers", nargs="+", required=True, help="checkpoint folders or hub ids")
-    parser.add_argument("--data", required=True, help="JSONL of examples")
+    """Fill a collection, or choose examples, from the command line."""
+    parser = argparse.ArgumentParser(description="Collect responses of teachers; or choose examples with --select.",
+                                     allow_abbrev=False)
+    parser.add_argument("--teachers", nargs="+", default=[], help="checkpoint folders, hub ids, or model@http://server/v1")
+    parser.add_argument("--data", required=True, help="examples: JSONL, or a JSON list")
     parser.add_argument("--out", required=True, help="the collection, JSONL; what it already holds is kept")
     parser.add_argument("-n", "--num", type=int, default=16, help="responses of each teacher to each question")
+    parser.add_argument("--select", type=int, metavar="K", help="instead: write the K examples that --student learns most "
+                        "from, sampled by their log-probability, to --out")
+    parser.add_argument("--student", help="checkpoint folder or hub id, for --select")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out examples whose image cannot be read")
     parser.add_argument("--batch-size", type=int, default=16, help="questions at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on the CPU")
     add_sampling_options(parser)
     args = parser.parse_args()
-    fill_collection(args.out, args.teachers, load_examples(args.data), args.num, sampling_of(args), args.seed,
-                    args.batch_size, args.device, args.dtype)
+    if not args.teachers and not (args.select and args.student):
+        parser.error("give --teachers, or --select K and --student")
+    examples = load_examples(args.data, args.skip_bad)
+    if args.select:
+        vlm = load_vlm(args.student, args.device, args.dtype)
+        write_examples(select(vlm, examples, args.select, args.max_new_tokens, args.seed, args.batch_size), args.out)
+    else:
+        fill_collection(args.out, args.teachers, examples, args.num, sampling_of(args), args.seed, args.batch_size,
+                        args.device, args.dtype)
 
 
 if __name__ == "__main__":

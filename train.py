@@ -27,6 +27,7 @@ import argparse
 import copy
 import json
 import random
+import re
 import shutil
 import sys
 import time
@@ -41,14 +42,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import discriminator as eq1
 from discriminator import Discriminator, similarity_reward
-from eval import JUDGES, draw_curves, evaluate, results_table, write_report
-from model import (VLM, Outputs, UserError, build_tiny_vlm, encode_responses, generate, image_tokens, join,
-                   load_processor, load_vlm, pick_device, run, save_vlm, score)
-from teachers import (Collection, Example, add_sampling_options, draw_toy_world, encode_example, fill_collection,
-                      load_examples, read_jsonl, sampling_of)
+from eval import draw_curves, evaluate, make_judge, results_table, verdicts_of, write_report
+from model import (VLM, Outputs, UserError, build_tiny_vlm, check_packing, checkpoint_layers, encode_responses, generate, image_tokens, join,
+                   load_processor, load_vlm, naming, pick_device, run, save_vlm, score)
+from teachers import (Collection, Example, add_sampling_options, check_endpoint, draw_toy_world, encode_example,
+                      endpoint_of, fill_collection, load_examples, read_jsonl, sampling_of)
 
 # ---------------------------------------------------------------------------------------------- the maths of line 10 to 13
 
@@ -97,6 +99,126 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Ten
     return -(gain * valid / valid.sum(1, keepdim=True).clamp(min=1)).sum()
 
 
+# ---------------------------------------------------------------------------------------------- what makes it fit
+
+
+class AdamW:
+    """AdamW without weight decay, in float32 whatever the weights are: a step of 1e-6 is lost when a bfloat16 is rounded.
+
+    A weight that is not float32 gets a float32 copy, which is what Adam moves; the weight is that copy, rounded. With
+    `offload` the copies and both moments (12 bytes a parameter, most of the memory of training) stay on the CPU and are
+    updated there: the gradient goes over, the new weight comes back. One torch optimizer per weight, so that no more
+    than one gradient is converted at a time. Frozen weights have no state.
+    """
+
+    def __init__(self, parameters, lr: float, betas=(0.9, 0.999), offload: bool = False):
+        self.weights = [weight for weight in parameters if weight.requires_grad]
+        self.masters = [weight.detach().to("cpu" if offload else weight.device, torch.float32).requires_grad_()
+                        for weight in self.weights]                # shares memory with a float32 weight that stays
+        self.optimizers = [torch.optim.AdamW([master], lr=lr, weight_decay=0.0, betas=betas) for master in self.masters]
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @torch.no_grad()
+    def step(self):
+        for weight, master, optimizer in zip(self.weights, self.masters, self.optimizers):
+            if weight.grad is not None:
+                master.grad = weight.grad.to(master.device, master.dtype)
+                optimizer.step()
+                master.grad = None
+                if master.data_ptr() != weight.data_ptr():
+                    weight.copy_(master)
+
+    def zero_grad(self):
+        for weight in self.weights:
+            weight.grad = None                                     # frees it
+
+
+@contextmanager
+def lend(module: torch.nn.Module, device: torch.device, offload: bool):
+    """The device is the module's for a while; with `offload` it waits on the CPU before and after, as in the paper."""
+    if offload:
+        module.to(device)
+    yield
+    if offload:
+        module.to("cpu")
+
+
+def freeze(model: torch.nn.Module, pattern: str | None, path: str):
+    """No gradient for the weights whose name contains a match of the regular expression. UserError if none does."""
+    names = [name for name, _ in model.named_parameters()]
+    chosen = {name for name in names if pattern and re.search(pattern, name)}
+    if pattern and not chosen:
+        raise UserError(f"--freeze {pattern} matches no weight of {path}; they are named like {', '.join(names[::len(names) // 4])}")
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name not in chosen)
+
+
+def plan(args) -> str:
+    """What a run would need of memory, from the student's config alone; nothing is downloaded but that.
+
+    Weights, gradients and optimizer states are counted; activations follow from the sizes of a decoder layer; the
+    lengths of prompts are measured on the first 32 examples of --data, or taken as 1,024 tokens.
+    """
+    if args.student == "toy":
+        raise UserError("--plan needs a named --student: the toy one fits anywhere")
+    model, text = skeleton(args.student), AutoConfig.from_pretrained(args.student).get_text_config()
+    device = pick_device(args.device)
+    bf16 = args.dtype == "bfloat16" or not args.dtype and device.type != "cpu"
+    freeze(model, args.freeze, args.student)
+    size = 2 if bf16 else 4                                        # bytes of a weight
+    state = 0 if args.offload else 12 if bf16 else 8               # of its optimizer state: two moments, a float32 copy
+    count = {"student": sum(w.numel() for w in model.parameters()),
+             "trained": sum(w.numel() for w in model.parameters() if w.requires_grad),
+             "discriminator": sum(w.numel() for w in model.get_decoder().parameters()) * (args.algorithm == "ril")}
+    P, where = 1024, "assumed"
+    if args.data:
+        vlm = VLM(model, load_processor(args.student), [], [])
+        lengths = [len(encode_example(vlm, e).ids) for e in load_examples(args.data, args.skip_bad)[:32]]
+        P, where = max(lengths), f"the longest of {len(lengths)} in {args.data}"
+    R, G, K = args.max_new_tokens, args.num_samples, args.num_samples * (1 + (args.algorithm == "ril"))
+    heads, ff = text.num_attention_heads, text.intermediate_size
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    d, a, layers, V = text.hidden_size, heads * head_dim, text.num_hidden_layers, text.vocab_size
+
+    def activations(tokens, rows):                                 # of a forward pass that remembers, in bytes
+        mask = 4 * (tokens // rows) ** 2 * rows
+        # a layer keeps the input of each product: two norms (and their float32 insides), q, k, v, attention, the FFN's four
+        layer = tokens * ((6 * d + 5 * a + 4 * ff) * size + (4 * d * 2 if bf16 else 0))
+        kept = layers * tokens * d * size + layer if args.gradient_checkpointing else layers * layer
+        return kept + mask + 2 * rows * heads * (tokens // rows) ** 2 * size * (device.type == "cpu")
+
+    def logits(tokens):
+        return min(tokens, 2 ** 26 // V) * V * 4 * 3
+    rollouts, L = args.rollout_batch * G, P + K * R
+    N, T, D = count["student"], count["trained"], count["discriminator"]
+    always = N * size + T * state + ((N + D) * size * (not args.offload)) * (args.algorithm == "ril" or args.beta > 0) + D * state
+    needs = {
+        "weights and optimizer": always,
+        "generate": always + rollouts * (P + R) * layers * 2 * (text.num_key_value_heads * head_dim) * size
+        + 2 * rollouts * V * 4 * 2 + args.rollout_batch * P * (6 * d + 2 * ff) * size,
+        "discriminator": (always + D * size * (1 + args.offload)
+                          + activations(args.batch_size * (110 + K * R), args.batch_size)) * (D > 0),
+        "update": always + T * size + max(N * size * args.offload * (args.beta > 0),
+                                          activations(args.batch_size * L, args.batch_size) + logits(args.batch_size * K * R))}
+    lines = [f"{args.student}: {N / 1e9:.3f}B parameters, {T / 1e9:.3f}B trained; discriminator {D / 1e9:.3f}B; weights in "
+             f"{'bfloat16' if bf16 else 'float32'} on {device.type}",
+             f"prompt {P} tokens ({where}), responses up to {R}; a step is {args.batch_size * args.accumulate} questions, "
+             f"{args.batch_size * args.accumulate * G} sampled responses, up to {args.batch_size * args.accumulate * L:,} "
+             f"tokens trained on, {args.batch_size * L:,} of them at a time"]
+    lines += [f"{name:24} {value / 1e9:8.2f} GB" for name, value in needs.items() if value]
+    lines += [f"{'on the CPU':24} {(12 * (T + D) + (N + D) * size) / 1e9:8.2f} GB"] * args.offload
+    return "\n".join(lines + [f"{'peak':24} {max(needs.values()) / 1e9:8.2f} GB (computed; images being read not counted)"])
+
+
+def skeleton(path: str) -> torch.nn.Module:
+    """The model of a checkpoint without its weights, from its config alone."""
+    with naming(path), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+
+
 # ---------------------------------------------------------------------------------------------- before the loop
 
 
@@ -110,29 +232,43 @@ def batches_of(examples: list, size: int, rng: random.Random):
         del pool[:size]
 
 
-def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: float, seed: int, name: str):
-    """Supervised fine-tuning on the examples' own answers; mean cross-entropy per token, lr decayed linearly to lr / 10."""
-    optimizer = torch.optim.AdamW(vlm.model.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.95))
+def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: float, seed: int, name: str,
+        micro_batch: int = 0, offload: bool = False):
+    """Supervised fine-tuning on the examples' own answers; mean cross-entropy per token, lr decayed linearly to lr / 10.
+
+    micro_batch: examples at a time, 0 for all; the gradient is the same.
+    """
+    optimizer = AdamW(vlm.model.parameters(), lr, (0.9, 0.95), offload)
     batches = batches_of(examples, batch_size, random.Random(seed))
     bar = tqdm(range(steps), desc=f"SFT of {name}", unit="step")
     for step in bar:
         for group in optimizer.param_groups:                       # a short warm-up: the first steps of Adam are noise
             group["lr"] = lr * (1 - 0.9 * step / steps) * min(1, (step + 1) / 50)
         batch = next(batches)
-        outputs = encode_responses(vlm, [[e.answer] for e in batch])                         # (B, 1, R)
-        loss = -score(vlm, [encode_example(vlm, e) for e in batch], outputs).sum() / outputs.mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
+        outputs, total = encode_responses(vlm, [[e.answer] for e in batch]), 0.0             # (B, 1, R)
+        for i in range(0, batch_size, size := micro_batch or batch_size):
+            prompts = [encode_example(vlm, e) for e in batch[i:i + size]]
+            loss = -score(vlm, prompts, outputs[i:i + size]).sum() / outputs.mask.sum()
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)
         optimizer.step()
-        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        optimizer.zero_grad()
+        bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
+
+
+def rollouts(policy: VLM, batch: list[Example], num: int, sampling, size: int) -> tuple[list, Outputs]:
+    """`num` responses to each question, `size` questions at a time: the prompts, and the responses (B, num, R)."""
+    prompts = [encode_example(policy, e) for e in batch]
+    parts = [generate(policy, prompts[i:i + size], num, sampling) for i in range(0, len(prompts), size)]
+    return prompts, join(parts, dim=0)
 
 
 def pretraining_pairs(student: VLM, examples: list[Example], collection: Collection, num: int, batch_size: int, sampling,
-                      rng: random.Random):
+                      rng: random.Random, rollout_batch: int):
     """Endless batches for Eq. 1: num fresh responses of the student and num of its teachers, to batch_size questions."""
     for batch in batches_of(examples, batch_size, rng):
-        students = generate(student, [encode_example(student, e) for e in batch], num, sampling).text
+        students = rollouts(student, batch, num, sampling, rollout_batch)[1].text
         teachers = [[text for _, text in pairs] for pairs in collection.draw(batch, num, rng)]
         is_student = torch.tensor([[True] * num + [False] * num] * len(batch), device=student.device)
         yield [s + t for s, t in zip(students, teachers)], is_student
@@ -171,9 +307,9 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def judge_all(judge, batch: list[Example], outputs: Outputs) -> Tensor:
     """Verdicts of every response as (B, K) float32: 1, 0, or NaN where the judge failed."""
-    verdicts = [[judge(e.question, e.answer, text) for text in texts] for e, texts in zip(batch, outputs.text)]
-    return torch.tensor([[float("nan") if v is None else float(v) for v in row] for row in verdicts],
-                        device=outputs.ids.device)
+    verdicts = verdicts_of(judge, [(e.text, e.answer, text) for e, texts in zip(batch, outputs.text) for text in texts])
+    return torch.tensor([float("nan") if v is None else float(v) for v in verdicts],
+                        device=outputs.ids.device).view(outputs.mask.shape[:2])
 
 
 def update_policy(policy: VLM, reference: VLM, optimizer, prompts: list, outputs: Outputs, advantage: Tensor,
@@ -182,25 +318,27 @@ def update_policy(policy: VLM, reference: VLM, optimizer, prompts: list, outputs
     chunks = [slice(i, i + args.batch_size) for i in range(0, len(prompts), args.batch_size)]
     logps = partial(score, temperature=args.temperature or 1.0)    # greedy sampling is still scored at temperature 1
     old_logp, ref_logp, stats = {}, {}, defaultdict(float)
+    if args.beta:
+        with lend(reference.model, policy.device, args.offload), torch.no_grad():
+            ref_logp = {i: logps(reference, prompts[chunk], outputs[chunk]) for i, chunk in enumerate(chunks)}   # line 1
     for _ in range(args.mu):
-        optimizer.zero_grad()
         for i, chunk in enumerate(chunks):
             logp, mask = logps(policy, prompts[chunk], outputs[chunk]), outputs.mask[chunk]
             if i not in old_logp:
                 old_logp[i] = logp.detach()                        # line 4: the policy has not moved yet
-                with torch.no_grad():                              # line 1: log-probs are all we need of the reference
-                    ref_logp[i] = logps(reference, prompts[chunk], outputs[chunk]) if args.beta else old_logp[i]
-            loss = policy_loss(logp, old_logp[i], ref_logp[i], advantage[chunk], mask, valid[chunk], args.eps, args.beta,
+            ref = ref_logp.get(i, old_logp[i])
+            loss = policy_loss(logp, old_logp[i], ref, advantage[chunk], mask, valid[chunk], args.eps, args.beta,
                                args.loss) / len(prompts)
             loss.backward()
             with torch.no_grad():
                 clipped = ((logp - old_logp[i]).exp() - 1).abs() > args.eps
                 stats["loss"] += loss.item() / args.mu
-                stats["kl"] += k3_kl(logp, ref_logp[i])[mask].sum().item() / outputs.mask.sum().item() / args.mu
+                stats["kl"] += k3_kl(logp, ref)[mask].sum().item() / outputs.mask.sum().item() / args.mu
                 stats["clip_fraction"] += clipped[mask].sum().item() / outputs.mask.sum().item() / args.mu
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         stats["grad_norm"] += norm.item() / args.mu
         optimizer.step()
+        optimizer.zero_grad()
     return dict(stats)
 
 
@@ -208,10 +346,15 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
         held_out: list[Example], args, out: Path):
     """Algorithm 2; or Algorithm 1, where there is no collection and no D. Trains `policy` in place, logs into `out`."""
     G, sampling, rng = args.num_samples, sampling_of(args), random.Random(args.seed)
+    rows = 2 * G * args.batch_size                                 # responses in a micro-batch
     torch.manual_seed(args.seed)
     reference = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False))     # line 1
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=args.lr, weight_decay=0.0)
-    d_optimizer = torch.optim.AdamW(D.parameters(), lr=args.discriminator_lr, weight_decay=0.0) if D else None
+    freeze(policy.model, args.freeze, args.student)
+    optimizer = AdamW(policy.model.parameters(), args.lr, offload=args.offload)
+    d_optimizer = AdamW(D.parameters(), args.discriminator_lr, offload=args.offload) if D else None
+    if args.offload:
+        for waiting in [reference.model] + [D] * (D is not None):
+            waiting.to("cpu")
     batches = batches_of(examples, args.batch_size * args.accumulate, rng)
     metrics_file, rollouts_file = open(out / "metrics.jsonl", "w"), open(out / "rollouts.jsonl", "w", encoding="utf-8")
 
@@ -221,21 +364,20 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
         meter, row = Meter(policy.device), {"step": step}
         batch = next(batches)                                                                # line 3
         with meter.phase("generate"):
-            prompts = [encode_example(policy, e) for e in batch]
-            outputs = generate(policy, prompts, G, sampling)                                 # line 5       (B, G, R)
+            prompts, outputs = rollouts(policy, batch, G, sampling, args.rollout_batch)      # line 5       (B, G, R)
         sources = [["student"] * G for _ in batch]
         p_student, similarity = None, torch.zeros(len(batch), G, device=policy.device)       # Algorithm 1 has none
 
         if D:
-            with meter.phase("discriminator"):
+            with meter.phase("discriminator"), lend(D, policy.device, args.offload):
                 drawn = collection.draw(batch, G, rng)                                       # line 6
                 teachers = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
-                outputs = join(outputs, teachers)                                            #              (B, 2G, R)
+                outputs = join([outputs, teachers], dim=1)                                   #              (B, 2G, R)
                 sources = [s + [teacher for teacher, _ in pairs] for s, pairs in zip(sources, drawn)]
                 is_student = torch.tensor([[name == "student" for name in s] for s in sources], device=policy.device)
                 for _ in range(0 if args.freeze_discriminator else args.mu):                 # lines 7-9, Eq. 1
-                    row |= eq1.update(D, d_optimizer, outputs.text, is_student)
-                p_student = D.p_student(outputs.text)                                        # line 10, by the new D
+                    row |= eq1.update(D, d_optimizer, outputs.text, is_student, rows)
+                p_student = D.p_student(outputs.text, rows)                                  # line 10, by the new D
                 similarity = similarity_reward(p_student, args.similarity)                   #              (B, 2G)
 
         with meter.phase("judge"):
@@ -268,7 +410,7 @@ def step_metrics(outputs: Outputs, sources: list[list[str]], similarity: Tensor,
     low = reward.masked_fill(~valid, torch.inf).amin(1)            # a group with low >= high has no gradient
     tokens = of_students.sum().item()
     return row | {
-        "judge_failed": answer.isnan().float().mean().item(),
+        "judge/failed": answer.isnan().float().mean().item(),
         "equal_groups": (low >= reward.masked_fill(~valid, -torch.inf).amax(1)).float().mean().item(),
         "length": of_students.sum(2).float().mean().item(),
         "cut_off": (of_students.sum(2) == args.max_new_tokens).float().mean().item(),
@@ -356,15 +498,24 @@ def claim_folder(out: Path, args):
         raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
 
 
+def student_of(path, args) -> VLM:
+    """The student to be trained, from a checkpoint."""
+    student = load_vlm(str(path), args.device, args.dtype)
+    if args.gradient_checkpointing:
+        checkpoint_layers(student.model)
+    return student
+
+
 def discriminator_of(policy: VLM, examples: list[Example], collection: Collection, args, out: Path) -> Discriminator:
     """D as pre-trained for this student; trained now if that was not done before."""
     torch.manual_seed(args.seed)                                   # before D: its head is drawn at random
     D, path = Discriminator(policy), out / "discriminator.safetensors"
-    if not path.exists():
-        questions = max(1, args.batch_size * args.num_samples // args.collect)               # as many rows as in the loop
+    if not path.exists():                                          # with as many responses to a step as in the loop
+        questions = max(1, args.batch_size * args.accumulate * args.num_samples // args.collect)
         pairs = pretraining_pairs(policy, examples, collection, args.collect, questions, sampling_of(args),
-                                  random.Random(args.seed))
-        eq1.pretrain(D, pairs, args.discriminator_steps, args.pretrain_lr)
+                                  random.Random(args.seed), max(1, args.rollout_batch * args.num_samples // args.collect))
+        optimizer = AdamW(D.parameters(), args.pretrain_lr, offload=args.offload)
+        eq1.pretrain(D, optimizer, pairs, args.discriminator_steps, args.pretrain_lr, 2 * args.num_samples * args.batch_size)
         save_file(D.state_dict(), f"{path}.unfinished")
         Path(f"{path}.unfinished").rename(path)
     D.load_state_dict(load_file(path, device=str(policy.device)))
@@ -385,11 +536,11 @@ def report(out: Path, args, results: dict[str, dict]):
 
 
 # Defaults, in one place. A named student gets the paper's; the toy gets what a tiny model needs to learn in minutes.
-PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discriminator_steps=278, pretrain_lr=1e-5,
+PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discriminator_steps=1111, pretrain_lr=1e-5,
              num_samples=4, mu=1, eps=0.2, beta=0.01, steps=1000, batch_size=4, accumulate=36, lr=1e-6, warmup=0,
-             discriminator_lr=1e-6, max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0)
+             discriminator_lr=1e-6, rollout_batch=16, max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0)
 TOY = PAPER | dict(sft_steps=800, sft_lr=1e-3, collect=8, discriminator_steps=60, pretrain_lr=2e-4, steps=160,
-                   batch_size=64, accumulate=1, lr=4e-4, warmup=32, discriminator_lr=4e-4, max_new_tokens=24,
+                   batch_size=64, accumulate=1, rollout_batch=64, lr=4e-4, warmup=32, discriminator_lr=4e-4, max_new_tokens=24,
                    eval_every=20, log_every=10, teacher_steps=600)
 
 
@@ -399,12 +550,15 @@ def parse_args(argv=None):
                                      allow_abbrev=False)
     group = parser.add_argument_group("models and data")
     group.add_argument("--student", default="toy", help="checkpoint folder or hub id, or toy: a tiny one, from nothing")
-    group.add_argument("--teachers", nargs="+", default=[], help="checkpoint folders or hub ids that fill the collection")
+    group.add_argument("--teachers", nargs="+", default=[], help="fill the collection: checkpoint folders, hub "
+                       "ids, or model@http://server/v1 of an OpenAI-compatible server")
     group.add_argument("--collection", help="JSONL of responses made elsewhere, instead of teachers")
-    group.add_argument("--judge", choices=list(JUDGES), default="rule", help="who decides what is right")
-    group.add_argument("--data", help="JSONL of questions to train on; default, for the toy student: the toy world")
-    group.add_argument("--sft-data", help="JSONL of examples to fine-tune on first; default, for the toy student: --data")
-    group.add_argument("--eval-data", help="JSONL of held-out questions")
+    group.add_argument("--judge", default="rule", help="who decides what is right: rule (short answers are parsed), a "
+                       "checkpoint, or model@url")
+    group.add_argument("--data", help="questions to train on, JSONL or JSON; default, for the toy student: the toy world")
+    group.add_argument("--sft-data", help="examples to fine-tune on first; default, for the toy student: --data")
+    group.add_argument("--eval-data", help="held-out questions")
+    group.add_argument("--skip-bad", action="store_true", help="leave out examples whose image cannot be read")
     group.add_argument("--out", default="runs/toy", help="folder of the run; finished stages in it are not done again")
 
     group = parser.add_argument_group("before the loop")
@@ -434,19 +588,28 @@ def parse_args(argv=None):
     group.add_argument("--steps", type=int, help="steps of the loop")
     group.add_argument("--batch-size", type=int, help="questions per micro-batch")
     group.add_argument("--accumulate", type=int, help="micro-batches per step")
+    group.add_argument("--rollout-batch", type=int, help="questions sampled at a time: less memory, the same step")
     group.add_argument("--lr", type=float, help="learning rate of the student")
     group.add_argument("--warmup", type=int, help="steps in which the student's learning rate rises from nothing")
     group.add_argument("--discriminator-lr", type=float, help="learning rate of D")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on the CPU")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="compute layers twice, keep their insides once")
+    group.add_argument("--offload", action="store_true", help="optimizer states live and work on the CPU; D and the "
+                       "reference wait there")
+    group.add_argument("--freeze", metavar="REGEX", help="parts of the student that are not trained in the loop, by weight "
+                       "name: 'visual' the eyes, 'lm_head' the vocabulary head, 'self_attn', 'embed_tokens', "
+                       "'mlp.gate|mlp.up|mlp.down', 'norm' (the paper's Table 5c)")
+    group.add_argument("--plan", action="store_true", help="only print what the run would need of memory, and stop")
     group.add_argument("--eval-every", type=int, help="steps between held-out accuracies")
     group.add_argument("--log-every", type=int, help="steps between printed samples")
     add_sampling_options(parser)
     student = parser.parse_known_args(argv)[0].student
     parser.set_defaults(**(TOY if student == "toy" else PAPER))
     args = parser.parse_args(argv)
-    for name in ("num_samples", "mu", "batch_size", "accumulate", "collect", "max_new_tokens", "eval_every", "log_every"):
+    for name in ("num_samples", "mu", "batch_size", "accumulate", "collect", "max_new_tokens", "eval_every", "log_every",
+                 "rollout_batch"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.student != "toy" and not args.data:
@@ -464,9 +627,20 @@ def main():
     args = parse_args()
     out = Path(args.out)
     transformers.utils.logging.disable_progress_bar()
-    given = {name: load_examples(path) for name in ("data", "sft_data", "eval_data") if (path := getattr(args, name))}
-    processors = [load_processor(path) for path in args.teachers + [args.student] * (args.student != "toy")]
-    if args.collection:                                            # bad input is found before anything is written
+    if args.plan:
+        return print(plan(args))
+    given = {name: load_examples(path, args.skip_bad) for name in ("data", "sft_data", "eval_data")
+             if (path := getattr(args, name))}                     # bad input is found before anything is written
+    endpoints = [e for name in args.teachers + [args.judge] if (e := endpoint_of(name))]
+    for endpoint in endpoints:
+        check_endpoint(endpoint)
+    local = [t for t in args.teachers if not endpoint_of(t)] + [args.student] * (args.student != "toy")
+    processors = [load_processor(path) for path in local]
+    if args.freeze and args.student != "toy":
+        freeze(skeleton(args.student), args.freeze, args.student)
+    if args.judge != "rule" and not endpoint_of(args.judge):
+        load_processor(args.judge, text_only=True)
+    if args.collection:
         Collection(args.collection, given["data"], image_tokens(processors[-1]) if processors else frozenset())
     claim_folder(out, args)
     clock = Meter(pick_device(args.device))
@@ -479,7 +653,7 @@ def main():
         sources = {"data": load_examples(files["train"]), "sft_data": load_examples(files["sft"]),
                    "eval_data": load_examples(files["heldout"])} | given
         teachers = teachers or [str(out / "teachers" / name) for name in ("qwen", "internvl")]
-    examples, held_out, judge = sources["data"], sources.get("eval_data", []), JUDGES[args.judge]
+    examples, held_out = sources["data"], sources.get("eval_data", [])
 
     # 2. SFT of the student
     started = out / "sft"                                          # the warm start: reference, and first policy
@@ -488,8 +662,9 @@ def main():
             sft_examples = sources.get("sft_data", examples)
             tiny_vlm_from_nothing(started, "qwen2_5_vl", sft_examples, 64, args.sft_steps, args.sft_lr, args)
         elif args.sft_steps and not started.exists():
-            student = load_vlm(args.student, args.device, args.dtype)
-            sft(student, sources["sft_data"], args.sft_steps, args.sft_batch_size, args.sft_lr, args.seed, "student")
+            student = student_of(args.student, args)
+            sft(student, sources["sft_data"], args.sft_steps, args.sft_batch_size, args.sft_lr, args.seed, "student",
+                args.batch_size, args.offload)
             save_vlm(student, str(started))
     start = str(started) if started.exists() else args.student
 
@@ -501,11 +676,16 @@ def main():
             if not args.collection:
                 fill_collection(path, teachers, examples, args.collect, sampling_of(args), args.seed, device=args.device,
                                 dtype=args.dtype)
-            collection = Collection(path, examples, image_tokens(load_processor(start)))
-        if collection.unfinished:
-            print(f"{path}: {collection.unfinished} responses were cut off by a token limit and are left out")
+            processor = load_processor(start)
+            collection = Collection(path, examples, image_tokens(processor), processor.tokenizer, args.max_new_tokens)
+        for many, why in ((collection.unfinished, "were cut off by a token limit"),
+                          (collection.overlong, f"have more than --max-new-tokens {args.max_new_tokens} tokens")):
+            if many:
+                print(f"{path}: {many} responses {why} and are left out")
+    judge = make_judge(args.judge, out / "verdicts.jsonl", args.device, args.dtype)
     if not (out / "student").exists():
-        policy = load_vlm(start, args.device, args.dtype)
+        policy = student_of(start, args)
+        check_packing(policy, encode_example(policy, examples[0]))
         if collection:
             with clock.phase("discriminator"):
                 D = discriminator_of(policy, examples, collection, args, out)

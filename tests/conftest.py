@@ -51,12 +51,11 @@ def prompts(vlm):
             encode(vlm, "two", [c, a])]
 
 
-@pytest.fixture
-def lamps(tmp_path):
+def lamp_files(tmp_path, count=24):
     """Data that is not the toy world: lamps that are on or off, and responses made by rule. Returns (data, collection)."""
     rng = random.Random(0)
     with open(tmp_path / "lamps.jsonl", "w") as data, open(tmp_path / "responses.jsonl", "w") as responses:
-        for i in range(24):
+        for i in range(count):
             on = rng.random() < 0.5
             image = Image.new("RGB", (rng.choice([40, 64, 90]), rng.choice([33, 64])), "black")
             ImageDraw.Draw(image).ellipse((5, 5, 28, 28), fill="yellow" if on else "grey")
@@ -66,6 +65,11 @@ def lamps(tmp_path):
             for text in (f"Looking at it, {answer}.", f"{answer}, plainly."):
                 responses.write(json.dumps({"id": f"lamp{i}", "teacher": "rule", "text": text}) + "\n")
     return tmp_path / "lamps.jsonl", tmp_path / "responses.jsonl"
+
+
+@pytest.fixture
+def lamps(tmp_path):
+    return lamp_files(tmp_path)
 
 
 def run(script, *options, cwd=ROOT):

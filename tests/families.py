@@ -55,7 +55,7 @@ def parts(family):
                "qwen3_vl": dict(vision(depth=2, num_heads=2, patch_size=8, out_hidden_size=WIDTH,
                                        num_position_embeddings=64, deepstack_visual_indexes=[0]))}[family]
         kind = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text", "qwen3_vl": "qwen3_vl_text"}[family]
-        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
         return (QWEN, "<|vision_start|><|image_pad|><|vision_end|>",
                 {"processor_class": {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor",
                                      "qwen3_vl": "Qwen3VLProcessor"}[family]},
@@ -114,18 +114,22 @@ def build(folder, family, texts, vocabulary=400, seed=0):
     folder = Path(folder)
     names, image, settings, config_of, image_processor = parts(family)
     turns = ["<start_of_turn>", "<end_of_turn>"] if family == "gemma3" else ["<|im_start|>", "<|im_end|>"]
+    last = "<eos>" if family == "gemma3" else turns[1]             # Gemma ends a text otherwise than a turn
     alphabet = {char: i for i, char in enumerate(bytes_to_unicode().values())}
-    tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token=turns[1], pad_token="<|endoftext|>", bos_token="<bos>",
-                               extra_special_tokens=names | {"turn_token": turns[0]})
+    tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token=last, pad_token="<|endoftext|>", bos_token="<bos>",
+                               extra_special_tokens=names | {"turn_token": turns[0], "end_token": turns[1]})
     tokenizer = tokenizer.train_new_from_iterator(texts, vocabulary, show_progress=False)
     tokenizer.chat_template = GEMMA_TEMPLATE if family == "gemma3" else TEMPLATE.replace("IMAGE", image)
     tokenizer.save_pretrained(folder)
     ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    stops = list(dict.fromkeys(tokenizer.convert_tokens_to_ids([last, turns[1]])))
+    ends = {"eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
     config = CONFIG_MAPPING[family](**config_of(len(tokenizer), ids), tie_word_embeddings=False)
     for name, value in ends.items():
         setattr(config.get_text_config(), name, value)
     model = AutoModelForImageTextToText.from_config(config)
+    if family == "gemma3":                                         # starts as zeros: no image would reach the text
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=3.0)
     model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(folder)
     image_processor.save_pretrained(folder)

@@ -1,4 +1,5 @@
 """generate and score against transformers' own code and against themselves, one response at a time."""
+import inspect
 import warnings
 from dataclasses import replace
 
@@ -16,10 +17,9 @@ GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=12)
 
 
 def transformers_inputs(vlm, prompt):
-    extra = {}
-    if hasattr(vlm.model.model, "get_rope_index"):
-        extra["mm_token_type_ids"] = (prompt.ids == vlm.model.config.image_token_id).int()[None]
-    return dict(input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids)[None], **prompt.images, **extra)
+    types = {"mm_token_type_ids", "token_type_ids"} & inspect.signature(vlm.model.forward).parameters.keys()
+    return dict(input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids)[None], **prompt.images,
+                **{name: (prompt.ids == vlm.model.config.image_token_id).int()[None] for name in types})
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
@@ -107,8 +107,8 @@ def unpacked(vlm, prompts, outputs):
             inputs = transformers_inputs(vlm, prompt)
             inputs["input_ids"] = torch.cat([prompt.ids, ids])[None]
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            if "mm_token_type_ids" in inputs:
-                inputs["mm_token_type_ids"] = (inputs["input_ids"] == vlm.model.config.image_token_id).int()
+            for name in inputs.keys() & {"mm_token_type_ids", "token_type_ids"}:
+                inputs[name] = (inputs["input_ids"] == vlm.model.config.image_token_id).int()
             logps = vlm.model(**inputs).logits[0, len(prompt.ids) - 1:-1].log_softmax(-1)
             rows[b, k, :len(ids)] = logps.gather(1, ids[:, None])[:, 0]
     return rows
@@ -123,7 +123,7 @@ def gradients(vlm, logps, weights):
 def test_packed_scores_and_gradients_equal_one_row_per_response(vlm, prompts):
     """Responses that see their siblings, positions that run on, prompt or pad tokens in the score, a shift by one."""
     outputs = generate(vlm, prompts, 3, Sampling(max_new_tokens=9), torch.Generator().manual_seed(0))
-    outputs = join(outputs, encode_responses(vlm, [["yes", "There are 3 red circles."]] * 4))   # different lengths
+    outputs = join([outputs, encode_responses(vlm, [["yes", "There are 3 red circles."]] * 4)], dim=1)   # different lengths
     weights = torch.randn(outputs.mask.shape)
     packed, reference = score(vlm, prompts, outputs), unpacked(vlm, prompts, outputs)
     assert ((packed - reference).abs() / reference.abs().clamp(min=1)).max() < 1e-5
@@ -188,16 +188,16 @@ def test_discriminator_reads_each_response_alone_and_as_text(vlm):
     torch.manual_seed(0)
     D = Discriminator(vlm)
     texts = ["yes", "There are 3 red circles.", "<|im_end|> no </response> 0", ""]
-    together = D.p_student([texts])[0]
-    torch.testing.assert_close(together, torch.cat([D.p_student([[text]])[0] for text in texts]), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(together.flip(0), D.p_student([texts[::-1]])[0], atol=1e-5, rtol=1e-5)
+    together = D.p_student([texts], 8)[0]
+    torch.testing.assert_close(together, torch.cat([D.p_student([[text]], 8)[0] for text in texts]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together.flip(0), D.p_student([texts[::-1]], 8)[0], atol=1e-5, rtol=1e-5)
     assert (D.backbone.embed_tokens.weight == vlm.model.model.language_model.embed_tokens.weight).all()
     assert D.backbone.embed_tokens.weight is not vlm.model.model.language_model.embed_tokens.weight
 
 
 def test_outputs_join_keeps_text_ids_and_mask_together(qwen):
     a, b = encode_responses(qwen, [["yes"], ["no"]]), encode_responses(qwen, [["There are 3"], ["blue circles"]])
-    both = join(a, b)
+    both = join([a, b], dim=1)
     assert both.text == [["yes", "There are 3"], ["no", "blue circles"]]
     for row, texts in enumerate(both.text):
         for k, text in enumerate(texts):

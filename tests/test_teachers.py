@@ -1,12 +1,20 @@
 """Readers, the toy world and the collection."""
 import json
+import math
 import random
+import struct
+import zlib
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from conftest import noise_image
-from model import Sampling, UserError, image_tokens
-from teachers import Collection, Example, draw_scene, draw_toy_world, fill_collection, load_examples, questions_about
+from conftest import lamp_files, noise_image, run
+from model import Sampling, UserError, chat_turns, encode_responses, image_tokens
+from teachers import (Collection, Example, draw_scene, draw_toy_world, fill_collection, load_examples, open_image,
+                      questions_about, select)
 
 
 def write(path, *rows):
@@ -27,7 +35,7 @@ GOOD = {"id": "a", "image": "a.png", "question": "How many?", "answer": "2"}
     ([GOOD | {"image": "text.png"}], 1, "cannot be read"),
     ([GOOD | {"image": 7}], 1, "image"),
     ([GOOD | {"options": "yes"}], 1, "options"),
-    (["[1, 2]"], 1, "object"),
+    ([GOOD, "[1, 2]"], 2, "object"),
 ])
 def test_bad_data_names_the_file_and_the_line(tmp_path, rows, line, says):
     noise_image(32, 32).save(tmp_path / "a.png")
@@ -122,3 +130,147 @@ def test_an_interrupted_fill_goes_on_to_the_same_file(tmp_path, checkpoints):
     assert cut.read_text() == whole.read_text()                    # a full collection is left alone
     rows = [json.loads(line) for line in lines]
     assert all(row["sampling"]["max_new_tokens"] == 5 and row["teacher"] == "qwen2_5_vl" for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------- other people's formats
+
+
+def test_llava_conversations_become_one_example_per_answer(tmp_path):
+    """A turn without what was said before it, an image lost or doubled, answers paired with the next question."""
+    (tmp_path / "images" / "coco").mkdir(parents=True)
+    noise_image(32, 32).save(tmp_path / "images" / "coco" / "a.jpg")
+    rows = [{"id": "x", "image": "coco/a.jpg", "conversations": [
+                {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A lamp."},
+                {"from": "human", "value": "Is it on?"}, {"from": "gpt", "value": "Yes."}]},
+            {"id": "x", "conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+            {"id": "x", "conversations": [{"from": "human", "value": "2 + 3?"}, {"from": "gpt", "value": "5"}]}]
+    (tmp_path / "llava.json").write_text(json.dumps(rows))
+    first, second, text, same = load_examples(str(tmp_path / "llava.json"))
+    assert (first.id, first.answer, first.history, second.answer) == ("x-1", "A lamp.", (), "Yes.")
+    assert second.history == (("<image>\nWhat is it?", "A lamp."),) and second.question == "Is it on?"
+    assert first.images == second.images == (str(tmp_path / "images/coco/a.jpg"),) and text.images == ()
+    assert (text.id, same.id) == ("x", "x#2")                      # ids repeat in LLaVA's own files
+
+
+def test_chat_messages_place_images_where_they_stand(tmp_path):
+    """An image of a later turn shown too early; a system turn dropped; parts in the wrong order."""
+    for name in "ab":
+        noise_image(32, 32).save(tmp_path / f"{name}.png")
+    rows = [{"messages": [{"role": "system", "content": "Be brief."},
+                          {"role": "user", "content": [{"type": "text", "text": "Is "}, {"type": "image", "image": "a.png"},
+                                                       {"type": "text", "text": " red?"}]},
+                          {"role": "assistant", "content": [{"type": "text", "text": "No."}]},
+                          {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "b.png"}},
+                                                       {"type": "text", "text": "And this?"}]},
+                          {"role": "assistant", "content": "Yes."}]},
+            {"messages": [{"role": "user", "content": "<image> or <image>?"}, {"role": "assistant", "content": "The first."}],
+             "images": ["a.png", "b.png"]}]
+    first, second, third = load_examples(write(tmp_path / "chat.jsonl", *rows))
+    assert first.question == "Be brief.\nIs <image> red?" and [Path(x).name for x in first.images] == ["a.png"]
+    assert [Path(x).name for x in second.images] == ["a.png", "b.png"] and second.question == "<image>And this?"
+    turns = chat_turns(second.question, 2, second.history)
+    assert [part["type"] for turn in turns for part in turn["content"]] == ["text", "image", "text", "text", "image", "text"]
+    assert third.answer == "The first." and len(third.images) == 2
+
+
+@pytest.mark.parametrize("row, says", [
+    ({"id": 1, "prompt": "?"}, "no known format"),
+    ({"conversations": [{"from": "gpt", "value": "Hello"}]}, "in turn"),
+    ({"conversations": [{"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "!"}], "image": "a.png"}, "marks 2"),
+    ({"messages": [{"role": "user", "content": "?"}]}, "no question with an answer"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "neither"),
+    ({"messages": ["hello"]}, "neither"),
+    ({"question": "<image> or not?", "answer": "yes"}, "marks 1"),
+])
+def test_rows_in_no_known_form_are_named(tmp_path, row, says):
+    noise_image(32, 32).save(tmp_path / "a.png")
+    path = write(tmp_path / "data.jsonl", row)
+    with pytest.raises(UserError, match=says) as error:
+        load_examples(path)
+    assert str(error.value).startswith(f"{path}:1")
+
+
+def test_images_of_every_kind_come_out_upright_and_in_8_bit_rgb(tmp_path):
+    """A sideways photograph, black where it is transparent, white where 16 bits were cut to 8, CMYK read as RGB."""
+    red = Image.new("RGB", (40, 20), (255, 0, 0))
+    red.paste((0, 0, 255), (0, 0, 20, 20))                         # left half blue
+    exif = Image.Exif()
+    exif[0x0112] = 6                                               # the camera was turned: show it rotated by 90 degrees
+    red.save(tmp_path / "turned.jpg", exif=exif, quality=95, subsampling=0)
+    red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    red.quantize(4).save(tmp_path / "palette.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("LA", (8, 8), (0, 128)).save(tmp_path / "half.png")
+    Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / "deep.png")
+    red.convert("1").save(tmp_path / "bits.png")
+
+    def pixel(name, at=(2, 2)):
+        image = open_image(str(tmp_path / name), "here")
+        assert image.mode == "RGB"
+        return image.getpixel(at)
+    turned = open_image(str(tmp_path / "turned.jpg"), "here")
+    assert turned.size == (20, 40) and np.allclose(turned.getpixel((10, 5)), (0, 0, 255), atol=12)
+    assert np.allclose(pixel("cmyk.jpg"), (0, 0, 255), atol=25) and pixel("palette.png") == (0, 0, 255)
+    assert pixel("clear.png") == (255, 255, 255) and np.allclose(pixel("half.png"), 127, atol=2)
+    assert np.allclose(pixel("deep.png"), 128, atol=1)
+    pixel("bits.png")
+
+
+def bomb(path):
+    """A PNG whose header promises 30,000 x 30,000 pixels."""
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks))
+
+
+@pytest.mark.parametrize("name", ["truncated.jpg", "truncated.png", "bomb.png"])
+def test_bad_images_are_refused_by_name_or_skipped_and_counted(tmp_path, name, capsys):
+    """An image that fails in the middle of a run of days."""
+    noise_image(64, 64).save(tmp_path / "good.jpg")
+    for kind in ("jpg", "png"):
+        noise_image(64, 64).save(tmp_path / f"whole.{kind}")
+        (tmp_path / f"truncated.{kind}").write_bytes((tmp_path / f"whole.{kind}").read_bytes()[:3000])
+    bomb(tmp_path / "bomb.png")
+    path = write(tmp_path / "data.jsonl", GOOD | {"id": "a", "image": "good.jpg"}, GOOD | {"id": "b", "image": name})
+    with pytest.raises(UserError, match=f"data.jsonl:2: image .*{name} cannot be read"):
+        load_examples(path)
+    assert [e.id for e in load_examples(path, skip_bad=True)] == ["a"]
+    assert "1 of 2 examples skipped" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- choosing examples
+
+
+def test_select_draws_hard_answers_more_often_and_drops_long_ones(tmp_path, qwen, monkeypatch, capsys):
+    """The weights the wrong way round; sampling with replacement; another choice on the second call."""
+    examples = [Example(str(i), (), "How many?", "yes" if i < 150 else "no") for i in range(300)]
+    examples.append(Example("long", (), "How many?", "There are 3 red circles. " * 20))
+    logp = {encode_responses(qwen, [["yes"]]).ids[0, 0, 0].item(): math.log(0.9), encode_responses(qwen, [["no"]]).ids[0, 0, 0].item(): math.log(0.4)}
+    monkeypatch.setattr("teachers.score", lambda vlm, prompts, outputs: torch.tensor(
+        [[[logp[i.item()]] for i in row[:, 0]] for row in outputs.ids]).expand_as(outputs.mask.float()) * outputs.mask)
+    chosen = select(qwen, examples, 60, longest=10, seed=0)
+    assert chosen == select(qwen, examples, 60, longest=10, seed=0) != select(qwen, examples, 60, longest=10, seed=1)
+    assert len({e.id for e in chosen}) == 60 and [int(e.id) for e in chosen] == sorted(int(e.id) for e in chosen)
+    hard = np.mean([sum(e.answer == "no" for e in select(qwen, examples, 60, 10, seed)) for seed in range(20)])
+    assert 45 < hard < 56                                          # of 60; weights 0.6 to 0.1, and the hard ones run out slowly
+    assert "1 of 301 examples dropped" in capsys.readouterr().out
+
+
+def test_select_from_the_command_line_writes_what_the_reader_reads(tmp_path, checkpoints):
+    data, _ = lamp_files(tmp_path, 12)
+    out = tmp_path / "elsewhere" / "chosen.jsonl"
+    out.parent.mkdir()
+    done = run("teachers.py", "--select", 5, "--student", checkpoints["qwen2_5_vl"], "--data", data, "--out", out, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    chosen, everything = load_examples(str(out)), {e.id: e for e in load_examples(str(data))}
+    assert len(chosen) == 5 and all(everything[e.id].answer == e.answer and open_image(e.images[0], "").size for e in chosen)
+
+
+def test_overlong_responses_are_left_out_and_counted(tmp_path, qwen):
+    """A teacher that goes on for longer than the student may speak: only its beginning could ever be rewarded."""
+    examples = [Example("0", (), "q", "a")]
+    path = write(tmp_path / "c.jsonl", {"id": "0", "teacher": "t", "text": "yes"}, {"id": "0", "teacher": "t", "text": "yes " * 50},
+                 {"id": "0", "teacher": "t", "text": "no", "finished": False})
+    collection = Collection(path, examples, frozenset(), qwen.tokenizer, 20)
+    assert collection.responses["0"]["t"] == ["yes"] and (collection.overlong, collection.unfinished) == (1, 1)

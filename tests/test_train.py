@@ -9,7 +9,7 @@ from conftest import run
 
 FAST = ["--device", "cpu", "--batch-size", "4", "--steps", "3", "--discriminator-steps", "2", "--num-samples", "2",
         "--max-new-tokens", "12", "--eval-every", "2", "--log-every", "1", "--collect", "2"]
-METRICS = {"step", "loss", "kl", "clip_fraction", "grad_norm", "judge_failed", "equal_groups", "length", "cut_off",
+METRICS = {"step", "loss", "kl", "clip_fraction", "grad_norm", "judge/failed", "equal_groups", "length", "cut_off",
            "tokens_per_second", "similarity/student", "answer/student"}
 
 

@@ -1,0 +1,143 @@
+"""Eight checkpoints of seven families, each with its own processor, through everything RIL asks of a model."""
+import json
+import shutil
+from dataclasses import replace
+from functools import wraps
+
+import pytest
+import torch
+
+import families
+from conftest import TEXTS, lamp_files, noise_image, run
+from discriminator import Discriminator, update
+from model import Sampling, UserError, check_packing, checkpoint_layers, encode, encode_responses, generate, join, load_vlm, save_vlm, score
+from test_model import transformers_inputs, unpacked
+
+GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=8)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    for i, family in enumerate(families.FAMILIES):
+        families.build(folder / family, family, TEXTS, 380 + 10 * i)
+    return {family: str(folder / family) for family in families.FAMILIES}
+
+
+@pytest.fixture(scope="session", params=families.FAMILIES)
+def vlm(request, folders):
+    return load_vlm(folders[request.param], "cpu")
+
+
+@pytest.fixture(scope="session")
+def prompts(vlm):
+    """Two sizes of image, none, two images, and two images in the middle of the text after an earlier turn."""
+    a, b, c = noise_image(32, 32), noise_image(80, 48, 1), noise_image(48, 64, 2)
+    return [encode(vlm, "How many?", [a]), encode(vlm, "Is there a red circle?", [b]), encode(vlm, "yes or no?", []),
+            encode(vlm, "two", [c, a]), encode(vlm, "Is <image> red?", [c, b], (("First <image> is it blue?", "no"),))]
+
+
+def test_generation_gives_transformers_own_tokens(vlm, prompts):
+    """Tiles stacked in the wrong order, a window or a two-way image block forgotten, positions off in the decode step."""
+    ours = generate(vlm, prompts, 2, GREEDY)
+    for b, prompt in enumerate(prompts):
+        theirs = vlm.model.generate(**transformers_inputs(vlm, prompt), max_new_tokens=8, do_sample=False,
+                                    suppress_tokens=vlm.banned_ids, eos_token_id=vlm.stop_ids)
+        for k in range(2):
+            assert ours.ids[b, k][ours.mask[b, k]].tolist() == theirs[0, len(prompt.ids):].tolist()
+
+
+def test_packed_scores_equal_one_row_per_response(vlm, prompts):
+    """A response that sees its sibling, a packed row without the family's own mask or positions."""
+    outputs = join([generate(vlm, prompts, 2, replace(GREEDY, temperature=1.0)),
+                    encode_responses(vlm, [["yes", "There are 3 red circles. " * 4]] * 5)], dim=1)
+    torch.testing.assert_close(score(vlm, prompts, outputs), unpacked(vlm, prompts, outputs), atol=2e-5, rtol=1e-4)
+    for prompt in prompts:
+        check_packing(vlm, prompt)
+
+
+def test_gradient_checkpointing_changes_no_gradient(vlm, prompts):
+    """Layers whose dropout comes on with training mode, a mask that the second pass does not see."""
+    outputs = encode_responses(vlm, [["yes", "There are 3 red circles."]] * 5)
+    plain = torch.autograd.grad(score(vlm, prompts, outputs).sum(), vlm.model.get_input_embeddings().weight)[0]
+    checkpoint_layers(vlm.model)
+    calls = []
+    hooks = [m.mlp.register_forward_hook(lambda *_: calls.append(1)) for m in vlm.model.get_decoder().layers]
+    try:
+        again = torch.autograd.grad(score(vlm, prompts, outputs).sum(), vlm.model.get_input_embeddings().weight)[0]
+        generate(vlm, prompts, 1, GREEDY)                          # with its cache
+    finally:
+        for module in vlm.model.modules():
+            module.gradient_checkpointing = False
+        [hook.remove() for hook in hooks]
+    torch.testing.assert_close(again, plain, atol=1e-5, rtol=1e-4)
+    assert len(calls) >= 3 * len(vlm.model.get_decoder().layers) and not any(m.training for m in vlm.model.modules())
+
+
+def test_the_image_reaches_the_answer(vlm):
+    """Without it, the tests above would not see an image that is lost or in the wrong place."""
+    logps = [score(vlm, [encode(vlm, "How many?", [noise_image(32, 32, seed)])], encode_responses(vlm, [["There are 3."]]))
+             for seed in (1, 2)]
+    assert (logps[0] - logps[1]).abs().max() > 1e-3
+
+
+def test_the_discriminator_learns_on_this_backbone(vlm):
+    D = Discriminator(vlm)
+    optimizer = torch.optim.AdamW(D.parameters(), lr=1e-3)
+    texts, is_student = [["yes", "no", "There are 3.", "It is blue."]] * 3, torch.tensor([[True, True, False, False]] * 3)
+    losses = [update(D, optimizer, texts, is_student, rows=4)["d_loss"] for _ in range(25)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_reply_ends_with_the_token_that_ends_a_turn(vlm):
+    """Gemma's generation config lists <eos> first, but a turn ends in <end_of_turn>: answers would be taught to run on."""
+    ends = vlm.tokenizer.decode(vlm.stop_ids[:1])
+    assert ends in ("<|im_end|>", "<end_of_turn>") and len(vlm.stop_ids) == (2 if ends == "<end_of_turn>" else 1)
+
+
+def test_saved_and_loaded_again_it_scores_the_same(vlm, prompts, tmp_path):
+    outputs = encode_responses(vlm, [["yes", "There are 3 red circles."]] * 5)
+    save_vlm(vlm, str(tmp_path / "saved"))
+    again = load_vlm(str(tmp_path / "saved"), "cpu")
+    torch.testing.assert_close(score(again, prompts, outputs), score(vlm, prompts, outputs))
+
+
+@pytest.mark.parametrize("student", families.FAMILIES)
+def test_a_ril_step_with_teachers_of_two_other_families(student, folders, tmp_path):
+    """The command line itself, on photographs rather than the toy world."""
+    data, _ = lamp_files(tmp_path, 6)
+    others = [f for f in families.FAMILIES if f != student]
+    others = [others[(families.FAMILIES.index(student) + i) % len(others)] for i in (1, 4)]
+    done = run("train.py", "--student", folders[student], "--teachers", *(folders[f] for f in others), "--data", data,
+               "--eval-data", data, "--out", tmp_path / "out", "--steps", 1, "--batch-size", 2, "--accumulate", 2, "--collect", 16,
+               "--num-samples", 2, "--discriminator-steps", 1, "--max-new-tokens", 64, "--lr", 1e-3, "--device", "cpu",
+               "--gradient-checkpointing", "--offload", "--top-k", 0, "--top-p", 1, "--similarity", "continuous")
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    assert {f"similarity/{f}" for f in others} <= row.keys() and row["grad_norm"] > 0
+
+
+def test_a_model_that_packing_would_misread_is_refused(folders):
+    """A family with something we do not know of (here: logits scaled after the head) must not be trained in silence."""
+    vlm = load_vlm(folders["llava"], "cpu")
+    prompt, forward = encode(vlm, "How many?", [noise_image(32, 32)]), vlm.model.forward
+
+    @wraps(forward)
+    def scaled(**inputs):
+        output = forward(**inputs)
+        output.logits = output.logits / 2
+        return output
+    check_packing(vlm, prompt)
+    vlm.model.forward = scaled
+    with pytest.raises(UserError, match="differently"):
+        check_packing(vlm, prompt)
+
+
+def test_layers_that_cannot_be_packed_are_named(folders, tmp_path):
+    """Linear or chunked attention would run, and see the wrong tokens."""
+    shutil.copytree(folders["gemma3"], tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "config.json").read_text())
+    config["text_config"]["layer_types"][0] = "chunked_attention"
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="chunked_attention"):
+        load_vlm(str(tmp_path / "odd"), "cpu")
