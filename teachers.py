@@ -448,7 +448,8 @@ class Collection:
                 self.responses[str(row["id"])][str(row.get("teacher", "teacher"))].append(text)
         for example in examples:
             if example.id not in self.responses:
-                raise UserError(f"{path}: no finished response for the question {example.id!r} of {example.where}")
+                within = f" of less than {longest} tokens" if longest else ""
+                raise UserError(f"{path}: no finished response{within} for the question {example.id!r} of {example.where}")
 
     def draw(self, examples: list[Example], num: int, rng: random.Random) -> list[list[tuple[str, str]]]:
         """num pairs (teacher, text) per example, spread evenly over its teachers (who gets the odd one is drawn).

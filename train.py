@@ -26,6 +26,7 @@ KL are per token, summed over a response, as Dr.GRPO has them.
 import argparse
 import copy
 import json
+import os
 import random
 import re
 import shutil
@@ -157,60 +158,49 @@ def freeze(model: torch.nn.Module, pattern: str | None, path: str):
 
 
 def plan(args) -> str:
-    """What a run would need of memory, from the student's config alone; nothing is downloaded but that.
+    """What a run would need of memory, computed from the student's config alone: no weight is read.
 
-    Weights, gradients and optimizer states are counted; activations follow from the sizes of a decoder layer; the
-    lengths of prompts are measured on the first 32 examples of --data, or taken as 1,024 tokens.
+    Weights, gradients, optimizer states and the KV cache are counted; activations follow from the sizes of a decoder
+    layer. Prompt lengths are measured on the first 32 examples of --data, or taken as 1,024 tokens. Left out: the eyes'
+    activations and memory that is free but scattered.
     """
     if args.student == "toy":
         raise UserError("--plan needs a named --student: the toy one fits anywhere")
-    model, text = skeleton(args.student), AutoConfig.from_pretrained(args.student).get_text_config()
-    device = pick_device(args.device)
-    bf16 = args.dtype == "bfloat16" or not args.dtype and device.type != "cpu"
+    model, cpu = skeleton(args.student), pick_device(args.device).type == "cpu"
     freeze(model, args.freeze, args.student)
-    size = 2 if bf16 else 4                                        # bytes of a weight
-    state = 0 if args.offload else 12 if bf16 else 8               # of its optimizer state: two moments, a float32 copy
-    count = {"student": sum(w.numel() for w in model.parameters()),
-             "trained": sum(w.numel() for w in model.parameters() if w.requires_grad),
-             "discriminator": sum(w.numel() for w in model.get_decoder().parameters()) * (args.algorithm == "ril")}
+    text, ril = model.config.get_text_config(), args.algorithm == "ril"
+    bf16 = args.dtype == "bfloat16" or not args.dtype and not cpu
+    size = 2 if bf16 else 4                                        # bytes of a weight, a gradient, an activation
+    state = 0 if args.offload else 12 if bf16 else 8               # of optimizer state per weight: see AdamW
+    N, T = sum(w.numel() for w in model.parameters()), sum(w.numel() for w in model.parameters() if w.requires_grad)
+    D = sum(w.numel() for w in model.get_decoder().parameters()) * ril
     P, where = 1024, "assumed"
     if args.data:
         vlm = VLM(model, load_processor(args.student), [], [])
         lengths = [len(encode_example(vlm, e).ids) for e in load_examples(args.data, args.skip_bad)[:32]]
         P, where = max(lengths), f"the longest of {len(lengths)} in {args.data}"
-    R, G, K = args.max_new_tokens, args.num_samples, args.num_samples * (1 + (args.algorithm == "ril"))
-    heads, ff = text.num_attention_heads, text.intermediate_size
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    d, a, layers, V = text.hidden_size, heads * head_dim, text.num_hidden_layers, text.vocab_size
+    B, G, R, V = args.batch_size, args.num_samples, args.max_new_tokens, text.vocab_size
+    K, questions, L = G * (1 + ril), B * args.accumulate, P + G * (1 + ril) * R
+    d, ff, heads, layers = text.hidden_size, text.intermediate_size, text.num_attention_heads, text.num_hidden_layers
+    a = heads * (getattr(text, "head_dim", None) or d // heads)    # width of the attention
+    kv = a // heads * text.num_key_value_heads
 
-    def activations(tokens, rows):                                 # of a forward pass that remembers, in bytes
-        mask = 4 * (tokens // rows) ** 2 * rows
-        # a layer keeps the input of each product: two norms (and their float32 insides), q, k, v, attention, the FFN's four
-        layer = tokens * ((6 * d + 5 * a + 4 * ff) * size + (4 * d * 2 if bf16 else 0))
-        kept = layers * tokens * d * size + layer if args.gradient_checkpointing else layers * layer
-        return kept + mask + 2 * rows * heads * (tokens // rows) ** 2 * size * (device.type == "cpu")
-
-    def logits(tokens):
-        return min(tokens, 2 ** 26 // V) * V * 4 * 3
-    rollouts, L = args.rollout_batch * G, P + K * R
-    N, T, D = count["student"], count["trained"], count["discriminator"]
-    always = N * size + T * state + ((N + D) * size * (not args.offload)) * (args.algorithm == "ril" or args.beta > 0) + D * state
-    needs = {
-        "weights and optimizer": always,
-        "generate": always + rollouts * (P + R) * layers * 2 * (text.num_key_value_heads * head_dim) * size
-        + 2 * rollouts * V * 4 * 2 + args.rollout_batch * P * (6 * d + 2 * ff) * size,
-        "discriminator": (always + D * size * (1 + args.offload)
-                          + activations(args.batch_size * (110 + K * R), args.batch_size)) * (D > 0),
-        "update": always + T * size + max(N * size * args.offload * (args.beta > 0),
-                                          activations(args.batch_size * L, args.batch_size) + logits(args.batch_size * K * R))}
-    lines = [f"{args.student}: {N / 1e9:.3f}B parameters, {T / 1e9:.3f}B trained; discriminator {D / 1e9:.3f}B; weights in "
-             f"{'bfloat16' if bf16 else 'float32'} on {device.type}",
-             f"prompt {P} tokens ({where}), responses up to {R}; a step is {args.batch_size * args.accumulate} questions, "
-             f"{args.batch_size * args.accumulate * G} sampled responses, up to {args.batch_size * args.accumulate * L:,} "
-             f"tokens trained on, {args.batch_size * L:,} of them at a time"]
-    lines += [f"{name:24} {value / 1e9:8.2f} GB" for name, value in needs.items() if value]
-    lines += [f"{'on the CPU':24} {(12 * (T + D) + (N + D) * size) / 1e9:8.2f} GB"] * args.offload
-    return "\n".join(lines + [f"{'peak':24} {max(needs.values()) / 1e9:8.2f} GB (computed; images being read not counted)"])
+    def activations(length):                                       # kept for the backward pass of B rows, in bytes
+        # what enters each product: of two norms (in float32 inside), of attention (q, k, v, out, projection), of the FFN
+        layer = B * length * ((6 * d + 5 * a + 4 * ff) * size + 8 * d * bf16)
+        whole = layer + layers * B * length * d * size if args.gradient_checkpointing else layers * layer
+        return whole + B * length ** 2 * 4 + V * d * size          # the mask; the embedding's gradient, before it is added
+    always = 0.5e9 * cpu + N * size + T * state + D * state + (N + D) * size * (not args.offload)
+    needs = {"generate": always + args.rollout_batch * (G * (P + R) * layers * 2 * kv * size + 4 * G * V * 4),
+             "discriminator": always + D * size * (1 + args.offload) + activations(len(eq1.SYSTEM) // 3 + K * (R + 10)),
+             "update": always + T * size + max(N * size * args.offload, activations(L) + min(B * K * R * V, 2 ** 26) * 12)}
+    lines = [f"{args.student}: {N / 1e9:.3f}B parameters, {T / 1e9:.3f}B trained, discriminator {D / 1e9:.3f}B, in "
+             f"{'bfloat16' if bf16 else 'float32'}",
+             f"prompt {P} tokens ({where}), responses up to {R}; a step is {questions} questions, {questions * G} sampled "
+             f"responses, up to {questions * L:,} tokens to train on, {B * L:,} at a time"]
+    lines += [f"{name:14} {value / 1e9:8.2f} GB" for name, value in {"between phases": always, **needs}.items()]
+    lines += [f"{'on the CPU':14} {(12 * (T + D) + (N + D) * size) / 1e9:8.2f} GB"] * args.offload
+    return "\n".join(lines + [f"{'peak':14} {max(needs.values()) / 1e9:8.2f} GB, computed"])
 
 
 def skeleton(path: str) -> torch.nn.Module:
@@ -285,8 +275,7 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        peak_memory_gb(self.device, reset=True)
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -295,14 +284,23 @@ class Meter:
         self.memory_gb[name] = peak_memory_gb(self.device)
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Most GB allocated on a CUDA device since the last reset; elsewhere the most the process ever held."""
+def peak_memory_gb(device: torch.device, reset: bool = False) -> float:
+    """Most GB since the last reset: allocated on a CUDA device, else resident in the process (without Linux: ever)."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32":
-        return float("nan")
-    import resource                                                # Unix only
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        peak = torch.cuda.max_memory_allocated(device) / 1e9
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+    elif status.exists():
+        peak = int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)) * 1024 / 1e9
+        if reset and os.access(clear, os.W_OK):
+            clear.write_text("5")                                  # see proc(5): sets the high-water mark to what is held now
+    elif sys.platform == "darwin":
+        import resource                                            # Unix only
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    else:
+        peak = float("nan")
+    return peak
 
 
 def judge_all(judge, batch: list[Example], outputs: Outputs) -> Tensor:
@@ -484,7 +482,8 @@ def tiny_vlm_from_nothing(folder: Path, family: str, examples: list[Example], wi
 
 def claim_folder(out: Path, args):
     """Make `out` this run's folder, or refuse: a folder holds one run, and its stages belong to one set of settings."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device")}
+    settings = {k: v for k, v in vars(args).items()                # what does not change the result may differ
+                if k not in ("out", "device", "offload", "gradient_checkpointing", "plan")}
     path = out / "settings.json"                                   # without it, stages copied from elsewhere are taken over
     if path.exists():
         there = json.loads(path.read_text())
@@ -641,7 +640,8 @@ def main():
     if args.judge != "rule" and not endpoint_of(args.judge):
         load_processor(args.judge, text_only=True)
     if args.collection:
-        Collection(args.collection, given["data"], image_tokens(processors[-1]) if processors else frozenset())
+        known = (image_tokens(processors[-1]), processors[-1].tokenizer, args.max_new_tokens) if processors else ()
+        Collection(args.collection, given["data"], *known)
     claim_folder(out, args)
     clock = Meter(pick_device(args.device))
 
@@ -703,7 +703,7 @@ def main():
             results[name] = json.loads(saved.read_text(encoding="utf-8"))
     report(out, args, results)
     print("; ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items()),
-          f"; peak memory {peak_memory_gb(clock.device):.2f} GB", sep="")
+          f"; peak memory {max(clock.memory_gb.values()):.2f} GB", sep="")
 
 
 if __name__ == "__main__":
