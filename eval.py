@@ -320,7 +320,8 @@ def main():
     parser.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on the CPU")
     args = parser.parse_args()
-    examples, judge = load_examples(args.data), make_judge(args.judge, None, args.device, args.dtype)
+    examples, judge = load_examples(args.data), make_judge(
+        args.judge, args.out and Path(f"{args.out}.verdicts.jsonl"), args.device, args.dtype)
     result = evaluate(load_vlm(args.model, args.device, args.dtype), examples, judge, args.max_new_tokens, args.batch_size)
     print(results_table({Path(args.model).name: result}))
     if args.out:

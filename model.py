@@ -28,8 +28,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, DynamicCache,
-                          GenerationConfig, InternVLConfig, PreTrainedModel, ProcessorMixin, Qwen2_5_VLConfig, Qwen2Tokenizer)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
+                          DynamicCache, GenerationConfig, InternVLConfig, PreTrainedModel, ProcessorMixin, Qwen2_5_VLConfig, Qwen2Tokenizer)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -102,7 +102,9 @@ class Outputs:
 
 def join(parts: list[Outputs], dim: int) -> Outputs:
     """Outputs as one, padded to the longest R: dim 0 puts questions after questions, dim 1 responses after responses."""
-    text = [row for part in parts for row in part.text] if dim == 0 else [sum(rows, []) for rows in zip(*(p.text for p in parts))]
+    text = [row for part in parts for row in part.text]
+    if dim == 1:
+        text = [sum(rows, []) for rows in zip(*(part.text for part in parts))]
     return Outputs(text, stack([part.ids.transpose(0, dim) for part in parts]).transpose(0, dim),
                    stack([part.mask.transpose(0, dim) for part in parts]).transpose(0, dim))
 
@@ -144,7 +146,7 @@ def naming(path: str):
     """Turn what transformers raises over a missing or foreign checkpoint into one sentence."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not an image-text-to-text checkpoint that can be loaded "
                         f"({str(error).strip().splitlines()[0]})") from error
 
@@ -179,6 +181,8 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
 
             ImagesOnly.__name__ = family.__name__                  # the name that a saved processor_config.json carries
             processor = ImagesOnly.from_pretrained(path)
+    if not text_only and not hasattr(processor, "image_processor"):
+        raise UserError(f"{path}: a language model without eyes; an image-text-to-text model is needed here")
     if not getattr(processor, "chat_template", None):
         raise UserError(f"{path}: its processor has no chat template, so it cannot be asked questions")
     return processor
@@ -241,7 +245,7 @@ def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: 
 # ---------------------------------------------------------------------------------------------- prompts
 
 
-MARK = "<image>"                                                   # where in a question an image stands, in every data format
+MARK = "<image>"                                                   # where in a question an image stands
 
 
 def chat_turns(question: str, images: int, history: tuple[tuple[str, str], ...] = ()) -> list[dict]:
@@ -433,7 +437,8 @@ def packed_mask(owner: Tensor, place: Tensor, dtype: torch.dtype, is_image: Tens
     if window:
         visible &= back < window
     visible = visible & (seen >= 0) | torch.eye(owner.shape[1], dtype=torch.bool, device=owner.device)
-    return torch.zeros(visible.shape, dtype=dtype, device=owner.device).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+    mask = torch.zeros(visible.shape, dtype=dtype, device=owner.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
 def packed_states(trunk, batch: dict, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -500,8 +505,8 @@ def check_packing(vlm: VLM, prompt: Prompt):
                   for name, x in prompt.images.items()}
         logits = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **types).logits.float()
         plain = logits[0, len(prompt.ids) - 1:-1].log_softmax(-1).gather(1, outputs.ids[0, k][mask][:, None]).squeeze(1)
-        error, allowed = (plain - packed[0, k][mask]).abs().max().item(), 1e-3 if vlm.model.dtype == torch.float32 else 0.5
-        if not error < allowed:
+        error = (plain - packed[0, k][mask]).abs().max().item()
+        if not error < (1e-3 if vlm.model.dtype == torch.float32 else 0.5):
             raise UserError(f"{type(vlm.model).__name__} reads packed responses differently from single ones (log-probs "
                             f"differ by {error:.3g}), so this code cannot train it")
 

@@ -379,10 +379,12 @@ def messages_of(turns: list[dict], images: list[Image.Image]) -> list[dict]:
         image.save(buffer := io.BytesIO(), "PNG", compress_level=1)
         urls.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
     urls = iter(urls)
-    return [{"role": turn["role"], "content":
-             "".join(part["text"] for part in turn["content"]) if all(part["type"] == "text" for part in turn["content"]) else
-             [part if part["type"] == "text" else {"type": "image_url", "image_url": {"url": next(urls)}}
-              for part in turn["content"]]} for turn in turns]
+
+    def content(parts):
+        if all(part["type"] == "text" for part in parts):
+            return "".join(part["text"] for part in parts)
+        return [part if part["type"] == "text" else {"type": "image_url", "image_url": {"url": next(urls)}} for part in parts]
+    return [{"role": turn["role"], "content": content(turn["content"])} for turn in turns]
 
 
 def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling, seed: int) -> list[tuple[str, bool]]:
@@ -576,12 +578,11 @@ def fill_from_server(endpoint: Endpoint, name: str, examples: list[Example], num
 
 
 def put_in_order(path: str, names: list[str], examples: list[Example]):
-    """Sort the file by teacher, then example: calls in parallel come back in any order. Other rows stay first."""
+    """Sort the file by teacher, then example: calls in parallel come back in any order. Other rows go first."""
     teacher, example = {n: i for i, n in enumerate(names)}, {e.id: i for i, e in enumerate(examples)}
     lines = [line for line in Path(path).read_bytes().splitlines(keepends=True) if line.strip()]
     rows = [json.loads(line) for line in lines]
-    keys = [(teacher[r["teacher"]], example[r["id"]]) if r.get("teacher") in teacher and r.get("id") in example else (-1, 0)
-            for r in rows]
+    keys = [(teacher.get(r.get("teacher"), -1), example.get(r.get("id"), -1)) for r in rows]
     order = sorted(range(len(lines)), key=lambda i: keys[i])
     if order != list(range(len(lines))):
         Path(f"{path}.unfinished").write_bytes(b"".join(lines[i] for i in order))

@@ -48,8 +48,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import discriminator as eq1
 from discriminator import Discriminator, similarity_reward
 from eval import draw_curves, evaluate, make_judge, results_table, verdicts_of, write_report
-from model import (VLM, Outputs, UserError, build_tiny_vlm, check_packing, checkpoint_layers, encode_responses, generate, image_tokens, join,
-                   load_processor, load_vlm, naming, pick_device, run, save_vlm, score)
+from model import (VLM, Outputs, UserError, build_tiny_vlm, check_packing, checkpoint_layers, encode_responses, generate,
+                   image_tokens, join, load_processor, load_vlm, naming, pick_device, run, save_vlm, score)
 from teachers import (Collection, Example, add_sampling_options, check_endpoint, draw_toy_world, encode_example,
                       endpoint_of, fill_collection, load_examples, read_jsonl, sampling_of)
 
@@ -152,7 +152,8 @@ def freeze(model: torch.nn.Module, pattern: str | None, path: str):
     names = [name for name, _ in model.named_parameters()]
     chosen = {name for name in names if pattern and re.search(pattern, name)}
     if pattern and not chosen:
-        raise UserError(f"--freeze {pattern} matches no weight of {path}; they are named like {', '.join(names[::len(names) // 4])}")
+        raise UserError(f"--freeze {pattern} matches no weight of {path}; they are named like "
+                        f"{', '.join(names[::len(names) // 4])}")
     for name, weight in model.named_parameters():
         weight.requires_grad_(name not in chosen)
 
@@ -189,7 +190,7 @@ def plan(args) -> str:
         # what enters each product: of two norms (in float32 inside), of attention (q, k, v, out, projection), of the FFN
         layer = B * length * ((6 * d + 5 * a + 4 * ff) * size + 8 * d * bf16)
         whole = layer + layers * B * length * d * size if args.gradient_checkpointing else layers * layer
-        return whole + B * length ** 2 * 4 + V * d * size          # the mask; the embedding's gradient, before it is added
+        return whole + B * length ** 2 * 12 + V * d * size         # the mask; the embedding's gradient, before it is added
     always = 0.5e9 * cpu + N * size + T * state + D * state + (N + D) * size * (not args.offload)
     needs = {"generate": always + args.rollout_batch * (G * (P + R) * layers * 2 * kv * size + 4 * G * V * 4),
              "discriminator": always + D * size * (1 + args.offload) + activations(len(eq1.SYSTEM) // 3 + K * (R + 10)),
@@ -294,7 +295,7 @@ def peak_memory_gb(device: torch.device, reset: bool = False) -> float:
     elif status.exists():
         peak = int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)) * 1024 / 1e9
         if reset and os.access(clear, os.W_OK):
-            clear.write_text("5")                                  # see proc(5): sets the high-water mark to what is held now
+            clear.write_text("5")                                  # see proc(5): the mark falls to what is held now
     elif sys.platform == "darwin":
         import resource                                            # Unix only
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
@@ -341,8 +342,11 @@ def update_policy(policy: VLM, reference: VLM, optimizer, prompts: list, outputs
 
 
 def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: Discriminator | None, judge,
-        held_out: list[Example], args, out: Path):
-    """Algorithm 2; or Algorithm 1, where there is no collection and no D. Trains `policy` in place, logs into `out`."""
+        held_out: list[Example], args, out: Path) -> float:
+    """Algorithm 2; or Algorithm 1, where there is no collection and no D. Trains `policy` in place, logs into `out`.
+
+    Returns the peak memory of all steps in GB.
+    """
     G, sampling, rng = args.num_samples, sampling_of(args), random.Random(args.seed)
     rows = 2 * G * args.batch_size                                 # responses in a micro-batch
     torch.manual_seed(args.seed)
@@ -354,6 +358,7 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
         for waiting in [reference.model] + [D] * (D is not None):
             waiting.to("cpu")
     batches = batches_of(examples, args.batch_size * args.accumulate, rng)
+    peak = 0.0
     metrics_file, rollouts_file = open(out / "metrics.jsonl", "w"), open(out / "rollouts.jsonl", "w", encoding="utf-8")
 
     for step in tqdm(range(args.steps), desc=args.algorithm.upper(), unit="step"):
@@ -387,13 +392,15 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
         with meter.phase("update"):                                                          # lines 11-13, Eq. 2
             row |= update_policy(policy, reference, optimizer, prompts, outputs, advantage, valid, args)
 
+        peak = max(peak, *meter.memory_gb.values())
         row |= step_metrics(outputs, sources, similarity, answer, reward, valid, args, meter)
         if held_out and (step == 0 or (step + 1) % args.eval_every == 0):
-            row["heldout_accuracy"] = evaluate(policy, held_out, judge, args.max_new_tokens)["accuracy"]
+            row["heldout_accuracy"] = evaluate(policy, held_out, judge, args.max_new_tokens, args.rollout_batch)["accuracy"]
         print(json.dumps(row), file=metrics_file, flush=True)
         tqdm.write(console_line(row))
         if step % args.log_every == 0 or step == args.steps - 1:
             log_rollouts(rollouts_file, step, batch, outputs, sources, p_student, answer, reward, advantage)
+    return peak
 
 
 def step_metrics(outputs: Outputs, sources: list[list[str]], similarity: Tensor, answer: Tensor, reward: Tensor,
@@ -611,6 +618,8 @@ def parse_args(argv=None):
                  "rollout_batch"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.plan:
+        return args
     if args.student != "toy" and not args.data:
         parser.error("--data is needed for a named student")
     if args.data and args.algorithm == "ril" and not (args.teachers or args.collection):
@@ -674,8 +683,8 @@ def main():
         path = Path(args.collection or out / "collection.jsonl")
         with clock.phase("collection"):
             if not args.collection:
-                fill_collection(path, teachers, examples, args.collect, sampling_of(args), args.seed, device=args.device,
-                                dtype=args.dtype)
+                fill_collection(path, teachers, examples, args.collect, sampling_of(args), args.seed,
+                                max(1, 2 * args.num_samples * args.rollout_batch // args.collect), args.device, args.dtype)
             processor = load_processor(start)
             collection = Collection(path, examples, image_tokens(processor), processor.tokenizer, args.max_new_tokens)
         for many, why in ((collection.unfinished, "were cut off by a token limit"),
@@ -690,15 +699,17 @@ def main():
             with clock.phase("discriminator"):
                 D = discriminator_of(policy, examples, collection, args, out)
         with clock.phase("loop"):
-            ril(policy, examples, collection, D, judge, held_out, args, out)
+            peak = ril(policy, examples, collection, D, judge, held_out, args, out)
             save_vlm(policy, str(out / "student"))
+        clock.memory_gb["loop"] = max(peak, clock.memory_gb["loop"])
 
     # 4. before and after
     results = {}
     if held_out:
         for name, path in (("before", start), ("after", out / "student")):
             if not (saved := out / f"evaluation-{name}.json").exists():
-                result = evaluate(load_vlm(str(path), args.device, args.dtype), held_out, judge, args.max_new_tokens)
+                result = evaluate(load_vlm(str(path), args.device, args.dtype), held_out, judge, args.max_new_tokens,
+                                  args.rollout_batch)
                 saved.write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
             results[name] = json.loads(saved.read_text(encoding="utf-8"))
     report(out, args, results)

@@ -109,7 +109,7 @@ def test_a_ril_step_with_teachers_of_two_other_families(student, folders, tmp_pa
     others = [f for f in families.FAMILIES if f != student]
     others = [others[(families.FAMILIES.index(student) + i) % len(others)] for i in (1, 4)]
     done = run("train.py", "--student", folders[student], "--teachers", *(folders[f] for f in others), "--data", data,
-               "--eval-data", data, "--out", tmp_path / "out", "--steps", 1, "--batch-size", 2, "--accumulate", 2, "--collect", 16,
+               "--eval-data", data, "--out", tmp_path / "out", "--steps", 1, "--batch-size", 2, "--accumulate", 2, "--collect", 48,
                "--num-samples", 2, "--discriminator-steps", 1, "--max-new-tokens", 64, "--lr", 1e-3, "--device", "cpu",
                "--gradient-checkpointing", "--offload", "--top-k", 0, "--top-p", 1, "--similarity", "continuous")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -141,3 +141,19 @@ def test_layers_that_cannot_be_packed_are_named(folders, tmp_path):
     (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="chunked_attention"):
         load_vlm(str(tmp_path / "odd"), "cpu")
+
+
+def test_checkpoints_that_cannot_be_students_are_one_sentence(folders, tmp_path):
+    """A hub id that cannot be reached, a language model without eyes, a processor without a chat template."""
+    def refused(path, says):
+        with pytest.raises(UserError, match=says) as error:
+            load_vlm(str(path), "cpu")
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    refused("nobody/nothing", "couldn't connect")
+    shutil.copytree(folders["llava"], tmp_path / "mute")
+    (tmp_path / "mute" / "chat_template.jinja").unlink()
+    refused(tmp_path / "mute", "no chat template")
+    shutil.copytree(folders["llava"], tmp_path / "blind", ignore=shutil.ignore_patterns("pr*"))
+    config = json.loads((tmp_path / "blind" / "config.json").read_text())
+    (tmp_path / "blind" / "config.json").write_text(json.dumps(config["text_config"]))
+    refused(tmp_path / "blind", "without eyes")

@@ -105,9 +105,8 @@ def test_the_plan_reads_no_weights_and_counts_them_right(tmp_path, checkpoints):
     shutil.copytree(checkpoints["qwen2_5_vl"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
     model = load_vlm(checkpoints["qwen2_5_vl"], "cpu").model
     data, _ = lamp_files(tmp_path, 3)
-    for options in ([], ["--data", data], ["--offload", "--gradient-checkpointing", "--dtype", "bfloat16"]):
-        done = run("train.py", "--student", folder, "--plan", "--device", "cpu", "--out", tmp_path / "out", *([] if data in options else [
-            "--data", data]), *options, "--teachers", "x")
+    for options in (["--data", data], ["--offload", "--gradient-checkpointing", "--dtype", "bfloat16"]):
+        done = run("train.py", "--student", folder, "--plan", "--device", "cpu", "--out", tmp_path / "out", *options)
         assert done.returncode == 0, done.stderr
         count = float(re.search(r"([\d.]+)B parameters", done.stdout).group(1))
         assert count == pytest.approx(sum(w.numel() for w in model.parameters()) / 1e9, abs=6e-4)

@@ -142,9 +142,6 @@ def test_bad_input_is_one_sentence_and_exit_code_2(lamps, tmp_path, checkpoints)
     fails("--student", toy, "--data", data, "--collection", spelling, says="spells <|image_pad|>", out=out)
     image = tmp_path / "5.jpg"
     whole = image.read_bytes()
-    for damaged in (b"", b"GIF89a", b"\0" * 400):
+    for damaged in (b"", whole[:-200]):                            # the header of the second is whole
         image.write_bytes(damaged)
         fails("--data", data, "--collection", responses, says="lamps.jsonl:6: image", out=out)
-    image.write_bytes(whole[:-200])                                # its header is whole: it is found when it is used
-    done = run("train.py", "--out", out, *FAST, "--data", data, "--collection", responses)
-    assert done.returncode == 2 and "lamps.jsonl:6" in done.stderr.splitlines()[-1], done.stderr
