@@ -161,8 +161,6 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
     processing_smolvlm.num2words = processing_smolvlm.num2words or str
     with naming(path):
         config = AutoConfig.from_pretrained(path)
-        if unknown := set(getattr(config.get_text_config(), "layer_types", None) or ()) - set(ATTENTION):
-            raise ValueError(f"layers of {', '.join(sorted(unknown))} cannot be packed, only {' and '.join(ATTENTION)}")
         family = PROCESSOR_MAPPING.get(type(config), None)
         if text_only and not hasattr(config, "vision_config"):
             processor = AutoTokenizer.from_pretrained(path)
@@ -494,6 +492,9 @@ def check_packing(vlm: VLM, prompt: Prompt):
     What packing assumes of a family (what sees what, how positions count, that logits are head(states)) is checked on
     the model at hand rather than believed: seven families are tested, and transformers has many more.
     """
+    if unknown := set(getattr(vlm.model.config.get_text_config(), "layer_types", None) or ()) - set(ATTENTION):
+        raise UserError(f"{type(vlm.model).__name__} has layers of {', '.join(sorted(unknown))}; only {' and '.join(ATTENTION)} "
+                        "can be packed, so this code cannot train it")
     outputs = encode_responses(vlm, [["Yes.", "It is not."]])
     packed = score(vlm, [prompt], outputs)
     for k, mask in enumerate(outputs.mask[0]):
@@ -505,8 +506,8 @@ def check_packing(vlm: VLM, prompt: Prompt):
                   for name, x in prompt.images.items()}
         logits = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **types).logits.float()
         plain = logits[0, len(prompt.ids) - 1:-1].log_softmax(-1).gather(1, outputs.ids[0, k][mask][:, None]).squeeze(1)
-        error = (plain - packed[0, k][mask]).abs().max().item()
-        if not error < (1e-3 if vlm.model.dtype == torch.float32 else 0.5):
+        error = (plain - packed[0, k][mask]).abs().mean().item()
+        if not error < (1e-3 if vlm.model.dtype == torch.float32 else 0.3):                  # bfloat16: 8 bits of a logit
             raise UserError(f"{type(vlm.model).__name__} reads packed responses differently from single ones (log-probs "
                             f"differ by {error:.3g}), so this code cannot train it")
 

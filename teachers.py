@@ -61,6 +61,11 @@ class Example:
         """The question as it is asked, with its options, if any, as lettered lines."""
         return "\n".join([self.question] + [f"{chr(65 + i)}. {option}" for i, option in enumerate(self.options)])
 
+    @property
+    def dialogue(self) -> str:
+        """The question as a judge should see it: with the turns before it."""
+        return "\n".join([f"{question}\n{answer}" for question, answer in self.history] + [self.text])
+
 
 def read_jsonl(path: str):
     """Yield (where, row) for each line of a JSONL file; UserError naming file and line for one that is not an object."""
@@ -97,6 +102,11 @@ def read_rows(path: str):
         if not isinstance(row, dict):
             raise UserError(f"{path}: item {number}: expected an object in braces, found {str(row)[:40]}")
         yield f"{path}: item {number}", row
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: JSON can hold the half of an emoji, which cannot."""
+    return not re.search("[\ud800-\udfff]", value)
 
 
 def strings(row: dict, name: str, where: str) -> list[str]:
@@ -162,7 +172,7 @@ def examples_of(path: str, where: str, row: dict) -> list[Example]:
         raise UserError(f'{where}: in no known format; expected "question" and "answer", or "conversations", or "messages"')
     return [Example(name, tuple(found(image) for image in strings(row, "image", where)), row["question"], row.get("answer"),
                     tuple(strings(row, "options", where)), str(row.get("category", "")), where,
-                    tuple(map(tuple, row.get("history", ()))))]
+                    tuple((str(question), str(answer)) for question, answer in row.get("history") or ()))]
 
 
 def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
@@ -178,7 +188,7 @@ def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
         for example in examples_of(path, where, row):
             for name in ("question", "answer"):
                 value = getattr(example, name)
-                if not isinstance(value, str) or not value.replace(MARK, "").strip():
+                if not isinstance(value, str) or not value.replace(MARK, "").strip() or not is_text(value):
                     raise UserError(f'{where}: expected a non-empty string as "{name}", found {value!r}')
             try:
                 chat_turns(example.text, len(example.images), example.history)        # do marks and images agree?
@@ -190,7 +200,10 @@ def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
             if ids[example.id] > 1:                                # common in LLaVA's files
                 example = Example(**vars(example) | {"id": f"{example.id}#{ids[example.id]}"})
             examples.append(example)
-    wheres, bad = {image: e.where for e in reversed(examples) for image in e.images}, {}
+    wheres, bad = {}, {}
+    for e in examples:
+        for image in e.images:
+            wheres.setdefault(image, e.where)
 
     def look(image):
         try:
@@ -199,13 +212,13 @@ def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
             bad[image] = error
     with ThreadPoolExecutor(8) as pool:
         list(tqdm(pool.map(look, wheres), f"images of {Path(path).name}", len(wheres), unit="image", delay=3))
-    for image in wheres:
-        if image in bad and not skip_bad:
-            raise bad[image]
     if bad:
+        first = next(bad[image] for image in wheres if image in bad)
+        if not skip_bad:
+            raise first
         whole = [e for e in examples if not bad.keys() & set(e.images)]
         print(f"{path}: {len(examples) - len(whole)} of {len(examples)} examples skipped for {len(bad)} bad images, "
-              f"the first: {next(iter(bad.values()))}")
+              f"the first: {first}")
         examples = whole
     if not examples:
         raise UserError(f"{path}: no examples in it")
@@ -260,7 +273,7 @@ def encode_example(vlm: VLM, example: Example) -> Prompt:
 class Endpoint:
     """A model on an OpenAI-compatible server (vLLM, SGLang, a vendor). url: its base, as http://localhost:8000/v1.
 
-    timeout: seconds that one attempt may take; limit: seconds that a call may take with all its attempts; pause: seconds
+    timeout: seconds that one attempt may take; limit: seconds after which no further attempt is made; pause: seconds
     before the second attempt, twice that before the third, ...; workers: calls at a time.
     refused collects the sampling settings that the server turned out not to take.
     """
@@ -292,6 +305,9 @@ class Busy(Exception):
         self.after = after
 
 
+PASSING = (Busy, OSError, ValueError, http.client.HTTPException)    # what may go well another time
+
+
 class StayHere(urllib.request.HTTPRedirectHandler):
     """No redirects: they would carry the key to another host."""
     def redirect_request(self, *_):
@@ -309,7 +325,9 @@ def attempt(endpoint: Endpoint, path: str, body: dict | None, deadline: float) -
     ValueError for what may pass, Refused for what will not."""
     request = urllib.request.Request(endpoint.url + path, None if body is None else json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
-    if key := os.environ.get(KEY):
+    if key := os.environ.get(KEY, "").strip():
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"the environment variable {KEY} holds something that no key can be")
         request.add_header("Authorization", f"Bearer {key}")
     try:
         with urllib.request.build_opener(StayHere).open(request, timeout=endpoint.timeout) as response:
@@ -321,7 +339,7 @@ def attempt(endpoint: Endpoint, path: str, body: dict | None, deadline: float) -
             if (length := response.headers.get("Content-Length")) and int(length) != sum(map(len, pieces)):
                 raise ValueError("half an answer")
     except urllib.error.HTTPError as error:
-        text = error.read(2000).decode("utf-8", "replace")
+        text = error.read(2000).decode("utf-8", "replace").replace(key or "\0", "***")       # servers may echo it
         if error.code in (408, 409, 425, 429) or error.code >= 500:
             raise Busy(error.code, error.headers.get("Retry-After")) from error
         raise Refused(error.code, text) from error
@@ -337,15 +355,15 @@ def call(endpoint: Endpoint, path: str, body: dict | None, read):
     """read(answer) of the first attempt that succeeds: `read` raises ValueError for an answer that will not do.
 
     Between attempts, waits pause, 2 pause, 4 pause, ... seconds, each times a random 0.5 to 1.5 so that callers do not
-    come back in step, or what Retry-After asks for. Raises CallFailed once `limit` seconds are over, Refused at once.
+    come back in step, on top of what Retry-After asks for. Raises CallFailed once `limit` seconds are over, Refused at once.
     """
     start, tries = time.monotonic(), 0
     while True:
         try:
             return read(attempt(endpoint, path, body, time.monotonic() + endpoint.timeout))
-        except (Busy, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (*PASSING, LookupError, TypeError, AttributeError) as error:
             after = str(getattr(error, "after", None))
-            wait = float(after) if after.isdigit() else endpoint.pause * 2 ** tries * random.uniform(0.5, 1.5)
+            wait = endpoint.pause * 2 ** tries * random.uniform(0.5, 1.5) + (float(after) if after.isdigit() else 0)
             tries += 1
             if time.monotonic() + wait - start > endpoint.limit:
                 raise CallFailed(f"{endpoint.url}: no good answer in {tries} attempts; the last: {error}") from error
@@ -358,18 +376,22 @@ def check_endpoint(endpoint: Endpoint):
     def ask(path, body=None):
         try:
             return attempt(endpoint, path, body, time.monotonic() + endpoint.timeout)
-        except (Busy, Refused) as error:
+        except Busy:
+            return {}
+        except Refused as error:
+            if error.args[0] == 404 and body:
+                raise UserError(f"{endpoint.url} does not serve {endpoint.model}; it serves {', '.join(names[:5])}") from error
             if error.args[0] in (401, 403):
                 raise UserError(f"{endpoint.url} " + (f"does not accept the key in the environment variable {KEY}" if
                                 os.environ.get(KEY) else f"wants a key: set the environment variable {KEY}")) from error
             return {}
-        except (OSError, ValueError) as error:
+        except PASSING as error:
             raise UserError(f"{endpoint.url}: no server answers there ({getattr(error, 'reason', error)})") from error
     served = ask("/models").get("data")
     names = [str(row.get("id")) for row in served or [] if isinstance(row, dict)]
     hello = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-    if names and endpoint.model not in names and not ask("/chat/completions", hello):
-        raise UserError(f"{endpoint.url} does not serve {endpoint.model}; it serves {', '.join(names[:5])}")
+    if names and endpoint.model not in names:
+        ask("/chat/completions", hello)
 
 
 def messages_of(turns: list[dict], images: list[Image.Image]) -> list[dict]:
@@ -399,7 +421,8 @@ def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling,
         choices = [(c["message"].get("content") or "", c.get("finish_reason", "stop") == "stop") for c in answer["choices"]]
         if not choices or not all(isinstance(text, str) for text, _ in choices):
             raise ValueError("no choices in it")
-        return [(text.strip(), stopped and bool(text.strip())) for text, stopped in choices][:num]
+        choices = [(text.encode("utf-8", "replace").decode().strip(), stopped) for text, stopped in choices]
+        return [(text, stopped and bool(text)) for text, stopped in choices][:num]
     while True:
         body = {"model": endpoint.model, "messages": messages, "max_tokens": sampling.max_new_tokens, "stream": False}
         body |= {name: value for name, value in settings.items() if name not in endpoint.refused}
@@ -408,7 +431,8 @@ def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling,
         try:
             replies = call(endpoint, "/chat/completions", body, read)
         except Refused as error:
-            blamed = [name for name in (*OPTIONAL, "max_tokens") if name in body and re.search(rf"\b{name}\b", error.args[1])]
+            renamed = ("max_tokens",) if re.search("max_completion_tokens|unsupported|unrecognized", error.args[1], re.I) else ()
+            blamed = [name for name in (*OPTIONAL, *renamed) if name in body and re.search(rf"\b{name}\b", error.args[1])]
             if error.args[0] not in (400, 422) or not blamed:
                 raise CallFailed(f"{endpoint.url} refuses: HTTP {error.args[0]}, {error.args[1][:200]}") from error
             endpoint.refused.update(blamed)
@@ -430,28 +454,33 @@ class Collection:
                  longest: int = 0):
         """Read a collection for these examples. A row is {"id", "teacher", "text"}, and may say "finished".
 
-        Left out, and counted: in `unfinished`, responses that were cut off by a token limit ("finished": false); in
-        `overlong`, those of more than `longest` tokens, by the student's tokenizer: it could never say them in full.
-        UserError when an example has no response left, as it could not be drawn from, and when a response spells one
-        of the `forbidden` image tokens of the student.
+        Left out, and counted: in `unfinished`, responses that are empty or were cut off by a token limit ("finished":
+        false); in `overlong`, those of more than `longest` tokens by the student's tokenizer, which it could never say in
+        full. `examples` are those that have a response left. UserError when an example has no row at all, or none has a
+        response left, and when a response spells one of the `forbidden` image tokens of the student.
         """
         self.responses, self.unfinished, self.overlong = defaultdict(lambda: defaultdict(list)), 0, 0
+        named = set()
         for where, row in read_jsonl(path):
-            text = row.get("text")
-            if not isinstance(text, str) or "id" not in row:
-                raise UserError(f'{where}: expected a response {{"id": ..., "teacher": ..., "text": ...}}')
+            text, teacher = row.get("text"), str(row.get("teacher", "teacher"))
+            if not isinstance(text, str) or "id" not in row or not is_text(text) or teacher == "student":
+                raise UserError(f'{where}: expected a response {{"id": ..., "teacher": ..., "text": ...}}, by no "student"')
             if spelt := [token for token in forbidden if token in text]:
                 raise UserError(f"{where}: the response spells {spelt[0]}, which the student reads as an image")
             # a token is at least a byte, so short texts need no counting; one more token ends the turn
-            overlong = tokenizer is not None and len(text.encode()) >= longest <= len(tokenizer(text).input_ids)
+            overlong = tokenizer is not None and len(text.encode()) >= longest <= len(tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True).input_ids)
             self.unfinished += not row.get("finished", True)
             self.overlong += overlong
+            named.add(str(row["id"]))
             if row.get("finished", True) and not overlong:
-                self.responses[str(row["id"])][str(row.get("teacher", "teacher"))].append(text)
+                self.responses[str(row["id"])][teacher].append(text)
         for example in examples:
-            if example.id not in self.responses:
-                within = f" of less than {longest} tokens" if longest else ""
-                raise UserError(f"{path}: no finished response{within} for the question {example.id!r} of {example.where}")
+            if example.id not in named:
+                raise UserError(f"{path}: no response for the question {example.id!r} of {example.where}")
+        self.examples = [example for example in examples if example.id in self.responses]
+        if not self.examples:
+            raise UserError(f"{path}: no response in it is finished and of less than {longest} tokens")
 
     def draw(self, examples: list[Example], num: int, rng: random.Random) -> list[list[tuple[str, str]]]:
         """num pairs (teacher, text) per example, spread evenly over its teachers (who gets the odd one is drawn).
@@ -488,9 +517,9 @@ def fill_collection(path: str, teachers: list[str | Endpoint], examples: list[Ex
     seed of its own: it comes out the same whether or not there was a stop, from a server that honours seeds.
     """
     names = [teacher_name(t.model if isinstance(t, Endpoint) else t) for t in teachers]
-    if len(set(names)) < len(names):
-        raise UserError(f"two teachers have the same name ({', '.join(names)}); rename a folder, so that their responses "
-                        "can be told apart")
+    if len(set(names)) < len(names) or "student" in names:
+        raise UserError(f"the teachers are called {', '.join(names)}; rename a folder, so that their responses can be told "
+                        "apart, and from the student's")
     settings, have = asdict(sampling), defaultdict(int)            # responses by example, teacher and sampling settings
     if Path(path).exists():
         drop_torn_line(path)
@@ -524,8 +553,13 @@ def drop_torn_line(path: str):
             start = max(0, end - 2 ** 16)
             file.seek(start)
             tail, end = file.read(end - start) + tail, start
-        if (torn := len(tail) - (tail.rfind(b"\n") + 1)):
-            file.truncate(size - torn)
+        last = tail[tail.rfind(b"\n") + 1:]
+        try:
+            json.loads(last or b"0")
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n" * bool(last))                         # whole, and only lacks its end
+        except ValueError:
+            file.truncate(size - len(last))
 
 
 def fill_from_checkpoint(vlm: VLM, name: str, examples: list[Example], num: int, missing: dict[str, int],
@@ -571,10 +605,10 @@ def fill_from_server(endpoint: Endpoint, name: str, examples: list[Example], num
     with ThreadPoolExecutor(endpoint.workers) as pool:
         list(tqdm(pool.map(work, todo), f"responses of {name}", len(todo), unit="question"))
     if failures:
-        message = f"{name}: {len(failures)} questions still lack responses; the last failure: {failures[-1]}"
         if not successes:
-            raise UserError(message)
-        tqdm.write(message + " (run again to ask for them)")
+            raise UserError(f"{name}: not one of the first calls went well; the last: {failures[-1]}")
+        tqdm.write(f"{name}: {len(failures)} questions still lack responses, run again to ask for them; the last failure: "
+                   f"{failures[-1]}")
 
 
 def put_in_order(path: str, names: list[str], examples: list[Example]):
@@ -726,7 +760,8 @@ def main():
                                      allow_abbrev=False)
     parser.add_argument("--teachers", nargs="+", default=[], help="checkpoint folders, hub ids, or model@http://server/v1")
     parser.add_argument("--data", required=True, help="examples: JSONL, or a JSON list")
-    parser.add_argument("--out", required=True, help="the collection, JSONL; what it already holds is kept")
+    parser.add_argument("--out", required=True, help="the collection, JSONL: what it already holds is kept; or the examples "
+                        "chosen")
     parser.add_argument("-n", "--num", type=int, default=16, help="responses of each teacher to each question")
     parser.add_argument("--select", type=int, metavar="K", help="instead: write the K examples that --student learns most "
                         "from, sampled by their log-probability, to --out")
@@ -740,6 +775,8 @@ def main():
     args = parser.parse_args()
     if not args.teachers and not (args.select and args.student):
         parser.error("give --teachers, or --select K and --student")
+    if args.select and Path(args.out).exists():
+        parser.error(f"--out {args.out} exists")
     examples = load_examples(args.data, args.skip_bad)
     if args.select:
         vlm = load_vlm(args.student, args.device, args.dtype)

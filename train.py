@@ -51,7 +51,7 @@ from eval import draw_curves, evaluate, make_judge, results_table, verdicts_of, 
 from model import (VLM, Outputs, UserError, build_tiny_vlm, check_packing, checkpoint_layers, encode_responses, generate,
                    image_tokens, join, load_processor, load_vlm, naming, pick_device, run, save_vlm, score)
 from teachers import (Collection, Example, add_sampling_options, check_endpoint, draw_toy_world, encode_example,
-                      endpoint_of, fill_collection, load_examples, read_jsonl, sampling_of)
+                      Endpoint, endpoint_of, fill_collection, load_examples, read_jsonl, sampling_of)
 
 # ---------------------------------------------------------------------------------------------- the maths of line 10 to 13
 
@@ -109,7 +109,8 @@ class AdamW:
     A weight that is not float32 gets a float32 copy, which is what Adam moves; the weight is that copy, rounded. With
     `offload` the copies and both moments (12 bytes a parameter, most of the memory of training) stay on the CPU and are
     updated there: the gradient goes over, the new weight comes back. One torch optimizer per weight, so that no more
-    than one gradient is converted at a time. Frozen weights have no state.
+    than one gradient is converted at a time. Frozen weights have no state. Gradients stay of the weight's own type, also
+    while micro-batches add up.
     """
 
     def __init__(self, parameters, lr: float, betas=(0.9, 0.999), offload: bool = False):
@@ -162,17 +163,18 @@ def plan(args) -> str:
     """What a run would need of memory, computed from the student's config alone: no weight is read.
 
     Weights, gradients, optimizer states and the KV cache are counted; activations follow from the sizes of a decoder
-    layer. Prompt lengths are measured on the first 32 examples of --data, or taken as 1,024 tokens. Left out: the eyes'
-    activations and memory that is free but scattered.
+    layer. Prompt lengths are measured on the first 32 examples of --data, or taken as 1,024 tokens. Left out: SFT, the
+    eyes' activations, a local judge, and memory that is free but scattered.
     """
     if args.student == "toy":
         raise UserError("--plan needs a named --student: the toy one fits anywhere")
     model, cpu = skeleton(args.student), pick_device(args.device).type == "cpu"
+    offload = args.offload and not cpu
     freeze(model, args.freeze, args.student)
     text, ril = model.config.get_text_config(), args.algorithm == "ril"
     bf16 = args.dtype == "bfloat16" or not args.dtype and not cpu
     size = 2 if bf16 else 4                                        # bytes of a weight, a gradient, an activation
-    state = 0 if args.offload else 12 if bf16 else 8               # of optimizer state per weight: see AdamW
+    state = 0 if offload else 12 if bf16 else 8               # of optimizer state per weight: see AdamW
     N, T = sum(w.numel() for w in model.parameters()), sum(w.numel() for w in model.parameters() if w.requires_grad)
     D = sum(w.numel() for w in model.get_decoder().parameters()) * ril
     P, where = 1024, "assumed"
@@ -191,16 +193,16 @@ def plan(args) -> str:
         layer = B * length * ((6 * d + 5 * a + 4 * ff) * size + 8 * d * bf16)
         whole = layer + layers * B * length * d * size if args.gradient_checkpointing else layers * layer
         return whole + B * length ** 2 * 12 + V * d * size         # the mask; the embedding's gradient, before it is added
-    always = 0.5e9 * cpu + N * size + T * state + D * state + (N + D) * size * (not args.offload)
+    always = 0.5e9 * cpu + N * size + T * state + D * state + (N + D) * size * (not offload)
     needs = {"generate": always + args.rollout_batch * (G * (P + R) * layers * 2 * kv * size + 4 * G * V * 4),
-             "discriminator": always + D * size * (1 + args.offload) + activations(len(eq1.SYSTEM) // 3 + K * (R + 10)),
-             "update": always + T * size + max(N * size * args.offload, activations(L) + min(B * K * R * V, 2 ** 26) * 12)}
+             "discriminator": always + D * size * (1 + offload) + activations(len(eq1.SYSTEM) // 3 + K * (R + 10)),
+             "update": always + T * size + max(N * size * offload, activations(L) + min(B * K * R * V, 2 ** 26) * 12)}
     lines = [f"{args.student}: {N / 1e9:.3f}B parameters, {T / 1e9:.3f}B trained, discriminator {D / 1e9:.3f}B, in "
              f"{'bfloat16' if bf16 else 'float32'}",
              f"prompt {P} tokens ({where}), responses up to {R}; a step is {questions} questions, {questions * G} sampled "
              f"responses, up to {questions * L:,} tokens to train on, {B * L:,} at a time"]
     lines += [f"{name:14} {value / 1e9:8.2f} GB" for name, value in {"between phases": always, **needs}.items()]
-    lines += [f"{'on the CPU':14} {(12 * (T + D) + (N + D) * size) / 1e9:8.2f} GB"] * args.offload
+    lines += [f"{'on the CPU':14} {(12 * (T + D) + (N + D) * size) / 1e9:8.2f} GB"] * offload
     return "\n".join(lines + [f"{'peak':14} {max(needs.values()) / 1e9:8.2f} GB, computed"])
 
 
@@ -273,6 +275,8 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self.device, self.seconds, self.memory_gb = device, {}, {}
+        if device.type == "cuda":
+            torch.cuda.init()                                      # or cuda:0 has no statistics to reset yet
 
     @contextmanager
     def phase(self, name: str):
@@ -293,7 +297,8 @@ def peak_memory_gb(device: torch.device, reset: bool = False) -> float:
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
     elif status.exists():
-        peak = int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)) * 1024 / 1e9
+        found = re.search(r"VmHWM:\s+(\d+)", status.read_text())
+        peak = int(found.group(1)) * 1024 / 1e9 if found else float("nan")
         if reset and os.access(clear, os.W_OK):
             clear.write_text("5")                                  # see proc(5): the mark falls to what is held now
     elif sys.platform == "darwin":
@@ -306,7 +311,7 @@ def peak_memory_gb(device: torch.device, reset: bool = False) -> float:
 
 def judge_all(judge, batch: list[Example], outputs: Outputs) -> Tensor:
     """Verdicts of every response as (B, K) float32: 1, 0, or NaN where the judge failed."""
-    verdicts = verdicts_of(judge, [(e.text, e.answer, text) for e, texts in zip(batch, outputs.text) for text in texts])
+    verdicts = verdicts_of(judge, [(e.dialogue, e.answer, text) for e, texts in zip(batch, outputs.text) for text in texts])
     return torch.tensor([float("nan") if v is None else float(v) for v in verdicts],
                         device=outputs.ids.device).view(outputs.mask.shape[:2])
 
@@ -336,7 +341,8 @@ def update_policy(policy: VLM, reference: VLM, optimizer, prompts: list, outputs
                 stats["clip_fraction"] += clipped[mask].sum().item() / outputs.mask.sum().item() / args.mu
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         stats["grad_norm"] += norm.item() / args.mu
-        optimizer.step()
+        if valid.any():                                            # else Adam's momentum would walk on by itself
+            optimizer.step()
         optimizer.zero_grad()
     return dict(stats)
 
@@ -350,12 +356,12 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
     G, sampling, rng = args.num_samples, sampling_of(args), random.Random(args.seed)
     rows = 2 * G * args.batch_size                                 # responses in a micro-batch
     torch.manual_seed(args.seed)
-    reference = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False))     # line 1
+    reference = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False)) if args.beta else None    # line 1
     freeze(policy.model, args.freeze, args.student)
     optimizer = AdamW(policy.model.parameters(), args.lr, offload=args.offload)
     d_optimizer = AdamW(D.parameters(), args.discriminator_lr, offload=args.offload) if D else None
     if args.offload:
-        for waiting in [reference.model] + [D] * (D is not None):
+        for waiting in filter(None, (D, reference and reference.model)):
             waiting.to("cpu")
     batches = batches_of(examples, args.batch_size * args.accumulate, rng)
     peak = 0.0
@@ -377,7 +383,7 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
                 teachers = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
                 outputs = join([outputs, teachers], dim=1)                                   #              (B, 2G, R)
                 sources = [s + [teacher for teacher, _ in pairs] for s, pairs in zip(sources, drawn)]
-                is_student = torch.tensor([[name == "student" for name in s] for s in sources], device=policy.device)
+                is_student = torch.tensor([[True] * G + [False] * G] * len(batch), device=policy.device)
                 for _ in range(0 if args.freeze_discriminator else args.mu):                 # lines 7-9, Eq. 1
                     row |= eq1.update(D, d_optimizer, outputs.text, is_student, rows)
                 p_student = D.p_student(outputs.text, rows)                                  # line 10, by the new D
@@ -395,7 +401,10 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
         peak = max(peak, *meter.memory_gb.values())
         row |= step_metrics(outputs, sources, similarity, answer, reward, valid, args, meter)
         if held_out and (step == 0 or (step + 1) % args.eval_every == 0):
-            row["heldout_accuracy"] = evaluate(policy, held_out, judge, args.max_new_tokens, args.rollout_batch)["accuracy"]
+            try:
+                row["heldout_accuracy"] = evaluate(policy, held_out, judge, args.max_new_tokens, args.rollout_batch)["accuracy"]
+            except UserError as error:                             # a judge that is down does not end the run
+                tqdm.write(str(error))
         print(json.dumps(row), file=metrics_file, flush=True)
         tqdm.write(console_line(row))
         if step % args.log_every == 0 or step == args.steps - 1:
@@ -489,8 +498,10 @@ def tiny_vlm_from_nothing(folder: Path, family: str, examples: list[Example], wi
 
 def claim_folder(out: Path, args):
     """Make `out` this run's folder, or refuse: a folder holds one run, and its stages belong to one set of settings."""
-    settings = {k: v for k, v in vars(args).items()                # what does not change the result may differ
+    settings = {k: v for k, v in vars(args).items()                # what does not change the result may differ,
                 if k not in ("out", "device", "offload", "gradient_checkpointing", "plan")}
+    names = {name: (endpoint_of(name) or Endpoint(name, "")).model for name in args.teachers + [args.judge]}
+    settings |= {"teachers": [names[name] for name in args.teachers], "judge": names[args.judge]}     # as may a URL
     path = out / "settings.json"                                   # without it, stages copied from elsewhere are taken over
     if path.exists():
         there = json.loads(path.read_text())
@@ -622,6 +633,8 @@ def parse_args(argv=None):
         return args
     if args.student != "toy" and not args.data:
         parser.error("--data is needed for a named student")
+    if args.collection and not args.data:
+        parser.error("--collection needs the --data that it answers")
     if args.data and args.algorithm == "ril" and not (args.teachers or args.collection):
         parser.error("RIL needs --teachers or a --collection of their responses (or --algorithm rl)")
     if args.sft_steps and args.student != "toy" and not args.sft_data:
@@ -649,7 +662,7 @@ def main():
     if args.judge != "rule" and not endpoint_of(args.judge):
         load_processor(args.judge, text_only=True)
     if args.collection:
-        known = (image_tokens(processors[-1]), processors[-1].tokenizer, args.max_new_tokens) if processors else ()
+        known = () if args.student == "toy" else (image_tokens(processors[-1]), processors[-1].tokenizer, args.max_new_tokens)
         Collection(args.collection, given["data"], *known)
     claim_folder(out, args)
     clock = Meter(pick_device(args.device))
@@ -675,10 +688,15 @@ def main():
             sft(student, sources["sft_data"], args.sft_steps, args.sft_batch_size, args.sft_lr, args.seed, "student",
                 args.batch_size, args.offload)
             save_vlm(student, str(started))
+            del student                                            # its weights leave the device
     start = str(started) if started.exists() else args.student
 
     # 3. the teachers' responses, then the discriminator, then the loop
     collection = D = None
+    if not (out / "student").exists():                             # before the teachers are paid for
+        student = load_vlm(start, args.device, args.dtype)
+        check_packing(student, encode_example(student, examples[0]))
+        del student
     if args.algorithm == "ril":
         path = Path(args.collection or out / "collection.jsonl")
         with clock.phase("collection"):
@@ -687,14 +705,15 @@ def main():
                                 max(1, 2 * args.num_samples * args.rollout_batch // args.collect), args.device, args.dtype)
             processor = load_processor(start)
             collection = Collection(path, examples, image_tokens(processor), processor.tokenizer, args.max_new_tokens)
-        for many, why in ((collection.unfinished, "were cut off by a token limit"),
-                          (collection.overlong, f"have more than --max-new-tokens {args.max_new_tokens} tokens")):
+        for many, why in ((collection.unfinished, "responses are empty or were cut off by a token limit"),
+                          (collection.overlong, f"responses have more than --max-new-tokens {args.max_new_tokens} tokens"),
+                          (len(examples) - len(collection.examples), "questions have no other response")):
             if many:
-                print(f"{path}: {many} responses {why} and are left out")
+                print(f"{path}: {many} {why} and are left out")
+        examples = collection.examples
     judge = make_judge(args.judge, out / "verdicts.jsonl", args.device, args.dtype)
     if not (out / "student").exists():
         policy = student_of(start, args)
-        check_packing(policy, encode_example(policy, examples[0]))
         if collection:
             with clock.phase("discriminator"):
                 D = discriminator_of(policy, examples, collection, args, out)

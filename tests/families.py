@@ -130,6 +130,7 @@ def build(folder, family, texts, vocabulary=400, seed=0):
     model = AutoModelForImageTextToText.from_config(config)
     if family == "gemma3":                                         # starts as zeros: no image would reach the text
         torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=3.0)
+    model.get_output_embeddings().weight.data[stops] *= 3          # or hardly a random model would ever end a response
     model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(folder)
     image_processor.save_pretrained(folder)

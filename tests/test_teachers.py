@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import lamp_files, noise_image, run
+from conftest import call, lamp_files, noise_image
 from model import Sampling, UserError, chat_turns, encode_responses, image_tokens
-from teachers import (Collection, Example, draw_scene, draw_toy_world, fill_collection, load_examples, open_image,
+from teachers import (Collection, Example, draw_scene, drop_torn_line, draw_toy_world, fill_collection, load_examples, open_image,
                       questions_about, select)
 
 
@@ -261,7 +261,7 @@ def test_select_from_the_command_line_writes_what_the_reader_reads(tmp_path, che
     data, _ = lamp_files(tmp_path, 12)
     out = tmp_path / "elsewhere" / "chosen.jsonl"
     out.parent.mkdir()
-    done = run("teachers.py", "--select", 5, "--student", checkpoints["qwen2_5_vl"], "--data", data, "--out", out, "--device", "cpu")
+    done = call("teachers.py", "--select", 5, "--student", checkpoints["qwen2_5_vl"], "--data", data, "--out", out, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     chosen, everything = load_examples(str(out)), {e.id: e for e in load_examples(str(data))}
     assert len(chosen) == 5 and all(everything[e.id].answer == e.answer and open_image(e.images[0], "").size for e in chosen)
@@ -271,6 +271,24 @@ def test_overlong_responses_are_left_out_and_counted(tmp_path, qwen):
     """A teacher that goes on for longer than the student may speak: only its beginning could ever be rewarded."""
     examples = [Example("0", (), "q", "a")]
     path = write(tmp_path / "c.jsonl", {"id": "0", "teacher": "t", "text": "yes"}, {"id": "0", "teacher": "t", "text": "yes " * 50},
-                 {"id": "0", "teacher": "t", "text": "no", "finished": False})
-    collection = Collection(path, examples, frozenset(), qwen.tokenizer, 20)
-    assert collection.responses["0"]["t"] == ["yes"] and (collection.overlong, collection.unfinished) == (1, 1)
+                 {"id": "0", "teacher": "t", "text": "no", "finished": False}, {"id": "1", "teacher": "t", "text": "yes " * 50})
+    collection = Collection(path, examples + [Example("1", (), "q", "a")], frozenset(), qwen.tokenizer, 20)
+    assert [e.id for e in collection.examples] == ["0"]            # the other is left out, and counted by who asks
+    assert collection.responses["0"]["t"] == ["yes"] and (collection.overlong, collection.unfinished) == (2, 1)
+
+
+def test_a_teacher_may_not_be_called_student(tmp_path, checkpoints):
+    """Its responses would be taken for the student's: D would learn nothing, or that the teachers are the student."""
+    with pytest.raises(UserError, match="student"):
+        fill_collection(str(tmp_path / "c"), ["runs/big/student"], [Example("0", (), "q", "a")], 1, Sampling())
+    with pytest.raises(UserError, match="c2:1"):
+        Collection(write(tmp_path / "c2", {"id": "0", "teacher": "student", "text": "a"}), [Example("0", (), "q", "a")])
+
+
+def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
+    """A collection that another tool wrote; only what is torn may go."""
+    for text, kept in ((b'{"id": 1}\n{"id": 2}', b'{"id": 1}\n{"id": 2}\n'), (b'{"id": 1}\n{"id', b'{"id": 1}\n'), (b"", b""),
+                       (b'{"id": 1}', b'{"id": 1}\n'), (b'{"id": 1}\n', b'{"id": 1}\n')):
+        (tmp_path / "c").write_bytes(text)
+        drop_torn_line(str(tmp_path / "c"))
+        assert (tmp_path / "c").read_bytes() == kept

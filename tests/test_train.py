@@ -5,7 +5,7 @@ import shutil
 import pytest
 from transformers import AutoModelForImageTextToText
 
-from conftest import run
+from conftest import call, run
 
 FAST = ["--device", "cpu", "--batch-size", "4", "--steps", "3", "--discriminator-steps", "2", "--num-samples", "2",
         "--max-new-tokens", "12", "--eval-every", "2", "--log-every", "1", "--collect", "2"]
@@ -92,7 +92,7 @@ def test_data_that_is_not_the_toy_world(lamps, tmp_path):
                                      ["--no-teacher-rollouts"], ["--beta", "0"]])
 def test_every_ablation_runs(finished, tmp_path, options):
     out, _ = finished
-    done = run("train.py", "--student", out / "sft", "--data", out / "data" / "train.jsonl", "--collection",
+    done = call("train.py", "--student", out / "sft", "--data", out / "data" / "train.jsonl", "--collection",
                out / "collection.jsonl", "--out", tmp_path / "run", *FAST, *options)
     assert done.returncode == 0, done.stderr
     metrics = rows_of(tmp_path / "run" / "metrics.jsonl")
@@ -118,7 +118,7 @@ def test_collecting_alone(finished, tmp_path):
 def fails(*options, says, out):
     """The command ends with one sentence on stderr and exit code 2, and has written nothing."""
     before = sorted(out.rglob("*")) if out.exists() else None
-    done = run("train.py", "--out", out, *FAST, *options)
+    done = call("train.py", "--out", out, *FAST, *options)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and says in done.stderr.splitlines()[-1], done.stderr
     assert (sorted(out.rglob("*")) if out.exists() else None) == before
@@ -128,6 +128,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(lamps, tmp_path, checkpoints)
     (data, responses), toy = lamps, checkpoints["qwen2_5_vl"]
     out = tmp_path / "out"
     fails("--data", tmp_path / "no.jsonl", "--collection", responses, says="no such file", out=out)
+    done = run("train.py", "--out", out, "--data", tmp_path / "no.jsonl", "--collection", responses)
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'no.jsonl'}: no such file\n")
     fails("--data", data, "--collection", tmp_path / "no.jsonl", says="no such file", out=out)
     fails("--data", data, says="--teachers", out=out)
     fails("--student", tmp_path / "no", "--data", data, "--collection", responses, says="not an image-text-to-text", out=out)
@@ -136,7 +138,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(lamps, tmp_path, checkpoints)
     fails("--num-samples", 0, says="at least 1", out=out)
     short = tmp_path / "short.jsonl"
     short.write_text("".join(responses.read_text().splitlines(keepends=True)[:-2]))
-    fails("--data", data, "--collection", short, says="no finished response for the question 'lamp23'", out=out)
+    fails("--data", data, "--collection", short, says="no response for the question 'lamp23'", out=out)
     spelling = tmp_path / "spelling.jsonl"
     spelling.write_text(responses.read_text().replace("Looking at it", "<|image_pad|>", 1))
     fails("--student", toy, "--data", data, "--collection", spelling, says="spells <|image_pad|>", out=out)
