@@ -50,8 +50,8 @@ class Discriminator(nn.Module):
         Responses are read as plain text: none can spell a special token and so leave its place in the prompt.
         """
         device = self.head.weight.device
-        branches = [torch.tensor(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-                                 + self.after, device=device) for row in texts for text in row]
+        rows = self.tokenizer(sum(texts, []), add_special_tokens=False, split_special_tokens=True).input_ids
+        branches = [torch.tensor(row + self.after, device=device) for row in rows]
         mask = pad_sequence([torch.ones_like(b, dtype=torch.bool) for b in branches], batch_first=True)
         B, K = len(texts), len(texts[0])
         ids, mask = pad_sequence(branches, batch_first=True).unflatten(0, (B, K)), mask.unflatten(0, (B, K))

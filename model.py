@@ -81,9 +81,11 @@ class VLM:
 
 @dataclass
 class Prompt:
-    """One question, ready for the model: token ids (P,) and what the image processor made of its images (may be {})."""
+    """One question, ready for the model: token ids (P,), what the image processor made of its images (may be {}), and the
+    places of the tokens: (P,), or (3, P) in the Qwen-VL families, whose rotary embedding counts time, height and width."""
     ids: Tensor
     images: dict[str, Tensor]
+    positions: Tensor
 
 
 @dataclass
@@ -278,9 +280,14 @@ def encode(vlm: VLM, question: str, images: list[Image.Image], history: tuple[tu
     text = render(vlm.processor, turns, add_generation_prompt=True)
     inputs = vlm.processor(text=[text], **({"images": images} if images else {}), return_tensors="pt",
                            add_special_tokens=needs_bos(vlm.tokenizer, text))
-    ids = inputs.pop("input_ids")[0]
-    return Prompt(ids, {name: value for name, value in inputs.items()
-                        if name not in ("attention_mask", "mm_token_type_ids", "token_type_ids")})
+    ids = inputs.pop("input_ids")                                  # (1, P)
+    images = {name: x for name, x in inputs.items() if name not in ("attention_mask", "mm_token_type_ids", "token_type_ids")}
+    positions = torch.arange(ids.shape[1])
+    if hasattr(vlm.trunk, "get_rope_index"):
+        is_image = (ids == vlm.model.config.image_token_id).int()
+        positions = vlm.trunk.get_rope_index(ids, mm_token_type_ids=is_image, attention_mask=torch.ones_like(ids),
+                                             image_grid_thw=images.get("image_grid_thw"))[0][:, 0]
+    return Prompt(ids[0], images, positions)
 
 
 def needs_bos(tokenizer, text: str) -> bool:
@@ -293,32 +300,27 @@ def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
 
     `split_special_tokens` reads everything as plain text, so no response can spell an image token or end its own turn.
     """
-    ids = [vlm.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids + vlm.stop_ids[:1]
-           for responses in texts for text in responses]
-    ids = [torch.tensor(row, device=vlm.device) for row in ids]
+    rows = vlm.tokenizer(sum(texts, []), add_special_tokens=False, split_special_tokens=True).input_ids
+    ids = [torch.tensor(row + vlm.stop_ids[:1], device=vlm.device) for row in rows]
     mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True)    # (B * K, R)
     return Outputs(texts, pad_sequence(ids, batch_first=True).unflatten(0, (len(texts), -1)),
                    mask.unflatten(0, (len(texts), -1)))
 
 
 def collate(vlm: VLM, prompts: list[Prompt]) -> dict:
-    """Prompts as one left-padded batch: input_ids (B, P), mask (B, P) bool, is_image (B, P) bool, position_ids, images.
+    """Prompts as one left-padded batch: input_ids, mask bool and is_image bool (B, P), position_ids ([3,] B, P), images.
 
-    Left-padded, so that the last column is every prompt's last token. position_ids is (B, P), or (3, B, P) for the
-    Qwen-VL families, whose rotary embedding counts time, height and width apart.
+    Left-padded, so that the last column is every prompt's last token.
     """
-    ids = pad_sequence([p.ids for p in prompts], batch_first=True, padding_side="left").to(vlm.device)
-    mask = pad_sequence([torch.ones_like(p.ids, dtype=torch.bool) for p in prompts], batch_first=True,
-                        padding_side="left").to(vlm.device)
+    def pad(rows):
+        return pad_sequence(rows, batch_first=True, padding_side="left").to(vlm.device)
+    ids, mask = pad([p.ids for p in prompts]), pad([torch.ones_like(p.ids, dtype=torch.bool) for p in prompts])
+    positions = pad([p.positions.movedim(-1, 0) for p in prompts])                           # (B, P[, 3])
     names = {name for p in prompts for name in p.images}
     images = {name: stack([p.images[name] for p in prompts if name in p.images]).to(vlm.device) for name in names}
     images = {name: x.to(vlm.model.dtype) if x.is_floating_point() else x for name, x in images.items()}
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    is_image = mask & (ids == getattr(vlm.model.config, "image_token_id", -1))
-    if hasattr(vlm.trunk, "get_rope_index"):
-        positions, _ = vlm.trunk.get_rope_index(ids, mm_token_type_ids=is_image.int(), attention_mask=mask,
-                                                image_grid_thw=images.get("image_grid_thw"))
-    return {"input_ids": ids, "mask": mask, "is_image": is_image, "position_ids": positions, "images": images}
+    return {"input_ids": ids, "mask": mask, "images": images, "position_ids": positions.movedim(-1, 0) if positions.dim() == 3
+            else positions, "is_image": mask & (ids == getattr(vlm.model.config, "image_token_id", -1))}
 
 
 # ---------------------------------------------------------------------------------------------- generate

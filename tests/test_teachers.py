@@ -102,7 +102,7 @@ def test_draw_is_even_over_teachers_without_repeats_and_reproducible(tmp_path):
 def test_a_question_without_responses_is_named(tmp_path):
     with pytest.raises(UserError, match="'b'"):
         Collection(write(tmp_path / "c.jsonl", {"id": "a", "teacher": "T", "text": "x"},
-                         {"id": "b", "teacher": "T", "text": "cut o", "finished": False}),
+                         {"id": "c", "teacher": "T", "text": "x"}),
                    [Example("a", (), "q", "a"), Example("b", (), "q", "a", where="d.jsonl:2")])
 
 
