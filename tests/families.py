@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -85,14 +86,16 @@ def parts(family):
                 lambda size, ids: dict(text_config=decoder("qwen2", size), vision_config=eye, image_grid_pinpoints=grid,
                                        vision_feature_layer=-1, vision_feature_select_strategy="full", **ids),
                 LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=grid))
-    if family == "smolvlm":
+    if family in ("smolvlm", "idefics3"):
         names = {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>",
                  "end_of_utterance_token": "<end_of_utterance>", "global_image_token": "<global-img>"}
         names |= {f"cell_{i}_{j}": f"<row_{i}_col_{j}>" for i in range(1, 5) for j in range(1, 5)}
-        return (names, "<image>", {"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
+        return (names, "<image>", {"processor_class": {"smolvlm": "SmolVLMProcessor", "idefics3": "Idefics3Processor"}[family],
+                                  "image_seq_len": 4},
                 lambda size, ids: dict(text_config=decoder("llama", size), scale_factor=2, vision_config=vision(
                     num_hidden_layers=1, image_size=32, patch_size=8), image_token_id=ids["image_token_id"]),
-                SmolVLMImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}))
+                {"smolvlm": SmolVLMImageProcessorPil, "idefics3": Idefics3ImageProcessorPil}[family](
+                    size={"longest_edge": 64}, max_image_size={"longest_edge": 32}))
     names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     return (names, None, {"processor_class": "Gemma3Processor", "image_seq_length": 4},
@@ -105,7 +108,7 @@ def parts(family):
             Gemma3ImageProcessorPil(size={"height": 32, "width": 32}))
 
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava", "llava_onevision", "smolvlm", "gemma3")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava", "llava_onevision", "smolvlm", "idefics3", "gemma3")
 
 
 def build(folder, family, texts, vocabulary=400, seed=0):

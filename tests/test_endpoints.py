@@ -294,7 +294,7 @@ def test_a_fifth_of_garbage_changes_no_other_reward(tmp_path):
         return "garbage" if len(text) % 5 == 0 else f"Fine. <answer>{len(text) % 2}</answer>"
     server = Hostile(reply)
     done = call("train.py", "--student", "toy", "--data", data, "--eval-data", data, "--collection", responses, "--judge", f"m@{server.url}",
-               "--out", tmp_path / "out", "--sft-steps", 1, "--steps", 2, "--batch-size", 5, "--discriminator-steps", 1, "--collect", 2)
+               "--out", tmp_path / "out", "--sft-steps", 1, "--steps", 2, "--batch-size", 4, "--discriminator-steps", 1, "--collect", 2)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in open(tmp_path / "out" / "rollouts.jsonl")]
     for row in rows:
@@ -307,9 +307,9 @@ def test_a_fifth_of_garbage_changes_no_other_reward(tmp_path):
         assert all(abs(row["advantage"] - (row["reward"] - mean)) < 1e-3 for row in group)
     for metrics in map(json.loads, open(tmp_path / "out" / "metrics.jsonl")):
         shown = [row for row in rows if row["step"] == metrics["step"]]
-        if len(shown) == 5 * 8:
-            assert metrics["judge/failed"] == pytest.approx(sum(row["verdict"] is None for row in shown) / len(shown))
+        assert len(shown) == 4 * 8                                 # every response of the step: the share in the log is theirs
         assert 0 < metrics["judge/failed"] < 0.6
+        assert metrics["judge/failed"] == pytest.approx(sum(row["verdict"] is None for row in shown) / len(shown))
 
 
 def test_a_judge_that_is_down_is_said_and_given_up(capsys):

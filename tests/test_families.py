@@ -1,4 +1,4 @@
-"""Eight checkpoints of seven families, each with its own processor, through everything RIL asks of a model."""
+"""Nine checkpoints of seven families, each with its own processor, through everything RIL asks of a model."""
 import json
 import shutil
 from dataclasses import replace
