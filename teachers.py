@@ -6,9 +6,11 @@ while the student learns. Their tokenizers, image encoders and families may all 
 
     python teachers.py --teachers runs/toy/teachers/qwen runs/toy/teachers/internvl \
         --data runs/toy/data/train.jsonl --out collection.jsonl -n 16
+    python teachers.py --teachers big-model@http://localhost:8000/v1 --data train.jsonl --out collection.jsonl -n 16
+    python teachers.py --select 40000 --student DIR --data llava.json --out train.jsonl
 
-The toy world is at the bottom: coloured shapes on a 3 x 3 grid, drawn with Pillow, written to disk and read back by the
-same reader as anyone's data.
+In order: the data formats, models behind a URL, the collection, the choice of examples, and the toy world: coloured shapes
+on a 2 x 2 grid, drawn with Pillow, written to disk and read back by the same reader as anyone's data.
 """
 import argparse
 import base64
@@ -621,6 +623,9 @@ def put_in_order(path: str, names: list[str], examples: list[Example]):
     if order != list(range(len(lines))):
         Path(f"{path}.unfinished").write_bytes(b"".join(lines[i] for i in order))
         Path(f"{path}.unfinished").replace(path)
+
+
+# ---------------------------------------------------------------------------------------------- which examples
 
 
 def select(vlm: VLM, examples: list[Example], num: int, longest: int, seed: int, batch_size: int = 16) -> list[Example]:

@@ -605,7 +605,7 @@ def parse_args(argv=None):
     group.add_argument("--steps", type=int, help="steps of the loop")
     group.add_argument("--batch-size", type=int, help="questions per micro-batch")
     group.add_argument("--accumulate", type=int, help="micro-batches per step")
-    group.add_argument("--rollout-batch", type=int, help="questions sampled at a time: less memory, the same step")
+    group.add_argument("--rollout-batch", type=int, help="questions sampled at a time; fewer need less memory")
     group.add_argument("--lr", type=float, help="learning rate of the student")
     group.add_argument("--warmup", type=int, help="steps in which the student's learning rate rises from nothing")
     group.add_argument("--discriminator-lr", type=float, help="learning rate of D")
