@@ -652,9 +652,11 @@ def main():
         return print(plan(args))
     given = {name: load_examples(path, args.skip_bad) for name in ("data", "sft_data", "eval_data")
              if (path := getattr(args, name))}                     # bad input is found before anything is written
-    endpoints = [e for name in args.teachers + [args.judge] if (e := endpoint_of(name))]
-    for endpoint in endpoints:
-        check_endpoint(endpoint)
+    evaluations = ["evaluation-before.json", "evaluation-after.json"] if args.eval_data or not args.data else []
+    finished = all((out / name).exists() for name in ["student", *evaluations])
+    for name in args.teachers + [args.judge]:
+        if not finished and (endpoint := endpoint_of(name)):
+            check_endpoint(endpoint)
     local = [t for t in args.teachers if not endpoint_of(t)] + [args.student] * (args.student != "toy")
     processors = [load_processor(path) for path in local]
     if args.freeze and args.student != "toy":
@@ -700,7 +702,7 @@ def main():
     if args.algorithm == "ril":
         path = Path(args.collection or out / "collection.jsonl")
         with clock.phase("collection"):
-            if not args.collection:
+            if not args.collection and not finished:
                 fill_collection(path, teachers, examples, args.collect, sampling_of(args), args.seed,
                                 max(1, 2 * args.num_samples * args.rollout_batch // args.collect), args.device, args.dtype)
             processor = load_processor(start)
@@ -711,7 +713,7 @@ def main():
             if many:
                 print(f"{path}: {many} {why} and are left out")
         examples = collection.examples
-    judge = make_judge(args.judge, out / "verdicts.jsonl", args.device, args.dtype)
+    judge = None if finished else make_judge(args.judge, out / "verdicts.jsonl", args.device, args.dtype)
     if not (out / "student").exists():
         policy = student_of(start, args)
         if collection:

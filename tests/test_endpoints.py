@@ -293,9 +293,14 @@ def test_a_fifth_of_garbage_changes_no_other_reward(tmp_path):
         text = body["messages"][0]["content"].split("<response>")[-1].split("</response>")[0].replace("&lt;", "<")
         return "garbage" if len(text) % 5 == 0 else f"Fine. <answer>{len(text) % 2}</answer>"
     server = Hostile(reply)
-    done = call("train.py", "--student", "toy", "--data", data, "--eval-data", data, "--collection", responses, "--judge", f"m@{server.url}",
-               "--out", tmp_path / "out", "--sft-steps", 1, "--steps", 2, "--batch-size", 4, "--discriminator-steps", 1, "--collect", 2)
+    command = ["train.py", "--student", "toy", "--data", data, "--eval-data", data, "--collection", responses, "--judge",
+               f"m@{server.url}", "--out", tmp_path / "out", "--sft-steps", 1, "--steps", 2, "--batch-size", 4,
+               "--discriminator-steps", 1, "--collect", 2]
+    done = call(*command)
     assert done.returncode == 0, done.stderr[-2000:]
+    server.shutdown()
+    server.server_close()
+    assert call(*command).returncode == 0                          # a finished run is shown again without its servers
     rows = [json.loads(line) for line in open(tmp_path / "out" / "rollouts.jsonl")]
     for row in rows:
         assert row["verdict"] == (None if len(row["text"]) % 5 == 0 else len(row["text"]) % 2)
