@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from model import VLM, Sampling, UserError, chat_turns, encode, generate, load_vlm, run
 from teachers import (CallFailed, Example, chat, check_endpoint, drop_torn_line, encode_example, endpoint_of,
-                      load_examples, messages_of, read_jsonl, teacher_name)
+                      load_examples, messages_of, read_jsonl)
 
 # ---------------------------------------------------------------------------------------------- the rule judge
 
@@ -110,13 +110,13 @@ class LLMJudge:
 
     def __init__(self, model: str, cache: Path | None = None, device: str | None = None, dtype: str | None = None,
                  max_new_tokens: int = 512, batch_size: int = 32):
-        self.name, self.cache, self.batch_size = teacher_name(model), cache, batch_size
+        self.cache, self.batch_size, self.endpoint = cache, batch_size, endpoint_of(model)
         self.sampling, self.lock, self.known = Sampling(0, 1, 0, 1, max_new_tokens), threading.Lock(), {}
-        if endpoint := endpoint_of(model):
-            self.endpoint = endpoint
-            check_endpoint(endpoint)
+        if self.endpoint:
+            check_endpoint(self.endpoint)
         else:
-            self.endpoint, self.llm = None, load_vlm(model, device, dtype, text_only=True)
+            self.llm = load_vlm(model, device, dtype, text_only=True)
+        self.name = self.endpoint.model if self.endpoint else model             # of a server without its address: it may move
         if cache and cache.exists():
             drop_torn_line(cache)
             self.known = {row["key"]: row["verdict"] for _, row in read_jsonl(cache)}
@@ -134,7 +134,7 @@ class LLMJudge:
         if self.endpoint:
             failures, answered = [], []
 
-            def ask(item):
+            def ask(item):                                         # one prompt; its verdict goes into self.known
                 if len(failures) >= self.endpoint.workers and not answered:
                     return                                         # nothing ever came back: do not wait for them all
                 try:

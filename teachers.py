@@ -159,11 +159,7 @@ def examples_of(path: str, where: str, row: dict) -> list[Example]:
         inside = folder / "images" / image
         return str(inside if not (folder / image).exists() and inside.exists() else folder / image)
     if "conversations" in row or "messages" in row:
-        try:
-            turns, images = dialogue(row, where)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{where}: a turn that is neither LLaVA's form nor the chat form ({error})") from error
-        examples = []
+        (turns, images), examples = dialogue(row, where), []
         for i, (question, answer) in enumerate(turns):
             marks = sum(text.count(MARK) for text, _ in turns[:i + 1])      # images of later turns are not yet shown
             shown = images[:marks] if any(MARK in text for text, _ in turns) else images
@@ -187,10 +183,14 @@ def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
     """
     examples, ids = [], defaultdict(int)
     for where, row in read_rows(path):
-        for example in examples_of(path, where, row):
+        try:
+            found = examples_of(path, where, row)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise UserError(f"{where}: a row in none of the three forms ({type(error).__name__}: {error})") from error
+        for example in found:
             for name in ("question", "answer"):
                 value = getattr(example, name)
-                if not isinstance(value, str) or not value.replace(MARK, "").strip() or not is_text(value):
+                if not isinstance(value, str) or not value.replace(MARK, "").strip() or not is_text(example.dialogue + value):
                     raise UserError(f'{where}: expected a non-empty string as "{name}", found {value!r}')
             try:
                 chat_turns(example.text, len(example.images), example.history)        # do marks and images agree?
@@ -202,6 +202,14 @@ def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
             if ids[example.id] > 1:                                # common in LLaVA's files
                 example = Example(**vars(example) | {"id": f"{example.id}#{ids[example.id]}"})
             examples.append(example)
+    examples = with_whole_images(examples, path, skip_bad)
+    if not examples:
+        raise UserError(f"{path}: no examples in it")
+    return examples
+
+
+def with_whole_images(examples: list[Example], path: str, skip_bad: bool) -> list[Example]:
+    """Open every image once, in threads; UserError on the first bad one, or with skip_bad the examples without any."""
     wheres, bad = {}, {}
     for e in examples:
         for image in e.images:
@@ -221,9 +229,7 @@ def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
         whole = [e for e in examples if not bad.keys() & set(e.images)]
         print(f"{path}: {len(examples) - len(whole)} of {len(examples)} examples skipped for {len(bad)} bad images, "
               f"the first: {first}")
-        examples = whole
-    if not examples:
-        raise UserError(f"{path}: no examples in it")
+        return whole
     return examples
 
 
@@ -323,8 +329,8 @@ def endpoint_of(name: str) -> Endpoint | None:
 
 
 def attempt(endpoint: Endpoint, path: str, body: dict | None, deadline: float) -> dict:
-    """One HTTP request, POST with a body and GET without; the JSON object that came back. Raises Busy, OSError or
-    ValueError for what may pass, Refused for what will not."""
+    """One HTTP request, POST with a body and GET without; the JSON object that came back. Raises one of PASSING for what
+    may go well another time, Refused for what will not."""
     request = urllib.request.Request(endpoint.url + path, None if body is None else json.dumps(body).encode(),
                                      {"Content-Type": "application/json"})
     if key := os.environ.get(KEY, "").strip():
@@ -345,8 +351,6 @@ def attempt(endpoint: Endpoint, path: str, body: dict | None, deadline: float) -
         if error.code in (408, 409, 425, 429) or error.code >= 500:
             raise Busy(error.code, error.headers.get("Retry-After")) from error
         raise Refused(error.code, text) from error
-    except http.client.HTTPException as error:
-        raise ConnectionError(f"broken answer ({type(error).__name__})") from error
     answer = json.loads(b"".join(pieces))
     if not isinstance(answer, dict):
         raise ValueError("not a JSON object")
@@ -375,7 +379,7 @@ def call(endpoint: Endpoint, path: str, body: dict | None, read):
 def check_endpoint(endpoint: Endpoint):
     """UserError unless the server is up, takes our key and serves this model. A server without /models is believed; one
     that lists other models is asked for one token of ours, as some load models when asked."""
-    def ask(path, body=None):
+    def ask(path, body=None):                                      # the answer, or {} where the server gives none
         try:
             return attempt(endpoint, path, body, time.monotonic() + endpoint.timeout)
         except Busy:
@@ -587,7 +591,7 @@ def fill_from_server(endpoint: Endpoint, name: str, examples: list[Example], num
     check_endpoint(endpoint)
     failures, successes = [], 0
 
-    def work(example):
+    def work(example):                                             # one question, until it has all its responses
         nonlocal successes
         have, images = num - missing[example.id], [open_image(path, example.where) for path in example.images]
         messages = messages_of(chat_turns(example.text, len(images), example.history), images)

@@ -174,7 +174,7 @@ def plan(args) -> str:
     text, ril = model.config.get_text_config(), args.algorithm == "ril"
     bf16 = args.dtype == "bfloat16" or not args.dtype and not cpu
     size = 2 if bf16 else 4                                        # bytes of a weight, a gradient, an activation
-    state = 0 if offload else 12 if bf16 else 8               # of optimizer state per weight: see AdamW
+    state = 0 if offload else 12 if bf16 else 8                    # of optimizer state per weight: see AdamW
     N, T = sum(w.numel() for w in model.parameters()), sum(w.numel() for w in model.parameters() if w.requires_grad)
     D = sum(w.numel() for w in model.get_decoder().parameters()) * ril
     P, where = 1024, "assumed"
@@ -193,6 +193,8 @@ def plan(args) -> str:
         layer = B * length * ((6 * d + 5 * a + 4 * ff) * size + 8 * d * bf16)
         whole = layer + layers * B * length * d * size if args.gradient_checkpointing else layers * layer
         return whole + B * length ** 2 * 12 + V * d * size         # the mask; the embedding's gradient, before it is added
+    # always: Python and torch, where they are in the same memory; the policy, all optimizer states, D and the reference.
+    # generate: KV cache and logits; D's prompt is its system text, of about 3 letters a token; logits exist three times
     always = 0.5e9 * cpu + N * size + T * state + D * state + (N + D) * size * (not offload)
     needs = {"generate": always + args.rollout_batch * (G * (P + R) * layers * 2 * kv * size + 4 * G * V * 4),
              "discriminator": always + D * size * (1 + offload) + activations(len(eq1.SYSTEM) // 3 + K * (R + 10)),
@@ -496,6 +498,30 @@ def tiny_vlm_from_nothing(folder: Path, family: str, examples: list[Example], wi
     save_vlm(vlm, str(folder))
 
 
+def check_inputs(args, out: Path) -> tuple[dict[str, list[Example]], bool]:
+    """Find what is wrong with data, checkpoints and servers before anything is written; UserError if something is.
+
+    Returns the examples of the data files given, by option, and whether the run in `out` is already finished.
+    """
+    given = {name: load_examples(path, args.skip_bad) for name in ("data", "sft_data", "eval_data")
+             if (path := getattr(args, name))}
+    evaluations = ["evaluation-before.json", "evaluation-after.json"] if args.eval_data or not args.data else []
+    finished = all((out / name).exists() for name in ["student", *evaluations])
+    for name in args.teachers + [args.judge]:
+        if not finished and (endpoint := endpoint_of(name)):
+            check_endpoint(endpoint)
+    local = [t for t in args.teachers if not endpoint_of(t)] + [args.student] * (args.student != "toy")
+    processors = [load_processor(path) for path in local]
+    if args.freeze and args.student != "toy":
+        freeze(skeleton(args.student), args.freeze, args.student)
+    if args.judge != "rule" and not endpoint_of(args.judge):
+        load_processor(args.judge, text_only=True)
+    if args.collection:
+        known = () if args.student == "toy" else (image_tokens(processors[-1]), processors[-1].tokenizer, args.max_new_tokens)
+        Collection(args.collection, given["data"], *known)
+    return given, finished
+
+
 def claim_folder(out: Path, args):
     """Make `out` this run's folder, or refuse: a folder holds one run, and its stages belong to one set of settings."""
     settings = {k: v for k, v in vars(args).items()                # what does not change the result may differ,
@@ -629,6 +655,10 @@ def parse_args(argv=None):
                  "rollout_batch"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    try:
+        re.compile(args.freeze or "")
+    except re.error as error:
+        parser.error(f"--freeze {args.freeze} is not a regular expression ({error})")
     if args.plan:
         return args
     if args.student != "toy" and not args.data:
@@ -650,22 +680,7 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     if args.plan:
         return print(plan(args))
-    given = {name: load_examples(path, args.skip_bad) for name in ("data", "sft_data", "eval_data")
-             if (path := getattr(args, name))}                     # bad input is found before anything is written
-    evaluations = ["evaluation-before.json", "evaluation-after.json"] if args.eval_data or not args.data else []
-    finished = all((out / name).exists() for name in ["student", *evaluations])
-    for name in args.teachers + [args.judge]:
-        if not finished and (endpoint := endpoint_of(name)):
-            check_endpoint(endpoint)
-    local = [t for t in args.teachers if not endpoint_of(t)] + [args.student] * (args.student != "toy")
-    processors = [load_processor(path) for path in local]
-    if args.freeze and args.student != "toy":
-        freeze(skeleton(args.student), args.freeze, args.student)
-    if args.judge != "rule" and not endpoint_of(args.judge):
-        load_processor(args.judge, text_only=True)
-    if args.collection:
-        known = () if args.student == "toy" else (image_tokens(processors[-1]), processors[-1].tokenizer, args.max_new_tokens)
-        Collection(args.collection, given["data"], *known)
+    given, finished = check_inputs(args, out)
     claim_folder(out, args)
     clock = Meter(pick_device(args.device))
 

@@ -135,6 +135,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(lamps, tmp_path, checkpoints)
     fails("--student", tmp_path / "no", "--data", data, "--collection", responses, says="not an image-text-to-text", out=out)
     fails("--lerning-rate", 1, says="unrecognized", out=out)
     fails("--steps", "many", says="invalid int", out=out)
+    fails("--freeze", "(visual", says="not a regular expression", out=out)
     fails("--num-samples", 0, says="at least 1", out=out)
     short = tmp_path / "short.jsonl"
     short.write_text("".join(responses.read_text().splitlines(keepends=True)[:-2]))
