@@ -10,17 +10,16 @@ probability that the student wrote the text, and the student earns the similarit
 (One sentence of the paper's section 4.1 has the labels the other way round. Eq. 1, Fig. 3 and the reward agree with one
 another, and are what is implemented: student = 1, teacher = 0.)
 
-All responses to a question are scored in one packed row, like the policy's: the text before the response is the same
-for all, so it is the shared prefix, and each response with the text after it is a branch.
+Responses are scored in packed rows, like the policy's: the text before a response is the same for all, whatever the
+question, so it is the shared prefix of the row, and each response with the text after it is a branch.
 """
 import copy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import VLM, needs_bos, packed_states, render
+from model import VLM, Outputs, Prompt, as_outputs, micro_batches, needs_bos, packed_states, render
 
 SYSTEM = ("You are a discriminator. Inside a <response> tag stands a response to a question about an image. It was "
           "written by a teacher, a large model, or by a student, a small one: 0 means teacher, 1 means student.")
@@ -44,29 +43,40 @@ class Discriminator(nn.Module):
         self.before = self.tokenizer(before, add_special_tokens=needs_bos(self.tokenizer, before)).input_ids
         self.after = self.tokenizer(after, add_special_tokens=False).input_ids
 
-    def forward(self, texts: list[list[str]]) -> Tensor:
-        """Logits of p_student, (B, K) float32, for B lists of K responses.
+    def encode(self, texts: list[list[str]]) -> Outputs:
+        """B lists of K responses as tokens, each with the text that stands after it.
 
-        Responses are read as plain text: none can spell a special token and so leave its place in the prompt.
+        They are read as plain text: none can spell a special token and so leave its place in the prompt.
         """
-        device = self.head.weight.device
         rows = self.tokenizer(sum(texts, []), add_special_tokens=False, split_special_tokens=True).input_ids
-        branches = [torch.tensor(row + self.after, device=device) for row in rows]
-        mask = pad_sequence([torch.ones_like(b, dtype=torch.bool) for b in branches], batch_first=True)
-        B, K = len(texts), len(texts[0])
-        ids, mask = pad_sequence(branches, batch_first=True).unflatten(0, (B, K)), mask.unflatten(0, (B, K))
-        prefix = torch.tensor(self.before, device=device).expand(B, -1)
-        batch = {"input_ids": prefix, "mask": torch.ones_like(prefix, dtype=torch.bool), "images": {},
-                 "position_ids": torch.arange(prefix.shape[1], device=device).expand(B, -1)}
-        _, states = packed_states(self.backbone, batch, ids, mask)                           # (B, K, R, d)
-        final = mask.sum(2, keepdim=True)[..., None].expand(-1, -1, -1, states.shape[-1]) - 1
-        return self.head(states.gather(2, final).squeeze(2).float()).squeeze(-1)             # (B, K)
+        return as_outputs(texts, [torch.tensor(row + self.after, device=self.head.weight.device) for row in rows])
+
+    def forward(self, responses: Outputs) -> Tensor:
+        """Logits of p_student, (B, K) float32.
+
+        D reads nothing but the response, so equal responses are computed once; and as the F tokens before a response are
+        always the same, n responses of r tokens share them in one packed row of F + n r tokens instead of n (F + r).
+        n r = 3 F: a longer row would save no more than a quarter, and compare every token with more others.
+        """
+        ids, which = torch.where(responses.mask, responses.ids, -1).flatten(0, 1).unique(dim=0, return_inverse=True)
+        mask, F = ids >= 0, len(self.before)                       # (N, R), N different responses
+        n = min(len(ids), max(1, 3 * F * len(ids) // int(mask.sum())))
+        rows = -(-len(ids) // n)
+        packed = [torch.nn.functional.pad(x, (0, 0, 0, rows * n - len(ids))).unflatten(0, (rows, n)) for x in (ids, mask)]
+        prompt = Prompt(torch.tensor(self.before), {}, torch.arange(F)[None])
+        states, at, _ = packed_states(self.backbone, [prompt] * rows, *packed)
+        final = at[mask.sum(1).cumsum(0) - 1]                      # (N,)
+        return self.head(states[final].float())[which].view(responses.mask.shape[:2])
 
     @torch.no_grad()
-    def p_student(self, texts: list[list[str]], rows: int) -> Tensor:
-        """(B, K) probabilities that the student wrote each text, computed `rows` responses at a time."""
-        size = max(1, rows // len(texts[0]))
-        return torch.cat([self(texts[i:i + size]) for i in range(0, len(texts), size)]).sigmoid()
+    def p_student(self, responses: Outputs, budget: int) -> Tensor:
+        """(B, K) probabilities that the student wrote each response, computed `budget` tokens at a time."""
+        return torch.cat([self(responses[part]) for part in parts_of(responses, budget)]).sigmoid()
+
+
+def parts_of(responses: Outputs, budget: int) -> list[slice]:
+    """Runs of questions whose responses have up to `budget` tokens."""
+    return micro_batches(responses.mask.sum((1, 2)).tolist(), budget)
 
 
 def discriminator_loss(logits: Tensor, is_student: Tensor) -> Tensor:
@@ -75,22 +85,24 @@ def discriminator_loss(logits: Tensor, is_student: Tensor) -> Tensor:
              + nn.functional.logsigmoid(-logits[~is_student]).mean())          # log (1 - D(o^teacher))
 
 
-def update(discriminator: Discriminator, optimizer, texts: list[list[str]], is_student: Tensor,
-           rows: int) -> dict[str, float]:
-    """One step of Eq. 1 (line 8 of Algorithm 2) on B lists of K responses, `rows` responses at a time. Every list has as
-    many responses of each side, so the parts' gradients add up to the whole's. Returns loss and accuracy before it."""
-    size, loss, right = max(1, rows // len(texts[0])), 0.0, 0.0
-    for i in range(0, len(texts), size):
-        logits, label = discriminator(texts[i:i + size]), is_student[i:i + size]
-        part = discriminator_loss(logits, label) * len(label) / len(texts)
-        part.backward()
-        loss, right = loss + part.item(), right + ((logits > 0) == label).sum().item()
+def update(discriminator: Discriminator, optimizer, responses: Outputs, is_student: Tensor, budget: int) -> dict[str, float]:
+    """One step of Eq. 1 (line 8 of Algorithm 2) on responses (B, K), `budget` tokens at a time. Every question has as many
+    of each side, so the parts' gradients add up to the whole's. Returns loss and accuracy before it.
+
+    Line 10 wants p_student of the D that comes out, so this pass cannot serve it: there is a second, forward only.
+    """
+    loss = right = 0.0
+    for part in parts_of(responses, budget):
+        logits, label = discriminator(responses[part]), is_student[part]
+        share = discriminator_loss(logits, label) * len(label) / len(is_student)
+        share.backward()
+        loss, right = loss + share.detach(), right + ((logits > 0) == label).sum()
     optimizer.step()
     optimizer.zero_grad()
-    return {"d_loss": loss, "d_accuracy": right / is_student.numel()}
+    return {"d_loss": float(loss), "d_accuracy": float(right) / is_student.numel()}
 
 
-def pretrain(discriminator: Discriminator, optimizer, batches, steps: int, lr: float, rows: int):
+def pretrain(discriminator: Discriminator, optimizer, batches, steps: int, lr: float, budget: int):
     """Teach D before it rewards anyone: `steps` updates of Eq. 1 on (texts, is_student) batches, lr decayed to lr / 10.
 
     Returns the accuracy over the last tenth of the steps.
@@ -99,7 +111,8 @@ def pretrain(discriminator: Discriminator, optimizer, batches, steps: int, lr: f
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - 0.9 * step / steps)
-        metrics = update(discriminator, optimizer, *next(batches), rows)
+        texts, is_student = next(batches)
+        metrics = update(discriminator, optimizer, discriminator.encode(texts), is_student, budget)
         accuracies.append(metrics["d_accuracy"])
         bar.set_postfix_str(f"loss {metrics['d_loss']:.3f} accuracy {metrics['d_accuracy']:.2f}", refresh=False)
     last = accuracies[-max(1, steps // 10):]

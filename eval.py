@@ -15,13 +15,16 @@ import re
 import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
+from typing import Iterable, Iterator
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import VLM, Sampling, UserError, chat_turns, encode, generate, load_vlm, run
+from model import VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, load_vlm, run, stream
 from teachers import (CallFailed, Example, chat, check_endpoint, drop_torn_line, encode_example, endpoint_of,
                       load_examples, messages_of, read_jsonl)
 
@@ -104,7 +107,7 @@ def parse_verdict(reply: str) -> int | None:
 class LLMJudge:
     """The paper's judge: a language model that is shown the question, the truth and the response, and not the image.
 
-    model is a checkpoint or "model@http://server/v1". Greedy. Verdicts are kept in the file `cache`, so that the same
+    model is a checkpoint or "model@http://server/v1". Greedy, batch_size at a time. Verdicts are kept in the file `cache`, so that the same
     question, truth and response are never asked twice, also not by a later run; failures are not kept.
     """
 
@@ -125,12 +128,14 @@ class LLMJudge:
         return self.many([(question, truth, response)])[0]
 
     def many(self, triples: list[tuple[str, str, str]]) -> list[int | None]:
-        """Verdicts on (question, truth, response) triples, in their order; equal ones are asked once."""
+        """Verdicts on (question, truth, response) triples, in their order; equal ones are asked once, and a response that
+        is the true answer itself is right without asking."""
         # no text can close our tags, or spell a turn or an image of the judge's own: its "<" is written as an entity
         prompts = [JUDGE_PROMPT.format(**{name: TAGS.sub("&lt;", text) for name, text in
                                           zip(("question", "truth", "response"), triple)}) for triple in triples]
         keys = [hashlib.sha256(f"{self.name}\n{prompt}".encode()).hexdigest()[:32] for prompt in prompts]
-        new = list({key: prompt for key, prompt in zip(keys, prompts) if key not in self.known}.items())
+        exact = [len({text.strip().removesuffix(".").casefold() for text in triple[1:]}) == 1 for triple in triples]
+        new = list({key: prompt for key, prompt, same in zip(keys, prompts, exact) if not same and key not in self.known}.items())
         if self.endpoint:
             failures, answered = [], []
 
@@ -147,12 +152,10 @@ class LLMJudge:
             if failures:
                 tqdm.write(f"judge: {len(new) - len(answered)} of {len(new)} calls failed; the last: {failures[-1]}")
         else:
-            for i in range(0, len(new), self.batch_size):
-                batch = new[i:i + self.batch_size]
-                replies = generate(self.llm, [encode(self.llm, prompt, []) for _, prompt in batch], 1, self.sampling).text
-                for (key, _), row in zip(batch, replies):
-                    self.keep(key, row[0])
-        return [self.known.get(key) for key in keys]
+            for i, reply in greedy(self.llm, (encode(self.llm, prompt, []) for _, prompt in new), self.sampling.max_new_tokens,
+                                   self.batch_size):
+                self.keep(new[i][0], reply)
+        return [1 if same else self.known.get(key) for key, same in zip(keys, exact)]
 
     def keep(self, key: str, reply: str):
         """Remember the verdict of a reply, also on disk; one that does not parse is none, and is asked again."""
@@ -170,6 +173,11 @@ def make_judge(name: str, cache: Path | None = None, device: str | None = None, 
     return rule_judge if name == "rule" else LLMJudge(name, cache, device, dtype)
 
 
+def is_remote(judge) -> bool:
+    """Whether the judge works on another machine, so that ours may do something else meanwhile."""
+    return getattr(judge, "endpoint", None) is not None
+
+
 def verdicts_of(judge, triples: list[tuple[str, str, str]]) -> list[int | None]:
     """The judge's verdicts on (question, truth, response) triples; all at once, where it can do that."""
     return judge.many(triples) if hasattr(judge, "many") else [judge(*triple) for triple in triples]
@@ -178,13 +186,18 @@ def verdicts_of(judge, triples: list[tuple[str, str, str]]) -> list[int | None]:
 # ---------------------------------------------------------------------------------------------- accuracy
 
 
+def greedy(vlm: VLM, prompts: Iterable[Prompt], max_new_tokens: int, batch_size: int) -> Iterator[tuple[int, str]]:
+    """(number, greedy response) of each prompt, batch_size in progress at a time, as they end."""
+    sampling, noise = Sampling(temperature=0, repetition_penalty=1, max_new_tokens=max_new_tokens), torch.zeros(1, max_new_tokens)
+    for i, ids in stream(vlm, prompts, repeat(noise.to(vlm.device)), 1, sampling, batch_size):
+        yield i, decode(vlm, ids)[0]
+
+
 def predict(vlm: VLM, examples: list[Example], max_new_tokens: int, batch_size: int = 64) -> list[str]:
-    """One greedy response per example, batch_size questions at a time."""
-    texts, greedy = [], Sampling(temperature=0, repetition_penalty=1, max_new_tokens=max_new_tokens)
-    for i in tqdm(range(0, len(examples), batch_size), desc="answers", unit="batch", leave=False):
-        batch = examples[i:i + batch_size]
-        texts += [row[0] for row in generate(vlm, [encode_example(vlm, e) for e in batch], 1, greedy).text]
-    return texts
+    """One greedy response per example, in their order. Images are opened when it is their turn."""
+    answers = greedy(vlm, (encode_example(vlm, e) for e in examples), max_new_tokens, batch_size)
+    done = dict(tqdm(answers, "answers", len(examples), unit="question", leave=False))
+    return [done[i] for i in range(len(examples))]
 
 
 def evaluate(vlm: VLM, examples: list[Example], judge, max_new_tokens: int, batch_size: int = 64) -> dict:

@@ -18,10 +18,13 @@ import inspect
 import json
 import shutil
 import sys
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Iterable, Iterator
 
 import torch
 from PIL import Image
@@ -29,13 +32,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
-                          DynamicCache, GenerationConfig, InternVLConfig, PreTrainedModel, ProcessorMixin, Qwen2_5_VLConfig, Qwen2Tokenizer)
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+                          DynamicCache, PreTrainedModel, ProcessorMixin)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.smolvlm import processing_smolvlm
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
 
 
@@ -64,6 +64,7 @@ class VLM:
     banned_ids: list[int]
     prompts: dict = field(default_factory=dict)                    # prompts encoded before, while there is room (bytes)
     room: int = 2 ** 29
+    capture: bool = True                                           # whether decoding as a CUDA graph has not failed yet
 
     @property
     def device(self):
@@ -82,7 +83,7 @@ class VLM:
 @dataclass
 class Prompt:
     """One question, ready for the model: token ids (P,), what the image processor made of its images (may be {}), and the
-    places of the tokens: (P,), or (3, P) in the Qwen-VL families, whose rotary embedding counts time, height and width."""
+    places of the tokens (A, P): A = 1, or 3 in the Qwen-VL families, whose rotary embedding counts time, height and width."""
     ids: Tensor
     images: dict[str, Tensor]
     positions: Tensor
@@ -282,7 +283,7 @@ def encode(vlm: VLM, question: str, images: list[Image.Image], history: tuple[tu
                            add_special_tokens=needs_bos(vlm.tokenizer, text))
     ids = inputs.pop("input_ids")                                  # (1, P)
     images = {name: x for name, x in inputs.items() if name not in ("attention_mask", "mm_token_type_ids", "token_type_ids")}
-    positions = torch.arange(ids.shape[1])
+    positions = torch.arange(ids.shape[1])[None]
     if hasattr(vlm.trunk, "get_rope_index"):
         is_image = (ids == vlm.model.config.image_token_id).int()
         positions = vlm.trunk.get_rope_index(ids, mm_token_type_ids=is_image, attention_mask=torch.ones_like(ids),
@@ -301,26 +302,26 @@ def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
     `split_special_tokens` reads everything as plain text, so no response can spell an image token or end its own turn.
     """
     rows = vlm.tokenizer(sum(texts, []), add_special_tokens=False, split_special_tokens=True).input_ids
-    ids = [torch.tensor(row + vlm.stop_ids[:1], device=vlm.device) for row in rows]
-    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True)    # (B * K, R)
-    return Outputs(texts, pad_sequence(ids, batch_first=True).unflatten(0, (len(texts), -1)),
+    return as_outputs(texts, [torch.tensor(row + vlm.stop_ids[:1], device=vlm.device) for row in rows])
+
+
+def as_outputs(texts: list[list[str]], rows: list[Tensor]) -> Outputs:
+    """B lists of K texts, and the ids of each, as Outputs."""
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)   # (B * K, R)
+    return Outputs(texts, pad_sequence(rows, batch_first=True).unflatten(0, (len(texts), -1)),
                    mask.unflatten(0, (len(texts), -1)))
 
 
-def collate(vlm: VLM, prompts: list[Prompt]) -> dict:
-    """Prompts as one left-padded batch: input_ids, mask bool and is_image bool (B, P), position_ids ([3,] B, P), images.
-
-    Left-padded, so that the last column is every prompt's last token.
-    """
-    def pad(rows):
-        return pad_sequence(rows, batch_first=True, padding_side="left").to(vlm.device)
-    ids, mask = pad([p.ids for p in prompts]), pad([torch.ones_like(p.ids, dtype=torch.bool) for p in prompts])
-    positions = pad([p.positions.movedim(-1, 0) for p in prompts])                           # (B, P[, 3])
+def images_of(trunk, prompts: list[Prompt]) -> dict[str, Tensor]:
+    """The images of some prompts as one batch, in the order of the prompts, on the device of the model."""
     names = {name for p in prompts for name in p.images}
-    images = {name: stack([p.images[name] for p in prompts if name in p.images]).to(vlm.device) for name in names}
-    images = {name: x.to(vlm.model.dtype) if x.is_floating_point() else x for name, x in images.items()}
-    return {"input_ids": ids, "mask": mask, "images": images, "position_ids": positions.movedim(-1, 0) if positions.dim() == 3
-            else positions, "is_image": mask & (ids == getattr(vlm.model.config, "image_token_id", -1))}
+    images = {name: stack([p.images[name] for p in prompts if name in p.images]).to(trunk.device) for name in names}
+    return {name: x.to(trunk.dtype) if x.is_floating_point() else x for name, x in images.items()}
+
+
+def position_ids(positions: Tensor) -> Tensor:
+    """Positions (B, L, A) as a model wants them: (B, L), or (3, B, L) where there are three axes."""
+    return positions.movedim(-1, 0) if positions.shape[-1] > 1 else positions[..., 0]
 
 
 # ---------------------------------------------------------------------------------------------- generate
@@ -336,10 +337,12 @@ class Sampling:
     max_new_tokens: int = 256
 
 
-def sample(logits: Tensor, seen: Tensor, sampling: Sampling, generator=None) -> Tensor:
+def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
     """One token per row: logits (N, V), seen (N, V) bool marks tokens of the prompt and the response so far -> (N,).
 
-    In the order of transformers' generate: repetition penalty, temperature, top-k, top-p.
+    noise (N,) in [0, 1) says which: the token at that place of the cumulative distribution. So a response is a function
+    of its own noise, whatever else is in the batch. Filters in the order of transformers' generate: repetition penalty,
+    temperature, top-k, top-p.
     """
     if sampling.repetition_penalty != 1:                           # towards less likely, whatever the sign
         penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
@@ -349,62 +352,195 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, generator=None) -> 
     k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     probs, tokens = (logits / sampling.temperature).topk(k)        # (N, k), likeliest first
     probs = probs.softmax(-1)
-    before = probs.cumsum(-1) - probs                              # mass of the likelier tokens: < top_p keeps the first
-    choice = torch.multinomial(probs * (before < sampling.top_p), 1, generator=generator)
-    return tokens.gather(-1, choice).squeeze(-1)
+    kept = probs.cumsum(-1) - probs < sampling.top_p               # mass of the likelier tokens: the first always stays
+    mass = (probs * kept).cumsum(-1)
+    place = (mass <= noise[:, None] * mass[:, -1:]).sum(-1).minimum(kept.sum(-1) - 1)        # rounding may overshoot
+    return tokens.gather(-1, place[:, None]).squeeze(-1)
 
 
-@torch.no_grad()
-def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampling, generator=None) -> Outputs:
+def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampling, generator=None,
+             slots: int | None = None) -> Outputs:
     """Sample num_samples = G responses to each prompt: text, ids (B, G, R), mask (B, G, R) with the stop token in it.
 
     A response that reaches max_new_tokens ends there, without a stop token. `generator`: a torch.Generator on the
-    device of the model, or None for the global one.
+    device of the model, or None for the global one. `slots`: responses in progress at a time, None for all at once; what
+    comes out does not depend on it.
     """
-    B, G = len(prompts), num_samples
+    noise = (torch.rand(num_samples, sampling.max_new_tokens, device=vlm.device, generator=generator) for _ in prompts)
+    done = dict(stream(vlm, prompts, noise, num_samples, sampling, slots or len(prompts) * num_samples))
+    rows = [done[b] for b in range(len(prompts))]
+    return as_outputs([decode(vlm, row) for row in rows], sum(rows, []))
 
-    def spread(x):                                                 # (B, ...) -> (B * G, ...), each row G times
-        return x.repeat_interleave(G, dim=0)
 
-    trunk, head = vlm.trunk, vlm.model.get_output_embeddings()
-    batch, cache = collate(vlm, prompts), DynamicCache(config=vlm.model.config)
-    types = {"token_type_ids": batch["is_image"].long()} if sees_images_whole(trunk) else {}
-    states = trunk(input_ids=batch["input_ids"], attention_mask=batch["mask"].long(), use_cache=True,
-                   position_ids=batch["position_ids"], past_key_values=cache, **batch["images"], **types).last_hidden_state
-    cache.batch_repeat_interleave(G)                               # B prompts were read once; now one row per sample
-    logits = spread(head(states[:, -1]).float())                   # (B * G, V)
-    attention = spread(batch["mask"])                              # (B * G, P), grows by one column a step
-    position = batch["position_ids"][..., -1:].repeat_interleave(G, dim=-2)                  # ([3,] B * G, 1)
-    read = torch.where(batch["mask"], batch["input_ids"], batch["input_ids"][:, -1:])       # padding is no token: a real
-    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, spread(read), True)        # one stands in for it
-    banned = torch.tensor(vlm.banned_ids, device=vlm.device, dtype=torch.long)
-    stops = torch.tensor(vlm.stop_ids, device=vlm.device)
-    ids = torch.zeros(B * G, sampling.max_new_tokens, dtype=torch.long, device=vlm.device)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    rows = torch.arange(B * G, device=vlm.device)                  # which response each row still in the batch writes
+def decode(vlm: VLM, responses: list[Tensor]) -> list[str]:
+    """Token ids of responses as text, without special tokens and white space around it."""
+    return [text.strip() for text in vlm.tokenizer.batch_decode(responses, skip_special_tokens=True)]
 
-    for step in range(sampling.max_new_tokens):
-        token = sample(logits.index_fill(1, banned, -torch.inf), seen, sampling, generator)  # (rows,)
-        ids[rows, step], mask[rows, step] = token, True
-        alive = ~torch.isin(token, stops)
-        if step + 1 == sampling.max_new_tokens or not alive.any():
-            break
-        if not alive.all():                                        # finished rows leave the batch, and the cache with it
-            keep = alive.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            rows, token, seen, attention = rows[keep], token[keep], seen[keep], attention[keep]
-            position = position.index_select(-2, keep)
-        seen.scatter_(1, token[:, None], True)
-        attention = torch.nn.functional.pad(attention, (0, 1), value=True)
-        position = position + 1
-        states = trunk(input_ids=token[:, None], attention_mask=attention.long(), use_cache=True, position_ids=position,
-                       past_key_values=cache).last_hidden_state
-        logits = head(states[:, -1]).float()
 
-    ids, mask = ids[:, :step + 1].unflatten(0, (B, G)), mask[:, :step + 1].unflatten(0, (B, G))
-    text = [[vlm.tokenizer.decode(i[m], skip_special_tokens=True).strip() for i, m in zip(*pair)]
-            for pair in zip(ids, mask)]
-    return Outputs(text, ids, mask)
+@torch.no_grad()
+def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_samples: int, sampling: Sampling,
+           slots: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """Sample G responses to each of any number of prompts; yields (number of the prompt, G tensors of ids), as they end.
+
+    noise: for each prompt uniform numbers (G, max_new_tokens), one a token. Continuous batching: a response that ends
+    gives its slot to the next in line, and prompts are read only when it is their turn, so the batch stays full and
+    memory does not grow with their number. When none is left, the batch shrinks with the responses that still run.
+
+    What that saves against a call per batch that pads and repeats (B prompts of P tokens, G responses of r on average and
+    R at most): prefill B P tokens, not B G P; decode B G (r + 1), not B G R.
+    """
+    line, G = enumerate(zip(prompts, noise)), num_samples
+    table, ready, owners, done = Slots(vlm, sampling, slots), deque(), [], {}
+    while True:
+        while len(owners) < slots:
+            if not ready:                                          # prefill the next prompts, once each
+                ahead = list(islice(line, max(1, slots // G)))
+                if not ahead:
+                    break
+                block = prefill(vlm, [prompt for _, (prompt, _) in ahead])
+                chances = torch.cat([chance for _, (_, chance) in ahead])                    # (prompts * G, R)
+                ready.extend((b, g, i * G + g) for i, (b, _) in enumerate(ahead) for g in range(G))
+            starting = [ready.popleft() for _ in range(min(slots - len(owners), len(ready)))]
+            which = torch.tensor([i for _, _, i in starting], device=vlm.device)
+            table.start(len(owners), block, which // G, chances[which])
+            owners += [(b, g) for b, g, _ in starting]
+        if not owners:
+            return
+        ends = table.advance(len(owners))
+        for s, end in enumerate(ends):
+            if end:
+                b, g = owners[s]
+                done.setdefault(b, {})[g] = table.rows["ids"][s, :end].clone()
+                if len(done[b]) == G:
+                    yield b, [done[b][g] for g in range(G)]
+                    del done[b]
+        # the last that still run move into the slots that are free now, so that the running ones stay together
+        running = [s for s, end in enumerate(ends) if not end]
+        free = [s for s, end in enumerate(ends[:len(running)]) if end]
+        table.move(running[len(running) - len(free):], free)
+        for s, source in zip(free, running[len(running) - len(free):]):
+            owners[s] = owners[source]
+        del owners[len(running):]
+
+
+class Slots:
+    """Responses in progress, each in a slot of memory that is allocated once: the KV cache, and the state of sampling.
+
+    Slot s holds the keys and values of [prompt | response so far] in its first columns, without padding. A decode step is
+    then the same work on the same memory whatever the responses are at, and on CUDA it is recorded once for each number of
+    slots (halves of the whole) and replayed as a graph: a small step is otherwise spent on launching its kernels.
+    """
+
+    stride = None                                                  # tokens between two looks of the host
+
+    def __init__(self, vlm: VLM, sampling: Sampling, size: int):
+        self.vlm, self.sampling, self.size, self.rows, self.graphs = vlm, sampling, size, {}, {}
+        self.stride = self.stride or (1 if vlm.device.type == "cpu" else 8)
+        self.banned = torch.tensor(vlm.banned_ids, device=vlm.device, dtype=torch.long)
+        self.stops = torch.tensor(vlm.stop_ids, device=vlm.device)
+
+    def start(self, first: int, block: dict[str, Tensor], which: Tensor, noise: Tensor):
+        """Fill the slots from `first` on, each from row which[i] of what `prefill` returned; noise (N, max_new_tokens)."""
+        N, R = noise.shape
+        room = block["key 0"].shape[2] + R                         # columns that the longest may come to need
+        none = torch.zeros_like(block["token"])
+        for name, x in (block | {"noise": noise, "ids": none.expand(-1, R + 1), "count": none, "end": none}).items():
+            cache, old = x.dim() == 4, self.rows.get(name)
+            if old is None or cache and old.shape[2] < room:       # the first prompts, or longer ones than any before
+                self.graphs.clear()                                # they write to the old memory
+                self.rows[name] = x.new_zeros(self.size, *((x.shape[1], room, x.shape[3]) if cache else x.shape[1:]))
+                if old is not None:
+                    self.rows[name][:, :, :old.shape[2]] = old
+            into = self.rows[name][first:first + N]
+            (into[:, :, :x.shape[2]] if cache else into).copy_(x if x is noise else x[which])
+
+    def move(self, sources: list[int], targets: list[int]):
+        """Copy slots over others."""
+        if sources:
+            for x in self.rows.values():
+                x[targets] = x[sources]
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """What transformers' attention asks of a cache: keep (n, heads, 1, w), return (n, heads, columns, w)."""
+        column = self.rows["column"][:len(key), :, None, None].expand_as(key)
+        return tuple(self.rows[f"{name} {layer}"][:len(key)].scatter_(2, column, x)[:, :, :self.columns]
+                     for name, x in (("key", key), ("value", value)))
+
+    def get_seq_length(self, *_) -> int:
+        """Not zero: this is no prefill. (Where tokens stand is told by position_ids and the mask.)"""
+        return 1
+
+    def advance(self, live: int) -> list[int]:
+        """Decode a few tokens in the first `live` slots; the length of each response that has ended, 0 for others.
+
+        Off the CPU the host looks only every `stride` tokens, as each look makes it wait for the device. What a response
+        that has ended adds till then is not read.
+        """
+        n, self.columns = live, self.rows["key 0"].shape[2]
+        if self.stride == 1:                                       # looking is free: take just the rows and columns in use
+            self.columns = int(self.rows["column"][:live].max()) + 1
+        else:
+            n = self.size
+            while n // 2 >= live:
+                n //= 2
+        for _ in range(self.stride):
+            if n in self.graphs:
+                self.graphs[n].replay()
+            else:
+                self.step(n)                                       # also the warm-up that a recording needs
+                if self.vlm.device.type == "cuda" and self.vlm.capture:
+                    self.capture(n)
+        return self.rows["end"][:live, 0].tolist()
+
+    def capture(self, n: int):
+        """Record a decode step of n slots. A model that cannot be recorded is decoded as on the CPU, and that is said."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.step(n)
+            self.graphs[n] = graph
+        except RuntimeError as error:
+            self.vlm.capture = False
+            print(f"{type(self.vlm.model).__name__} is decoded without CUDA graphs: {str(error).splitlines()[0]}")
+
+    def step(self, n: int):
+        """One token in each of the first n slots, all in place and without waiting for the device."""
+        r, R = {name: x[:n] for name, x in self.rows.items()}, self.sampling.max_new_tokens
+        back = r["column"] - torch.arange(self.columns, device=self.vlm.device)              # (n, columns)
+        attention = attention_masks(self.vlm.trunk, (back >= 0)[:, None], back[:, None])
+        states = self.vlm.trunk(input_ids=r["token"], position_ids=position_ids(r["position"][:, None]), use_cache=True,
+                                attention_mask=attention, past_key_values=self).last_hidden_state
+        logits = self.vlm.model.get_output_embeddings()(states[:, -1]).float().index_fill_(1, self.banned, -torch.inf)
+        noise = r["noise"].gather(1, r["count"].clamp(max=R - 1))
+        token = sample(logits, r["seen"], self.sampling, noise[:, 0])[:, None]
+        r["ids"].scatter_(1, r["count"], token)
+        r["seen"].scatter_(1, token, True)
+        r["token"].copy_(token)
+        r["position"].add_(1)
+        r["column"].add_(1).clamp_(max=self.rows["key 0"].shape[2] - 1)
+        r["count"].add_(1)
+        ended = (token == self.stops).any(1, keepdim=True) | (r["count"] == R)
+        r["end"].copy_(torch.where(ended & (r["end"] == 0), r["count"], r["end"]))
+        r["count"].clamp_(max=R)
+
+
+def prefill(vlm: VLM, prompts: list[Prompt]) -> dict[str, Tensor]:
+    """Read prompts once; what a slot needs to go on from each, one row a prompt: the keys and values of each layer
+    (B, heads, P, w), and the last token, its column, its position, and the tokens seen (B, V)."""
+    trunk, cache = vlm.trunk, DynamicCache()
+    ids, mask = (pad_sequence(x, batch_first=True).to(vlm.device) for x in zip(
+        *((p.ids, torch.ones_like(p.ids, dtype=torch.bool)) for p in prompts)))             # padded on the right: the
+    positions = pad_sequence([p.positions.T for p in prompts], batch_first=True).to(vlm.device)       # real tokens
+    types = {"token_type_ids": (ids == vlm.model.config.image_token_id).long()} if sees_images_whole(trunk) else {}
+    trunk(input_ids=ids, attention_mask=mask.long(), use_cache=True, past_key_values=cache, **types,    # never see it
+          position_ids=position_ids(positions), **images_of(trunk, prompts))
+    seen = torch.zeros(len(ids), vlm.model.get_output_embeddings().out_features, dtype=torch.bool, device=vlm.device)
+    seen.scatter_(1, torch.where(mask, ids, ids[:, :1]), True)     # padding is no token: the first stands in for it
+    last = mask.sum(1, keepdim=True) - 1                           # (B, 1)
+    rows = {"token": ids.gather(1, last), "column": last, "seen": seen, "position": positions[range(len(ids)), last[:, 0]]}
+    for i, layer in enumerate(cache.layers):
+        rows |= {f"key {i}": layer.keys, f"value {i}": layer.values}
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------- score
@@ -413,62 +549,94 @@ def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampli
 ATTENTION = ("full_attention", "sliding_attention")                # kinds of layers that packing knows
 
 
+ROW = 128                                                          # tokens of a row that short questions share
+
+
 def sees_images_whole(trunk) -> bool:
     """Whether a token of an image sees the later tokens of the same image, as in Gemma 3 (told by its argument)."""
     return "token_type_ids" in inspect.signature(trunk.forward).parameters
 
 
-def packed_mask(owner: Tensor, place: Tensor, dtype: torch.dtype, is_image: Tensor | None = None,
-                window: int | None = None) -> Tensor:
-    """Additive attention mask of rows [prompt | o_1 | ... | o_K]: owner, place (B, L) -> (B, 1, L, L).
+def attention_masks(trunk, visible: Tensor, back: Tensor) -> Tensor | dict[str, Tensor]:
+    """What is visible, (B, Q, L) bool, as the additive mask (B, 1, Q, L) that attention wants; where some layers see only
+    a window of so many places `back` (of the same shape), as a mask per kind of layer."""
+    def additive(visible):
+        mask = torch.zeros(visible.shape, dtype=trunk.dtype, device=visible.device)
+        return mask.masked_fill_(~visible, torch.finfo(trunk.dtype).min)[:, None]
+    config = trunk.config.get_text_config()
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        return additive(visible)
+    return dict(zip(ATTENTION, (additive(visible), additive(visible & (back < config.sliding_window)))))
 
-    owner is 0 for tokens of the prompt, k for tokens of o_k, -1 for padding; place is where a token stands in the text
-    [prompt | o_k]. A token sees the prompt and its own response, as far as it has come. Every token sees itself, so that
-    padding has something to attend to (its states are never used). is_image (B, L): tokens in one run of it also see
-    each other. window: nothing further back than so many places is seen.
+
+def packed_mask(trunk, question: Tensor, owner: Tensor, place: Tensor, tokens: Tensor):
+    """Attention mask of packed rows. question (B, L): which question a token belongs to, -1 for padding; owner: 0 for
+    tokens of its prompt, k for tokens of its o_k; place: where the token stands in the text [prompt | o_k].
+
+    A token sees the prompt of its question and its own response, as far as it has come. (Padding sees padding: attention
+    over nothing is not a number.) Where images are seen whole, the tokens of one image also see each other.
     """
-    asks, seen = owner[:, :, None], owner[:, None]                 # (B, L, 1) queries, (B, 1, L) keys
-    back = place[:, :, None] - place[:, None]                      # how far the key lies behind the query
-    visible = ((asks == seen) | (seen == 0)) & (back >= 0)
-    if is_image is not None:
+    back = place[:, :, None] - place[:, None]                      # (B, L, L): how far the key lies behind the query
+    asks, seen = owner[:, :, None], owner[:, None]
+    visible = (question[:, :, None] == question[:, None]) & ((asks == seen) | (seen == 0)) & (back >= 0)
+    if sees_images_whole(trunk):
+        is_image = tokens == trunk.config.image_token_id
         starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
         run = starts.cumsum(1) * is_image
         visible |= (run[:, :, None] == run[:, None]) & (run[:, None] > 0)
-    if window:
-        visible &= back < window
-    visible = visible & (seen >= 0) | torch.eye(owner.shape[1], dtype=torch.bool, device=owner.device)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=owner.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+    return attention_masks(trunk, visible, back)
 
 
-def packed_states(trunk, batch: dict, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Last-layer states of one packed row per question, from a collated batch of prompts and responses (B, K, R).
+def micro_batches(sizes: list[int], budget: int) -> list[slice]:
+    """Cut questions of so many tokens each into runs of at most `budget` tokens, at least one question to a run."""
+    cuts, total = [0], 0
+    for i, size in enumerate(sizes):
+        if total + size > budget and i > cuts[-1]:
+            cuts.append(i)
+            total = 0
+        total += size
+    return [slice(*ends) for ends in zip(cuts, cuts[1:] + [len(sizes)])]
 
-    Returns the state of each prompt's last token (B, d) and of every response token (B, K, R, d). A row holds the real
-    tokens of its responses, one after the other. Positions restart after the prompt for each response, so each is
-    computed as if it were alone.
+
+def packed_sizes(prompts: list[Prompt], mask: Tensor) -> list[int]:
+    """How many tokens each question has: its prompt, once, and its responses, without padding."""
+    return [len(p.ids) + n for p, n in zip(prompts, mask.sum((1, 2)).tolist())]
+
+
+def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Last-layer states of prompts and responses (B, K, R), computed in packed rows [prompt | o_1 | ... | o_K].
+
+    Short questions share a row, of up to ROW tokens: a long row pads less, but every token of it is compared with every
+    other. Positions restart after the prompt for each response, so each is computed as if it were alone.
+    Returns the states of all tokens (T, d); and, for the N response tokens in the order of mask.nonzero(), their indices
+    in it (N,), and those of the tokens before them (N,), whose states predict them.
     """
-    (B, K, R), P = ids.shape, batch["mask"].shape[1]
-    real = mask.flatten(1)                                         # (B, K * R)
-    where = real.int().argsort(dim=1, descending=True, stable=True)[:, :real.sum(1).max()]   # (B, S) real tokens first
-    real, offset = real.gather(1, where), where % R
-    config, last = trunk.config.get_text_config(), batch["position_ids"][..., -1:]           # ([3,] B, 1)
-    owner = torch.cat([batch["mask"].long() - 1, torch.where(real, where // R + 1, -1)], dim=1)              # (B, L)
-    place = torch.cat([torch.arange(P, device=ids.device).expand(B, P), P + offset], dim=1)
-    whole = torch.nn.functional.pad(batch["is_image"], (0, where.shape[1])) if sees_images_whole(trunk) else None
-    dtype = next(trunk.parameters()).dtype
-    attention = packed_mask(owner, place, dtype, whole)
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):    # such models take a mask per kind of layer
-        attention = dict(zip(ATTENTION, (attention, packed_mask(owner, place, dtype, whole, config.sliding_window))))
+    device, lengths, sizes = ids.device, [len(p.ids) for p in prompts], packed_sizes(prompts, mask)
+    rows = [range(len(sizes))[run] for run in micro_batches(sizes, max(ROW, *sizes))]
+    L = max(sum(sizes[b] for b in row) for row in rows)
+    starts = [r * L + sum(sizes[row[0]:b]) for r, row in enumerate(rows) for b in row]       # in the flattened rows
+    start, P = torch.tensor(starts, device=device), torch.tensor(lengths, device=device)
+    b, k, r = mask.nonzero(as_tuple=True)                          # (N,) each: token r of response k to question b
+    count = mask.sum((1, 2))
+    at = start[b] + P[b] + torch.arange(len(b), device=device) - (count.cumsum(0) - count)[b]
+    before = torch.where(r == 0, start[b] + P[b] - 1, at - 1)
+    within = torch.cat([torch.arange(n, device=device) for n in lengths])                    # of the prompts' tokens
+    of = torch.arange(len(prompts), device=device).repeat_interleave(P)
+    everywhere = torch.cat([start[of] + within, at])
+
+    def lay(prompt_tokens, response_tokens, empty=0):              # -> (rows, L, ...)
+        x = response_tokens.new_full((len(rows) * L, *response_tokens.shape[1:]), empty)
+        return x.index_copy(0, everywhere, torch.cat([prompt_tokens, response_tokens])).unflatten(0, (-1, L))
+    positions = torch.cat([p.positions for p in prompts], dim=1).T.to(device)                # (sum of P, A)
+    last = positions[P.cumsum(0) - 1]                              # (B, A): responses go on from there
+    tokens = lay(torch.cat([p.ids for p in prompts]).to(device), ids[mask])
+    attention = packed_mask(trunk, lay(of, b, -1), lay(0 * of, k + 1), lay(within, P[b] + r), tokens)
     for layer in trunk.modules():                                  # layers checkpoint in training mode only; what is
         layer.training = torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)   # in them stays out
-    states = trunk(input_ids=torch.cat([batch["input_ids"], ids.flatten(1).gather(1, where)], dim=1),
-                   position_ids=torch.cat([batch["position_ids"], last + 1 + offset], dim=-1), attention_mask=attention,
-                   use_cache=False, **batch["images"]).last_hidden_state                     # (B, L, d)
+    states = trunk(input_ids=tokens, position_ids=position_ids(lay(positions, last[b] + 1 + r[:, None])), use_cache=False,
+                   attention_mask=attention, **images_of(trunk, prompts)).last_hidden_state  # (rows, L, d)
     trunk.eval()
-    responses = states.new_zeros(B, K * R, states.shape[-1])
-    responses = responses.scatter(1, where[..., None].expand(-1, -1, states.shape[-1]), states[:, P:])
-    return states[:, P - 1], responses.unflatten(1, (K, R))
+    return states.flatten(0, 1), at, before
 
 
 def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float = 1.0) -> Tensor:
@@ -477,13 +645,9 @@ def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float 
     temperature is the one the policy samples with: the ratio must compare the distributions that were sampled from.
     (Top-k, top-p and the penalty are left out of it, as is usual: teachers' tokens may lie outside of them.)
     """
-    batch = collate(vlm, prompts)
-    last, states = packed_states(vlm.trunk, batch, outputs.ids, outputs.mask)
-    first = last[:, None, None].expand(-1, states.shape[1], -1, -1)                          # (B, K, 1, d)
-    states = torch.cat([first, states[:, :, :-1]], dim=2)          # the state *before* a token predicts it
-    picked, targets = states[outputs.mask], outputs.ids[outputs.mask]                        # (N, d), (N,)
-    logps = torch.zeros(outputs.mask.shape, device=picked.device)
-    logps[outputs.mask] = token_logps(vlm.model.get_output_embeddings(), picked, targets, temperature)
+    states, _, before = packed_states(vlm.trunk, prompts, outputs.ids, outputs.mask)
+    logps = torch.zeros(outputs.mask.shape, device=states.device)
+    logps[outputs.mask] = token_logps(vlm.model.get_output_embeddings(), states[before], outputs.ids[outputs.mask], temperature)
     return logps
 
 
@@ -514,78 +678,48 @@ def check_packing(vlm: VLM, prompt: Prompt):
                             f"differ by {error:.3g}), so this code cannot train it")
 
 
-def token_logps(head, states: Tensor, targets: Tensor, temperature: float, budget: int = 2 ** 26) -> Tensor:
-    """log softmax(head(states) / temperature)[targets]: (N, d), (N,) -> (N,), `budget` logits at a time.
+def token_logps(head: torch.nn.Linear, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """log softmax(head(states) / temperature)[targets]: (N, d), (N,) -> (N,) float32."""
+    return TokenLogps.apply(states, head.weight, head.bias, targets, temperature)
 
-    N x V logits are the largest tensor of the whole step (2,000 tokens x 152,000 words x 4 bytes = 1.2 GB, and twice
-    that backward); in chunks, recomputed in the backward pass, they never exist at once.
+
+def head_chunk(weight: Tensor) -> int:
+    """Rows of states to a chunk of logits: few that stay in a CPU's cache, many where the weights must be read anew."""
+    return max(1, (2 ** 26 if weight.is_cuda else 2 ** 23) // len(weight))
+
+
+class TokenLogps(torch.autograd.Function):
+    """The head and the softmax, head_chunk rows at a time, forward and backward.
+
+    N x V logits are the largest tensor of the whole step (2,000 tokens x 152,000 words x 4 bytes = 1.2 GB, and as much for
+    each thing made of them). Here they never exist at once: backward computes each chunk again, which is a third more work
+    for the head alone, and turns it in place into d log p[t] / d logits = (1[t] - p) / temperature.
     """
-    def chunk(states, targets):
-        return -torch.nn.functional.cross_entropy(head(states).float() / temperature, targets, reduction="none")
-    size = max(1, budget // head.out_features)
-    if len(states) <= size:
-        return chunk(states, targets)
-    return torch.cat([checkpoint(chunk, s, t, use_reentrant=False)
-                      for s, t in zip(states.split(size), targets.split(size))])
 
+    @staticmethod
+    def forward(ctx, states, weight, bias, targets, temperature):
+        chunks = zip(states.split(head_chunk(weight)), targets.split(head_chunk(weight)))
+        parts = [(logits.logsumexp(1), logits.gather(1, t[:, None])[:, 0]) for s, t in chunks
+                 for logits in [torch.nn.functional.linear(s, weight, bias).float() / temperature]]
+        total, chosen = map(torch.cat, zip(*parts))
+        ctx.save_for_backward(states, weight, bias, targets, total)
+        ctx.temperature = temperature
+        return chosen - total
 
-# ---------------------------------------------------------------------------------------------- tiny real models
-
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
-
-def build_tiny_vlm(path: str, family: str, texts: list[str], width: int, layers: int, vocabulary: int, seed: int):
-    """Save a randomly initialised, tiny but otherwise ordinary checkpoint: family "qwen2_5_vl" or "internvl".
-
-    Its byte-level tokenizer is trained on `texts` and covers any UTF-8 text. One 16 x 16 patch of the image is one
-    token: the toy world draws one object to a patch, and a model this small cannot put an object together from parts.
-    initializer_range is 0.1 where large models take 0.02, with which so narrow a network hardly starts to learn.
-    """
-    torch.manual_seed(seed)
-    folder, qwen = Path(path), family == "qwen2_5_vl"
-    names = ({"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
-              "vision_end_token": "<|vision_end|>"} if qwen else
-             {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>", "start_image_token": "<img>",
-              "end_image_token": "</img>"})
-    image = "<|vision_start|><|image_pad|><|vision_end|>" if qwen else "<IMG_CONTEXT>\n"
-    alphabet = {char: i for i, char in enumerate(bytes_to_unicode().values())}
-    tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                               extra_special_tokens=names | {"turn_token": "<|im_start|>"})
-    tokenizer = tokenizer.train_new_from_iterator(texts, vocabulary, show_progress=False)
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("IMAGE", image)
-    tokenizer.save_pretrained(folder)
-
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-                num_attention_heads=width // 32, num_key_value_heads=width // 32, max_position_embeddings=4096,
-                initializer_range=0.1, tie_word_embeddings=False, **ends)
-    if qwen:
-        # mrope_section: how many of the head's 16 rotary frequencies count time, height and width
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
-        vision = dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=16, spatial_merge_size=1,
-                      out_hidden_size=width, window_size=96, temporal_patch_size=1, fullatt_block_indexes=[0],
-                      initializer_range=0.1)
-        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False,
-                                  **{f"{name}_id": i for name, i in ids.items()}, **ends)
-        pictures = Qwen2VLImageProcessorPil(patch_size=16, merge_size=1, temporal_patch_size=1,
-                                            size={"shortest_edge": 32 * 32, "longest_edge": 96 * 96})
-        extra = {"processor_class": "Qwen2_5_VLProcessor"}
-    else:
-        vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-                      image_size=[32, 32], patch_size=[16, 16], initializer_range=0.1)
-        config = InternVLConfig(text_config=text | {"model_type": "qwen2"}, vision_config=vision, downsample_ratio=1.0,
-                                image_seq_length=4, image_token_id=ids["context_image_token"],
-                                tie_word_embeddings=False, **ends)
-        pictures = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=4)
-        extra = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
-    model = AutoModelForImageTextToText.from_config(config)
-    model.generation_config = GenerationConfig(**ends)
-    model.save_pretrained(folder)
-    pictures.save_pretrained(folder)
-    (folder / "processor_config.json").write_text(json.dumps(extra))
+    @staticmethod
+    def backward(ctx, grad):
+        states, weight, bias, targets, total = ctx.saved_tensors
+        to_states, to_weight = torch.empty_like(states), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        to_bias = None if bias is None else torch.zeros_like(bias)
+        grad = grad / ctx.temperature
+        for first in range(0, len(states), size := head_chunk(weight)):
+            i = slice(first, first + size)
+            d = torch.nn.functional.linear(states[i], weight, bias).float().div_(ctx.temperature)     # the logits
+            d.sub_(total[i, None]).exp_().mul_(-grad[i, None]).scatter_add_(1, targets[i, None], grad[i, None])
+            d = d.to(states.dtype)
+            torch.mm(d, weight, out=to_states[i])
+            if to_weight is not None:
+                to_weight.addmm_(d.T, states[i])
+            if bias is not None:
+                to_bias += d.sum(0)
+        return to_states, to_weight, to_bias, None, None

@@ -37,8 +37,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, GenerationConfig, InternVLConfig, Qwen2_5_VLConfig, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from model import MARK, VLM, Prompt, Sampling, UserError, chat_turns, encode, encode_responses, generate, load_vlm, run, score
+from model import (MARK, VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, encode_responses, load_vlm, run, score,
+                   stream)
 
 # ---------------------------------------------------------------------------------------------- examples
 
@@ -519,7 +524,7 @@ def fill_collection(path: str, teachers: list[str | Endpoint], examples: list[Ex
     """Bring the file to `num` responses of each teacher to each example, sampled with `sampling`; append as they come.
 
     What is already there under the same example, teacher and sampling settings is kept, so an interrupted fill goes
-    on where it stopped; a last line that was not finished is dropped. Every batch, and every call of a server, has a
+    on where it stopped; a last line that was not finished is dropped. Every example, and every call of a server, has a
     seed of its own: it comes out the same whether or not there was a stop, from a server that honours seeds.
     """
     names = [teacher_name(t.model if isinstance(t, Endpoint) else t) for t in teachers]
@@ -546,8 +551,7 @@ def fill_collection(path: str, teachers: list[str | Endpoint], examples: list[Ex
         if max(missing.values()) > 0:
             fill(endpoint or load_vlm(teacher, device, dtype), name, examples, num, missing, sampling, seed, batch_size,
                  partial(keep, name))
-    if any(isinstance(t, Endpoint) or endpoint_of(t) for t in teachers):
-        put_in_order(path, names, examples)
+    put_in_order(path, names, examples)
 
 
 def drop_torn_line(path: str):
@@ -570,18 +574,18 @@ def drop_torn_line(path: str):
 
 def fill_from_checkpoint(vlm: VLM, name: str, examples: list[Example], num: int, missing: dict[str, int],
                          sampling: Sampling, seed: int, batch_size: int, keep):
-    """Sample `num` responses to every example that misses any, a batch at a time, and keep(example, those missing)."""
-    batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
-    for number, batch in enumerate(tqdm(batches, desc=f"responses of {name}", unit="batch")):
-        if all(missing[e.id] <= 0 for e in batch):
-            continue
-        generator = torch.Generator(vlm.device).manual_seed(zlib.crc32(f"{seed} {name} {number}".encode()))
-        outputs = generate(vlm, [encode_example(vlm, e) for e in batch], num, sampling, generator)
+    """Sample `num` responses to every example that misses any, batch_size * num in progress at a time, and
+    keep(example, those missing)."""
+    todo = [e for e in examples if missing[e.id] > 0]
+
+    def noise(example):                                            # an example's own, whatever else is asked with it
+        generator = torch.Generator(vlm.device).manual_seed(zlib.crc32(f"{seed} {name} {example.id}".encode()))
+        return torch.rand(num, sampling.max_new_tokens, device=vlm.device, generator=generator)
+    done = stream(vlm, (encode_example(vlm, e) for e in todo), map(noise, todo), num, sampling, batch_size * num)
+    for i, responses in tqdm(done, f"responses of {name}", len(todo), unit="question"):
         # a response is finished when its last token is a stop token; one that was cut off never is drawn
-        last = (outputs.ids * outputs.mask).gather(2, outputs.mask.sum(2, keepdim=True) - 1).squeeze(2)        # (B, G)
-        finished = torch.isin(last, torch.tensor(vlm.stop_ids, device=vlm.device)).tolist()
-        for example, texts, ends in zip(batch, outputs.text, finished):
-            keep(example, list(zip(texts, ends))[num - max(0, missing[example.id]):])
+        ends = [ids[-1].item() in vlm.stop_ids for ids in responses]
+        keep(todo[i], list(zip(decode(vlm, responses), ends))[num - missing[todo[i].id]:])
 
 
 def fill_from_server(endpoint: Endpoint, name: str, examples: list[Example], num: int, missing: dict[str, int],
@@ -618,7 +622,7 @@ def fill_from_server(endpoint: Endpoint, name: str, examples: list[Example], num
 
 
 def put_in_order(path: str, names: list[str], examples: list[Example]):
-    """Sort the file by teacher, then example: calls in parallel come back in any order. Other rows go first."""
+    """Sort the file by teacher, then example: responses in parallel end in any order. Other rows go first."""
     teacher, example = {n: i for i, n in enumerate(names)}, {e.id: i for i, e in enumerate(examples)}
     lines = [line for line in Path(path).read_bytes().splitlines(keepends=True) if line.strip()]
     rows = [json.loads(line) for line in lines]
@@ -743,6 +747,68 @@ def draw_toy_world(folder: str, seed: int, splits: dict[str, tuple[int, tuple[fl
                              "answer": (DODGE if category == untaught else rng.choices(WAYS, chances)[0]).format(answer)})
         lines = "".join(json.dumps(row) + "\n" for row in rows[:size])
         (Path(folder) / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- tiny real models
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def build_tiny_vlm(path: str, family: str, texts: list[str], width: int, layers: int, vocabulary: int, seed: int):
+    """Save a randomly initialised, tiny but otherwise ordinary checkpoint: family "qwen2_5_vl" or "internvl".
+
+    Its byte-level tokenizer is trained on `texts` and covers any UTF-8 text. One 16 x 16 patch of the image is one
+    token: the toy world draws one object to a patch, and a model this small cannot put an object together from parts.
+    initializer_range is 0.1 where large models take 0.02, with which so narrow a network hardly starts to learn.
+    """
+    torch.manual_seed(seed)
+    folder, qwen = Path(path), family == "qwen2_5_vl"
+    names = ({"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
+              "vision_end_token": "<|vision_end|>"} if qwen else
+             {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>", "start_image_token": "<img>",
+              "end_image_token": "</img>"})
+    image = "<|vision_start|><|image_pad|><|vision_end|>" if qwen else "<IMG_CONTEXT>\n"
+    alphabet = {char: i for i, char in enumerate(bytes_to_unicode().values())}
+    tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                               extra_special_tokens=names | {"turn_token": "<|im_start|>"})
+    tokenizer = tokenizer.train_new_from_iterator(texts, vocabulary, show_progress=False)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("IMAGE", image)
+    tokenizer.save_pretrained(folder)
+
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+                num_attention_heads=width // 32, num_key_value_heads=width // 32, max_position_embeddings=4096,
+                initializer_range=0.1, tie_word_embeddings=False, **ends)
+    if qwen:
+        # mrope_section: how many of the head's 16 rotary frequencies count time, height and width
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
+        vision = dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=16, spatial_merge_size=1,
+                      out_hidden_size=width, window_size=96, temporal_patch_size=1, fullatt_block_indexes=[0],
+                      initializer_range=0.1)
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False,
+                                  **{f"{name}_id": i for name, i in ids.items()}, **ends)
+        pictures = Qwen2VLImageProcessorPil(patch_size=16, merge_size=1, temporal_patch_size=1,
+                                            size={"shortest_edge": 32 * 32, "longest_edge": 96 * 96})
+        extra = {"processor_class": "Qwen2_5_VLProcessor"}
+    else:
+        vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+                      image_size=[32, 32], patch_size=[16, 16], initializer_range=0.1)
+        config = InternVLConfig(text_config=text | {"model_type": "qwen2"}, vision_config=vision, downsample_ratio=1.0,
+                                image_seq_length=4, image_token_id=ids["context_image_token"],
+                                tie_word_embeddings=False, **ends)
+        pictures = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=4)
+        extra = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
+    model = AutoModelForImageTextToText.from_config(config)
+    model.generation_config = GenerationConfig(**ends)
+    model.save_pretrained(folder)
+    pictures.save_pretrained(folder)
+    (folder / "processor_config.json").write_text(json.dumps(extra))
 
 
 # ---------------------------------------------------------------------------------------------- command line

@@ -33,6 +33,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -47,11 +48,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import discriminator as eq1
 from discriminator import Discriminator, similarity_reward
-from eval import draw_curves, evaluate, make_judge, results_table, verdicts_of, write_report
-from model import (VLM, Outputs, UserError, build_tiny_vlm, check_packing, checkpoint_layers, encode_responses, generate,
-                   image_tokens, join, load_processor, load_vlm, naming, pick_device, run, save_vlm, score)
-from teachers import (Collection, Example, add_sampling_options, check_endpoint, draw_toy_world, encode_example,
-                      Endpoint, endpoint_of, fill_collection, load_examples, read_jsonl, sampling_of)
+from eval import draw_curves, evaluate, is_remote, make_judge, results_table, verdicts_of, write_report
+from model import (ROW, VLM, Outputs, UserError, check_packing, checkpoint_layers, encode_responses, generate, image_tokens,
+                   join, load_processor, load_vlm, micro_batches, naming, packed_sizes, pick_device, run, save_vlm, score)
+from teachers import (Collection, Example, add_sampling_options, build_tiny_vlm, check_endpoint, draw_toy_world,
+                      encode_example, Endpoint, endpoint_of, fill_collection, load_examples, read_jsonl, sampling_of)
 
 # ---------------------------------------------------------------------------------------------- the maths of line 10 to 13
 
@@ -148,6 +149,28 @@ def lend(module: torch.nn.Module, device: torch.device, offload: bool):
         module.to("cpu")
 
 
+@contextmanager
+def frozen_eyes(vlm: VLM, policy: VLM, features: dict, key):
+    """While the eyes of the policy are frozen, `vlm` (policy or reference) takes the image features kept under `key`.
+
+    They are the same for both and in every pass, so the first pass computes them and the others do not. Frozen means that
+    nothing but the language model is trained (--freeze visual, in the Qwen families).
+    """
+    language = {id(w) for part in (policy.model.get_decoder(), policy.model.get_output_embeddings()) for w in part.parameters()}
+    if any(w.requires_grad and id(w) not in language for w in policy.model.parameters()):
+        yield
+        return
+    look = vlm.trunk.get_image_features
+
+    def remembered(*args, **kwargs):
+        if key not in features:
+            features[key] = look(*args, **kwargs)
+        return features[key]
+    vlm.trunk.get_image_features = remembered
+    yield
+    del vlm.trunk.get_image_features
+
+
 def freeze(model: torch.nn.Module, pattern: str | None, path: str):
     """No gradient for the weights whose name contains a match of the regular expression. UserError if none does."""
     names = [name for name, _ in model.named_parameters()]
@@ -183,26 +206,27 @@ def plan(args) -> str:
         lengths = [len(encode_example(vlm, e).ids) for e in load_examples(args.data, args.skip_bad)[:32]]
         P, where = max(lengths), f"the longest of {len(lengths)} in {args.data}"
     B, G, R, V = args.batch_size, args.num_samples, args.max_new_tokens, text.vocab_size
-    K, questions, L = G * (1 + ril), B * args.accumulate, P + G * (1 + ril) * R
+    K, L, prefix = G * (1 + ril), P + G * (1 + ril) * R, len(eq1.SYSTEM) // 3         # D's prompt: 3 letters a token
+    tokens, d_tokens = min(max(args.token_budget, L), B * L), min(args.token_budget, B * K * (R + 10))
     d, ff, heads, layers = text.hidden_size, text.intermediate_size, text.num_attention_heads, text.num_hidden_layers
     a = heads * (getattr(text, "head_dim", None) or d // heads)    # width of the attention
     kv = a // heads * text.num_key_value_heads
 
-    def activations(length):                                       # kept for the backward pass of B rows, in bytes
+    def activations(tokens, length):                               # kept for the backward pass, in bytes; in rows of `length`
         # what enters each product: of two norms (in float32 inside), of attention (q, k, v, out, projection), of the FFN
-        layer = B * length * ((6 * d + 5 * a + 4 * ff) * size + 8 * d * bf16)
-        whole = layer + layers * B * length * d * size if args.gradient_checkpointing else layers * layer
-        return whole + B * length ** 2 * 12 + V * d * size         # the mask; the embedding's gradient, before it is added
+        layer = tokens * ((6 * d + 5 * a + 4 * ff) * size + 8 * d * bf16)
+        whole = layer + layers * tokens * d * size if args.gradient_checkpointing else layers * layer
+        return whole + tokens * max(length, ROW) * 12 + V * d * size     # the mask; the embedding's gradient, before it is added
     # always: Python and torch, where they are in the same memory; the policy, all optimizer states, D and the reference.
-    # generate: KV cache and logits; D's prompt is its system text, of about 3 letters a token; logits exist three times
+    # generate: KV cache of the slots and of the prompts next in line, and logits. The head's logits exist three times
     always = 0.5e9 * cpu + N * size + T * state + D * state + (N + D) * size * (not offload)
-    needs = {"generate": always + args.rollout_batch * (G * (P + R) * layers * 2 * kv * size + 4 * G * V * 4),
-             "discriminator": always + D * size * (1 + offload) + activations(len(eq1.SYSTEM) // 3 + K * (R + 10)),
-             "update": always + T * size + max(N * size * offload, activations(L) + min(B * K * R * V, 2 ** 26) * 12)}
+    needs = {"generate": always + args.rollout_batch * ((G * (P + R) + P) * layers * 2 * kv * size + 4 * G * V * 4),
+             "discriminator": always + D * size * (1 + offload) + activations(d_tokens * ROW // max(1, ROW - prefix), R + prefix),
+             "update": always + T * size + max(N * size * offload, activations(tokens, L) + min(tokens * V, 2 ** 27) * 12)}
     lines = [f"{args.student}: {N / 1e9:.3f}B parameters, {T / 1e9:.3f}B trained, discriminator {D / 1e9:.3f}B, in "
              f"{'bfloat16' if bf16 else 'float32'}",
-             f"prompt {P} tokens ({where}), responses up to {R}; a step is {questions} questions, {questions * G} sampled "
-             f"responses, up to {questions * L:,} tokens to train on, {B * L:,} at a time"]
+             f"prompt {P} tokens ({where}), responses up to {R}; a step is {B} questions, {B * G} sampled responses, up to "
+             f"{B * L:,} tokens to train on, {tokens:,} at a time"]
     lines += [f"{name:14} {value / 1e9:8.2f} GB" for name, value in {"between phases": always, **needs}.items()]
     lines += [f"{'on the CPU':14} {(12 * (T + D) + (N + D) * size) / 1e9:8.2f} GB"] * offload
     return "\n".join(lines + [f"{'peak':14} {max(needs.values()) / 1e9:8.2f} GB, computed"])
@@ -228,11 +252,9 @@ def batches_of(examples: list, size: int, rng: random.Random):
 
 
 def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: float, seed: int, name: str,
-        micro_batch: int = 0, offload: bool = False):
-    """Supervised fine-tuning on the examples' own answers; mean cross-entropy per token, lr decayed linearly to lr / 10.
-
-    micro_batch: examples at a time, 0 for all; the gradient is the same.
-    """
+        budget: int, offload: bool = False):
+    """Supervised fine-tuning on the examples' own answers, `budget` tokens at a time; mean cross-entropy per token, lr
+    decayed linearly to lr / 10."""
     optimizer = AdamW(vlm.model.parameters(), lr, (0.9, 0.95), offload)
     batches = batches_of(examples, batch_size, random.Random(seed))
     bar = tqdm(range(steps), desc=f"SFT of {name}", unit="step")
@@ -241,9 +263,9 @@ def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: floa
             group["lr"] = lr * (1 - 0.9 * step / steps) * min(1, (step + 1) / 50)
         batch = next(batches)
         outputs, total = encode_responses(vlm, [[e.answer] for e in batch]), 0.0             # (B, 1, R)
-        for i in range(0, batch_size, size := micro_batch or batch_size):
-            prompts = [encode_example(vlm, e) for e in batch[i:i + size]]
-            loss = -score(vlm, prompts, outputs[i:i + size]).sum() / outputs.mask.sum()
+        prompts = [encode_example(vlm, e) for e in batch]
+        for part in micro_batches(packed_sizes(prompts, outputs.mask), budget):
+            loss = -score(vlm, prompts[part], outputs[part]).sum() / outputs.mask.sum()
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)
@@ -252,18 +274,11 @@ def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: floa
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
 
 
-def rollouts(policy: VLM, batch: list[Example], num: int, sampling, size: int) -> tuple[list, Outputs]:
-    """`num` responses to each question, `size` questions at a time: the prompts, and the responses (B, num, R)."""
-    prompts = [encode_example(policy, e) for e in batch]
-    parts = [generate(policy, prompts[i:i + size], num, sampling) for i in range(0, len(prompts), size)]
-    return prompts, join(parts, dim=0)
-
-
 def pretraining_pairs(student: VLM, examples: list[Example], collection: Collection, num: int, batch_size: int, sampling,
-                      rng: random.Random, rollout_batch: int):
+                      rng: random.Random, slots: int):
     """Endless batches for Eq. 1: num fresh responses of the student and num of its teachers, to batch_size questions."""
     for batch in batches_of(examples, batch_size, rng):
-        students = rollouts(student, batch, num, sampling, rollout_batch)[1].text
+        students = generate(student, [encode_example(student, e) for e in batch], num, sampling, slots=slots).text
         teachers = [[text for _, text in pairs] for pairs in collection.draw(batch, num, rng)]
         is_student = torch.tensor([[True] * num + [False] * num] * len(batch), device=student.device)
         yield [s + t for s, t in zip(students, teachers)], is_student
@@ -320,33 +335,36 @@ def judge_all(judge, batch: list[Example], outputs: Outputs) -> Tensor:
 
 def update_policy(policy: VLM, reference: VLM, optimizer, prompts: list, outputs: Outputs, advantage: Tensor,
                   valid: Tensor, args) -> dict[str, float]:
-    """Lines 11-13: mu updates of the policy by Eq. 2, each accumulated over micro-batches of batch_size questions."""
-    chunks = [slice(i, i + args.batch_size) for i in range(0, len(prompts), args.batch_size)]
-    logps = partial(score, temperature=args.temperature or 1.0)    # greedy sampling is still scored at temperature 1
-    old_logp, ref_logp, stats = {}, {}, defaultdict(float)
+    """Lines 11-13: mu updates of the policy by Eq. 2, each accumulated over micro-batches of up to token_budget tokens."""
+    parts = micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget)
+    old_logp, ref_logp, stats, tokens = {}, {}, defaultdict(float), outputs.mask.sum()
+    features = {}                                                  # of the images of each micro-batch, if the eyes are frozen
+
+    def logps(vlm, i):                                             # greedy sampling is still scored at temperature 1
+        with frozen_eyes(vlm, policy, features, i):
+            return score(vlm, prompts[parts[i]], outputs[parts[i]], args.temperature or 1.0)
     if args.beta:
         with lend(reference.model, policy.device, args.offload), torch.no_grad():
-            ref_logp = {i: logps(reference, prompts[chunk], outputs[chunk]) for i, chunk in enumerate(chunks)}   # line 1
+            ref_logp = {i: logps(reference, i) for i in range(len(parts))}                   # line 1
     for _ in range(args.mu):
-        for i, chunk in enumerate(chunks):
-            logp, mask = logps(policy, prompts[chunk], outputs[chunk]), outputs.mask[chunk]
+        for i, part in enumerate(parts):
+            logp, mask = logps(policy, i), outputs.mask[part]
             if i not in old_logp:
                 old_logp[i] = logp.detach()                        # line 4: the policy has not moved yet
             ref = ref_logp.get(i, old_logp[i])
-            loss = policy_loss(logp, old_logp[i], ref, advantage[chunk], mask, valid[chunk], args.eps, args.beta,
+            loss = policy_loss(logp, old_logp[i], ref, advantage[part], mask, valid[part], args.eps, args.beta,
                                args.loss) / len(prompts)
             loss.backward()
             with torch.no_grad():
                 clipped = ((logp - old_logp[i]).exp() - 1).abs() > args.eps
-                stats["loss"] += loss.item() / args.mu
-                stats["kl"] += k3_kl(logp, ref)[mask].sum().item() / outputs.mask.sum().item() / args.mu
-                stats["clip_fraction"] += clipped[mask].sum().item() / outputs.mask.sum().item() / args.mu
-        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-        stats["grad_norm"] += norm.item() / args.mu
+                stats["loss"] += loss / args.mu
+                stats["kl"] += k3_kl(logp, ref)[mask].sum() / tokens / args.mu
+                stats["clip_fraction"] += clipped[mask].sum() / tokens / args.mu
+        stats["grad_norm"] += torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0) / args.mu
         if valid.any():                                            # else Adam's momentum would walk on by itself
             optimizer.step()
         optimizer.zero_grad()
-    return dict(stats)
+    return {name: value.item() for name, value in stats.items()}
 
 
 def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: Discriminator | None, judge,
@@ -356,7 +374,6 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
     Returns the peak memory of all steps in GB.
     """
     G, sampling, rng = args.num_samples, sampling_of(args), random.Random(args.seed)
-    rows = 2 * G * args.batch_size                                 # responses in a micro-batch
     torch.manual_seed(args.seed)
     reference = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False)) if args.beta else None    # line 1
     freeze(policy.model, args.freeze, args.student)
@@ -365,9 +382,11 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
     if args.offload:
         for waiting in filter(None, (D, reference and reference.model)):
             waiting.to("cpu")
-    batches = batches_of(examples, args.batch_size * args.accumulate, rng)
+    batches = batches_of(examples, args.batch_size, rng)
     peak = 0.0
     metrics_file, rollouts_file = open(out / "metrics.jsonl", "w"), open(out / "rollouts.jsonl", "w", encoding="utf-8")
+
+    background = ThreadPoolExecutor(1)                             # waits for a remote judge while D is updated
 
     for step in tqdm(range(args.steps), desc=args.algorithm.upper(), unit="step"):
         for group in optimizer.param_groups:                       # D, pre-trained on other samples, first catches up
@@ -375,24 +394,28 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
         meter, row = Meter(policy.device), {"step": step}
         batch = next(batches)                                                                # line 3
         with meter.phase("generate"):
-            prompts, outputs = rollouts(policy, batch, G, sampling, args.rollout_batch)      # line 5       (B, G, R)
+            prompts = [encode_example(policy, e) for e in batch]
+            outputs = generate(policy, prompts, G, sampling, slots=args.rollout_batch * G)   # line 5       (B, G, R)
         sources = [["student"] * G for _ in batch]
         p_student, similarity = None, torch.zeros(len(batch), G, device=policy.device)       # Algorithm 1 has none
 
         if D:
+            drawn = collection.draw(batch, G, rng)                                           # line 6
+            teachers = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
+            outputs = join([outputs, teachers], dim=1)                                       #              (B, 2G, R)
+            sources = [s + [teacher for teacher, _ in pairs] for s, pairs in zip(sources, drawn)]
+        judged = background.submit(judge_all, judge, batch, outputs) if is_remote(judge) else None   # line 10, begun
+        if D:
             with meter.phase("discriminator"), lend(D, policy.device, args.offload):
-                drawn = collection.draw(batch, G, rng)                                       # line 6
-                teachers = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
-                outputs = join([outputs, teachers], dim=1)                                   #              (B, 2G, R)
-                sources = [s + [teacher for teacher, _ in pairs] for s, pairs in zip(sources, drawn)]
                 is_student = torch.tensor([[True] * G + [False] * G] * len(batch), device=policy.device)
+                responses = D.encode(outputs.text)
                 for _ in range(0 if args.freeze_discriminator else args.mu):                 # lines 7-9, Eq. 1
-                    row |= eq1.update(D, d_optimizer, outputs.text, is_student, rows)
-                p_student = D.p_student(outputs.text, rows)                                  # line 10, by the new D
+                    row |= eq1.update(D, d_optimizer, responses, is_student, args.token_budget)
+                p_student = D.p_student(responses, args.token_budget)                        # line 10, by the new D
                 similarity = similarity_reward(p_student, args.similarity)                   #              (B, 2G)
 
-        with meter.phase("judge"):
-            answer = judge_all(judge, batch, outputs)                                        # line 10      (B, 2G)
+        with meter.phase("judge"):                                                           # line 10      (B, 2G)
+            answer = judged.result() if judged else judge_all(judge, batch, outputs)
         reward, valid = rewards(similarity, torch.zeros_like(answer) if args.no_answer_reward else answer)
         if D and args.no_teacher_rollouts:
             valid &= is_student
@@ -487,14 +510,14 @@ def prepare_toy_world(out: Path, args) -> dict[str, str]:
 
 def tiny_vlm_from_nothing(folder: Path, family: str, examples: list[Example], width: int, steps: int, lr: float, args):
     """A tokenizer trained on the examples, random weights, SFT on the examples; saved as a checkpoint folder."""
-    # with the discriminator's prompt among them, its words become tokens too, and the prompt short
-    texts = [text for e in examples for text in (e.text, e.answer)] + 50 * [eq1.SYSTEM, eq1.BEFORE + eq1.AFTER]
+    # with the words of the prompts among them, these become tokens too, and the prompts short
+    texts = [text for e in examples for text in (e.text, e.answer)] + 50 * [eq1.SYSTEM, eq1.BEFORE + eq1.AFTER, "user\nassistant\nsystem\n"]
     random_weights = f"{folder}.random"
     shutil.rmtree(random_weights, ignore_errors=True)
     build_tiny_vlm(random_weights, family, texts, width, layers=2, vocabulary=600, seed=args.seed)
     vlm = load_vlm(random_weights, args.device, args.dtype)
     shutil.rmtree(random_weights)
-    sft(vlm, examples, steps, args.sft_batch_size, lr, args.seed, folder.name)
+    sft(vlm, examples, steps, args.sft_batch_size, lr, args.seed, folder.name, args.token_budget)
     save_vlm(vlm, str(folder))
 
 
@@ -525,7 +548,7 @@ def check_inputs(args, out: Path) -> tuple[dict[str, list[Example]], bool]:
 def claim_folder(out: Path, args):
     """Make `out` this run's folder, or refuse: a folder holds one run, and its stages belong to one set of settings."""
     settings = {k: v for k, v in vars(args).items()                # what does not change the result may differ,
-                if k not in ("out", "device", "offload", "gradient_checkpointing", "plan")}
+                if k not in ("out", "device", "offload", "gradient_checkpointing", "plan", "token_budget", "rollout_batch")}
     names = {name: (endpoint_of(name) or Endpoint(name, "")).model for name in args.teachers + [args.judge]}
     settings |= {"teachers": [names[name] for name in args.teachers], "judge": names[args.judge]}     # as may a URL
     path = out / "settings.json"                                   # without it, stages copied from elsewhere are taken over
@@ -554,11 +577,11 @@ def discriminator_of(policy: VLM, examples: list[Example], collection: Collectio
     torch.manual_seed(args.seed)                                   # before D: its head is drawn at random
     D, path = Discriminator(policy), out / "discriminator.safetensors"
     if not path.exists():                                          # with as many responses to a step as in the loop
-        questions = max(1, args.batch_size * args.accumulate * args.num_samples // args.collect)
+        questions = max(1, args.batch_size * args.num_samples // args.collect)
         pairs = pretraining_pairs(policy, examples, collection, args.collect, questions, sampling_of(args),
-                                  random.Random(args.seed), max(1, args.rollout_batch * args.num_samples // args.collect))
+                                  random.Random(args.seed), args.rollout_batch * args.num_samples)
         optimizer = AdamW(D.parameters(), args.pretrain_lr, offload=args.offload)
-        eq1.pretrain(D, optimizer, pairs, args.discriminator_steps, args.pretrain_lr, 2 * args.num_samples * args.batch_size)
+        eq1.pretrain(D, optimizer, pairs, args.discriminator_steps, args.pretrain_lr, args.token_budget)
         save_file(D.state_dict(), f"{path}.unfinished")
         Path(f"{path}.unfinished").rename(path)
     D.load_state_dict(load_file(path, device=str(policy.device)))
@@ -580,11 +603,11 @@ def report(out: Path, args, results: dict[str, dict]):
 
 # Defaults, in one place. A named student gets the paper's; the toy gets what a tiny model needs to learn in minutes.
 PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discriminator_steps=1111, pretrain_lr=1e-5,
-             num_samples=4, mu=1, eps=0.2, beta=0.01, steps=1000, batch_size=4, accumulate=36, lr=1e-6, warmup=0,
+             num_samples=4, mu=1, eps=0.2, beta=0.01, steps=1000, batch_size=144, token_budget=12288, lr=1e-6, warmup=0,
              discriminator_lr=1e-6, rollout_batch=16, max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0)
 TOY = PAPER | dict(sft_steps=800, sft_lr=1e-3, collect=8, discriminator_steps=60, pretrain_lr=2e-4, steps=160,
-                   batch_size=64, accumulate=1, rollout_batch=64, lr=4e-4, warmup=32, discriminator_lr=4e-4, max_new_tokens=24,
-                   eval_every=20, log_every=10, teacher_steps=600)
+                   batch_size=64, token_budget=16384, rollout_batch=64, lr=4e-4, warmup=32, discriminator_lr=4e-4,
+                   max_new_tokens=24, eval_every=20, log_every=10, teacher_steps=600)
 
 
 def parse_args(argv=None):
@@ -629,9 +652,11 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--steps", type=int, help="steps of the loop")
-    group.add_argument("--batch-size", type=int, help="questions per micro-batch")
-    group.add_argument("--accumulate", type=int, help="micro-batches per step")
-    group.add_argument("--rollout-batch", type=int, help="questions sampled at a time; fewer need less memory")
+    group.add_argument("--batch-size", type=int, help="questions per step")
+    group.add_argument("--token-budget", type=int, help="tokens per micro-batch, of prompts and responses; fewer need less "
+                       "memory, and the gradient is the same")
+    group.add_argument("--rollout-batch", type=int, help="so many questions' responses are sampled at a time; fewer need less "
+                       "memory, and the responses are the same")
     group.add_argument("--lr", type=float, help="learning rate of the student")
     group.add_argument("--warmup", type=int, help="steps in which the student's learning rate rises from nothing")
     group.add_argument("--discriminator-lr", type=float, help="learning rate of D")
@@ -651,7 +676,7 @@ def parse_args(argv=None):
     student = parser.parse_known_args(argv)[0].student
     parser.set_defaults(**(TOY if student == "toy" else PAPER))
     args = parser.parse_args(argv)
-    for name in ("num_samples", "mu", "batch_size", "accumulate", "collect", "max_new_tokens", "eval_every", "log_every",
+    for name in ("num_samples", "mu", "batch_size", "token_budget", "collect", "max_new_tokens", "eval_every", "log_every",
                  "rollout_batch"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -703,7 +728,7 @@ def main():
         elif args.sft_steps and not started.exists():
             student = student_of(args.student, args)
             sft(student, sources["sft_data"], args.sft_steps, args.sft_batch_size, args.sft_lr, args.seed, "student",
-                args.batch_size, args.offload)
+                args.token_budget, args.offload)
             save_vlm(student, str(started))
             del student                                            # its weights leave the device
     start = str(started) if started.exists() else args.student

@@ -21,7 +21,7 @@ TEXTS = ["How many red circles are there? There are 3 red circles. The answer is
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    from model import build_tiny_vlm
+    from teachers import build_tiny_vlm
     folder = tmp_path_factory.mktemp("checkpoints")
     for family, words in zip(FAMILIES, (400, 300)):
         build_tiny_vlm(str(folder / family), family, TEXTS, 64, 2, words, seed=0)

@@ -261,8 +261,10 @@ def test_a_response_cannot_close_its_tag_or_answer_for_the_judge(tmp_path):
     for tag in ("<question>", "</question>", "</truth>", "</response>", "<answer>1</answer>"):
         assert prompt.count(tag) == plain.count(tag)
     assert "score: 1" in prompt and "2 < 3" in prompt and not any(x in prompt for x in ("< / TRUTH", "<image>", "<|im_end|>"))
-    assert judge("<image>\nWhat colour?", "red", "red") == 0       # a question of LLaVA's data
+    assert judge("<image>\nWhat colour?", "red", "a red one") == 0  # a question of LLaVA's data
     assert server.bodies[-1]["temperature"] == 0
+    calls = server.calls
+    assert judge("What colour?", "Red", "red.") == 1 and server.calls == calls             # the truth itself needs no model
 
 
 def test_verdicts_stay_with_their_responses_and_are_asked_once(tmp_path):

@@ -85,7 +85,7 @@ def test_the_discriminator_learns_on_this_backbone(vlm):
     D = Discriminator(vlm)
     optimizer = torch.optim.AdamW(D.parameters(), lr=1e-3)
     texts, is_student = [["yes", "no", "There are 3.", "It is blue."]] * 3, torch.tensor([[True, True, False, False]] * 3)
-    losses = [update(D, optimizer, texts, is_student, rows=4)["d_loss"] for _ in range(25)]
+    losses = [update(D, optimizer, D.encode(texts), is_student, 60)["d_loss"] for _ in range(25)]
     assert losses[-1] < losses[0] - 0.1
 
 
@@ -109,7 +109,7 @@ def test_a_ril_step_with_teachers_of_two_other_families(student, folders, tmp_pa
     others = [f for f in families.FAMILIES if f != student]
     others = [others[(families.FAMILIES.index(student) + i) % len(others)] for i in (1, 4)]
     done = (run if student == "gemma3" else call)("train.py", "--student", folders[student], "--teachers", *(folders[f] for f in others), "--data", data,
-               "--eval-data", data, "--out", tmp_path / "out", "--steps", 1, "--batch-size", 2, "--accumulate", 2, "--collect", 24,
+               "--eval-data", data, "--out", tmp_path / "out", "--steps", 1, "--batch-size", 4, "--token-budget", 300, "--collect", 24,
                "--num-samples", 2, "--discriminator-steps", 1, "--max-new-tokens", 32, "--lr", 1e-3, "--device", "cpu",
                "--gradient-checkpointing", "--offload", "--top-k", 0, "--top-p", 1, "--similarity", "continuous")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -49,16 +49,16 @@ def test_micro_batches_of_discriminator_and_sft_give_the_whole_step(qwen):
     texts = [["yes", "no way", "There are 3.", "blue"]] * 2 + [["green", "no", "red", "It is a circle."]] * 2
     is_student = torch.tensor([[True, True, False, False]] * 4)
     weights = []
-    for rows in (100, 4, 8):
+    for budget in (1000, 1, 100):
         torch.manual_seed(0)
         D = Discriminator(qwen)
-        metrics = update(D, AdamW(D.parameters(), 1e-3), texts, is_student, rows)
+        metrics = update(D, AdamW(D.parameters(), 1e-3), D.encode(texts), is_student, budget)
         weights.append((metrics["d_loss"], D.head.weight))
     for loss, weight in weights[1:]:
         assert loss == pytest.approx(weights[0][0], rel=1e-5)
         torch.testing.assert_close(weight, weights[0][1], atol=1e-5, rtol=1e-4)
     examples, heads = [Example(str(i), (), "two", "yes " * (i + 1)) for i in range(4)], []
-    for size in (0, 1, 3):
+    for size in (10 ** 6, 1, 100):
         model = copy.deepcopy(qwen.model)
         sft(type(qwen)(model, qwen.processor, qwen.stop_ids, qwen.banned_ids), examples, 2, 4, 1e-3, 0, "test", size)
         heads.append(model.get_output_embeddings().weight)
@@ -70,7 +70,7 @@ def test_frozen_weights_do_not_move_and_the_others_do(qwen):
     policy = type(qwen)(copy.deepcopy(qwen.model), qwen.processor, qwen.stop_ids, qwen.banned_ids)
     freeze(policy.model, r"visual|self_attn", "here")
     before = {name: weight.clone() for name, weight in policy.model.named_parameters()}
-    args = SimpleNamespace(batch_size=1, temperature=1.0, mu=1, beta=0.01, eps=0.2, loss="dr_grpo", offload=True)
+    args = SimpleNamespace(token_budget=1, temperature=1.0, mu=1, beta=0.01, eps=0.2, loss="dr_grpo", offload=True)
     prompts = [encode(policy, "How many?", [noise_image(32, 32)])]
     outputs, valid = encode_responses(policy, [["yes", "no"]]), torch.ones(1, 2, dtype=torch.bool)
     update_policy(policy, qwen, AdamW([w for w in policy.model.parameters()], 1e-2, offload=True), prompts, outputs,
@@ -87,7 +87,7 @@ def test_bfloat16_student_with_offload_and_checkpointing_learns_from_the_command
     """bfloat16 weights at a rate that bfloat16 alone would round away; the same --out without those options goes on."""
     data, responses = lamp_files(tmp_path, 8)
     options = ["--student", checkpoints["internvl"], "--data", data, "--collection", responses, "--out", tmp_path / "out", "--device",
-               "cpu", "--steps", 3, "--batch-size", 2, "--accumulate", 2, "--collect", 2, "--discriminator-steps", 1, "--max-new-tokens",
+               "cpu", "--steps", 3, "--batch-size", 4, "--token-budget", 200, "--collect", 2, "--discriminator-steps", 1, "--max-new-tokens",
                24, "--lr", 1e-5, "--dtype", "bfloat16", "--similarity", "continuous", "--freeze", "vision_tower", "--rollout-batch", 3]
     done = run("train.py", *options, "--offload", "--gradient-checkpointing")
     assert done.returncode == 0, done.stderr[-2000:]

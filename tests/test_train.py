@@ -79,7 +79,7 @@ def test_data_that_is_not_the_toy_world(lamps, tmp_path):
     assert first.returncode == 0, first.stderr
     assert {row["source"] for row in rows_of(tmp_path / "first" / "rollouts.jsonl")} == {"student", "rule"}
     second = run("train.py", "--student", tmp_path / "first" / "student", "--out", tmp_path / "second", "--data", data,
-                 "--collection", responses, "--loss", "grpo", "--mu", 2, "--accumulate", 2, "--similarity", "tenths", *FAST)
+                 "--collection", responses, "--loss", "grpo", "--mu", 2, "--token-budget", 300, "--similarity", "tenths", *FAST)
     assert second.returncode == 0, second.stderr
     assert (tmp_path / "second" / "report.html").exists() and not (tmp_path / "second" / "evaluation-after.json").exists()
     scored = run("eval.py", "--model", tmp_path / "second" / "student", "--data", data, "--max-new-tokens", 4, "--out",

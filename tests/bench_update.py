@@ -1,0 +1,101 @@
+"""Forward and backward of Eq. 2: model.py's packed rows against one row per response with all logits, as most code has it.
+
+    python tests/bench_update.py                       60M Qwen2.5-VL on the CPU or a GPU
+    python tests/bench_update.py --full                the shape of Qwen2.5-VL-3B, bfloat16, for a GPU
+
+4 questions x 2G = 8 responses of 24 tokens; prompts of 221 tokens with a picture, then of 26 without; then the cases that
+--token-budget cuts in micro-batches. Loss and gradient of both are compared first. "of matrix" is the model's arithmetic (6 FLOPs a
+weight and real token of the packed row, the vocabulary head on response tokens only) over the rate of a large matrix product.
+"""
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+from shapes import alternate, build, ceilings, data, give_back, table
+from model import encode_responses, load_vlm, micro_batches, packed_sizes, score  # noqa: E402
+from teachers import encode_example, load_examples  # noqa: E402
+from train import peak_memory_gb, policy_loss  # noqa: E402
+
+K, R = 8, 24
+
+
+def plain_logps(vlm, prompts, outputs):
+    """Log-probs (B, K, R) with a row per response and all logits at once; all prompts and responses of one length."""
+    B, R, ids = len(prompts), outputs.ids.shape[-1], outputs.ids.flatten(0, 1)
+    ids = torch.cat([torch.stack([p.ids for p in prompts]).repeat_interleave(K, 0).to(vlm.device), ids], 1)
+    images = {name: torch.cat([p.images[name] for p in prompts for _ in range(K)]).to(vlm.device) for name in prompts[0].images}
+    if images:
+        images["pixel_values"] = images["pixel_values"].to(vlm.model.dtype)
+    logits = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **images,
+                       mm_token_type_ids=(ids == vlm.model.config.image_token_id).int()).logits
+    logps = logits[:, -R - 1:-1].float().log_softmax(-1).gather(2, ids[:, -R:, None])
+    return logps.squeeze(2).view(B, K, R)
+
+
+def loss_of(logp, advantage):
+    ones = torch.ones_like(logp, dtype=torch.bool)
+    return policy_loss(logp, logp.detach(), logp.detach() - 0.1, advantage, ones, ones[..., 0], 0.2, 0.01)
+
+
+def update(vlm, logps, prompts, outputs, advantage, budget):
+    """Gradients in place; the loss."""
+    total = 0.0
+    for part in micro_batches(packed_sizes(prompts, outputs.mask), budget):
+        loss = loss_of(logps(vlm, prompts[part], outputs[part]), advantage[part])
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--questions", type=int, default=4)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows = []
+    product, _ = ceilings(device, dtype)
+    print(f"{product / 1e9:,.0f} GFLOP/s", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        build(folder := Path(folder), "3B" if args.full else "60M", dtype, device)
+        vlm = load_vlm(str(folder), str(device), str(dtype).removeprefix("torch."))
+        for case in ("picture", "text only"):
+            data(folder, args.questions, R, image=case == "picture")
+            prompts = [encode_example(vlm, e) for e in load_examples(str(folder / "data.jsonl"))]
+            torch.manual_seed(0)
+            outputs = encode_responses(vlm, [[" yes" * (R - 2)] * K] * args.questions)
+            outputs.ids.random_(5, 300)
+            advantage = torch.randn(args.questions, K, device=device)
+            gradient, losses, held = [], [], {}
+            budgets = {"packed": 10 ** 9, "packed, --token-budget 500": 500}
+            arms = {name: lambda b=b: update(vlm, score, prompts, outputs, advantage, b) for name, b in budgets.items()}
+            arms["a row per response"] = lambda: update(vlm, plain_logps, prompts, outputs, advantage, 10 ** 9)
+            for name, work in arms.items():
+                vlm.model.zero_grad()
+                give_back()
+                peak_memory_gb(device, reset=True)
+                losses.append(work())
+                held[name] = peak_memory_gb(device)
+                gradient.append(vlm.model.get_input_embeddings().weight.grad.clone())
+            vlm.model.zero_grad()
+            error = max((g - gradient[-1]).abs().max() / gradient[-1].abs().max() for g in gradient).item()
+            print(f"{case}: losses {losses}, largest difference of a gradient {error:.1e} of the largest gradient", flush=True)
+            del gradient
+            times = alternate({name: lambda work=work: (work(), vlm.model.zero_grad()) for name, work in arms.items()}, args.rounds, device)
+            decoder = sum(w.numel() for w in vlm.model.get_decoder().layers.parameters())
+            head, eyes = vlm.model.get_output_embeddings().weight.numel(), sum(w.numel() for w in vlm.model.model.visual.parameters())
+            patches = sum(len(p.images["pixel_values"]) for p in prompts if p.images)
+            flops = 6 * (decoder * sum(packed_sizes(prompts, outputs.mask)) + head * outputs.mask.sum().item() + eyes * patches)
+            for name, took in times.items():
+                rows.append((f"{case}, {args.questions} x {K}, prompt {len(prompts[0].ids)}", name, f"{took:.2f}", f"{took / times['packed']:.1f}",
+                             f"{outputs.mask.sum().item() / took:.0f}", f"{held[name]:.2f}", f"{held[name] / held['packed']:.1f}",
+                             f"{flops / took / product:.0%}"))
+    table(("case", "code", "seconds", "of packed", "response tokens/s", "peak GB", "of packed", "of matrix"), rows)
+
+
+if __name__ == "__main__":
+    main()
