@@ -7,9 +7,9 @@ Everything RIL asks of a model is here, written out rather than called:
     score     prompts, outputs -> log-probs      what the ratio, the KL and the supervised loss are made of
 
 Two ideas make it cheap. Both come from the same fact: the K responses of a question share one image and one prompt.
-`generate` prefills each prompt once and only then repeats its KV cache for the G samples. `score` does the mirror image
-in training: one row holds [prompt | o_1 | o_2 | ... | o_K] under a mask that lets every response see the prompt and
-itself but not its siblings, so the image and the prompt are computed once per question and not K times.
+`generate` prefills each prompt once, and its samples go on from there, in slots that are handed on as responses end. `score`
+does the mirror image in training: one row holds [prompt | o_1 | o_2 | ... | o_K] under a mask that lets every response see
+the prompt and itself but not its siblings, so the image and the prompt are computed once per question and not K times.
 
 Notation, here and in every file: B questions, G samples of each side, K responses per question (K = 2G in RIL: students
 first, then teachers), P prompt tokens, R response tokens, V vocabulary, d width.
@@ -394,6 +394,7 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
     while True:
         while len(owners) < slots:
             if not ready:                                          # prefill the next prompts, once each
+                block = None                                       # frees the last ones' cache
                 ahead = list(islice(line, max(1, slots // G)))
                 if not ahead:
                     break
@@ -528,12 +529,13 @@ def prefill(vlm: VLM, prompts: list[Prompt]) -> dict[str, Tensor]:
     """Read prompts once; what a slot needs to go on from each, one row a prompt: the keys and values of each layer
     (B, heads, P, w), and the last token, its column, its position, and the tokens seen (B, V)."""
     trunk, cache = vlm.trunk, DynamicCache()
-    ids, mask = (pad_sequence(x, batch_first=True).to(vlm.device) for x in zip(
-        *((p.ids, torch.ones_like(p.ids, dtype=torch.bool)) for p in prompts)))             # padded on the right: the
-    positions = pad_sequence([p.positions.T for p in prompts], batch_first=True).to(vlm.device)       # real tokens
+    def pad(rows):                                                 # on the right, where no real token sees it
+        return pad_sequence(rows, batch_first=True).to(vlm.device)
+    ids, mask = pad([p.ids for p in prompts]), pad([torch.ones_like(p.ids, dtype=torch.bool) for p in prompts])      # (B, P)
+    positions = pad([p.positions.T for p in prompts])              # (B, P, A)
     types = {"token_type_ids": (ids == vlm.model.config.image_token_id).long()} if sees_images_whole(trunk) else {}
-    trunk(input_ids=ids, attention_mask=mask.long(), use_cache=True, past_key_values=cache, **types,    # never see it
-          position_ids=position_ids(positions), **images_of(trunk, prompts))
+    trunk(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(positions), use_cache=True,
+          past_key_values=cache, **types, **images_of(trunk, prompts))
     seen = torch.zeros(len(ids), vlm.model.get_output_embeddings().out_features, dtype=torch.bool, device=vlm.device)
     seen.scatter_(1, torch.where(mask, ids, ids[:, :1]), True)     # padding is no token: the first stands in for it
     last = mask.sum(1, keepdim=True) - 1                           # (B, 1)
@@ -547,8 +549,6 @@ def prefill(vlm: VLM, prompts: list[Prompt]) -> dict[str, Tensor]:
 
 
 ATTENTION = ("full_attention", "sliding_attention")                # kinds of layers that packing knows
-
-
 ROW = 128                                                          # tokens of a row that short questions share
 
 
@@ -656,7 +656,7 @@ def check_packing(vlm: VLM, prompt: Prompt):
     """Score two responses packed and as the model's own forward pass has them; UserError where the two differ.
 
     What packing assumes of a family (what sees what, how positions count, that logits are head(states)) is checked on
-    the model at hand rather than believed: seven families are tested, and transformers has many more.
+    the model at hand rather than believed: nine families are tested, and transformers has many more.
     """
     if unknown := set(getattr(vlm.model.config.get_text_config(), "layer_types", None) or ()) - set(ATTENTION):
         raise UserError(f"{type(vlm.model).__name__} has layers of {', '.join(sorted(unknown))}; only {' and '.join(ATTENTION)} "

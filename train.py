@@ -217,12 +217,14 @@ def plan(args) -> str:
         layer = tokens * ((6 * d + 5 * a + 4 * ff) * size + 8 * d * bf16)
         whole = layer + layers * tokens * d * size if args.gradient_checkpointing else layers * layer
         return whole + tokens * max(length, ROW) * 12 + V * d * size     # the mask; the embedding's gradient, before it is added
+    # the head: its own gradient, and a chunk of logits, three times in float32 (model.py's head_chunk)
+    head = V * d * size + 12 * (2 ** 23 if cpu else 2 ** 26)
     # always: Python and torch, where they are in the same memory; the policy, all optimizer states, D and the reference.
-    # generate: KV cache of the slots and of the prompts next in line, and logits. The head's logits exist three times
+    # generate: KV cache of the slots and of the prompts next in line, and logits
     always = 0.5e9 * cpu + N * size + T * state + D * state + (N + D) * size * (not offload)
     needs = {"generate": always + args.rollout_batch * ((G * (P + R) + P) * layers * 2 * kv * size + 4 * G * V * 4),
              "discriminator": always + D * size * (1 + offload) + activations(d_tokens * ROW // max(1, ROW - prefix), R + prefix),
-             "update": always + T * size + max(N * size * offload, activations(tokens, L) + min(tokens * V, 2 ** 27) * 12)}
+             "update": always + T * size + max(N * size * offload, activations(tokens, L) + head)}
     lines = [f"{args.student}: {N / 1e9:.3f}B parameters, {T / 1e9:.3f}B trained, discriminator {D / 1e9:.3f}B, in "
              f"{'bfloat16' if bf16 else 'float32'}",
              f"prompt {P} tokens ({where}), responses up to {R}; a step is {B} questions, {B * G} sampled responses, up to "
@@ -603,7 +605,7 @@ def report(out: Path, args, results: dict[str, dict]):
 
 # Defaults, in one place. A named student gets the paper's; the toy gets what a tiny model needs to learn in minutes.
 PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discriminator_steps=1111, pretrain_lr=1e-5,
-             num_samples=4, mu=1, eps=0.2, beta=0.01, steps=1000, batch_size=144, token_budget=12288, lr=1e-6, warmup=0,
+             num_samples=4, mu=1, eps=0.2, beta=0.01, steps=1000, batch_size=144, token_budget=8192, lr=1e-6, warmup=0,
              discriminator_lr=1e-6, rollout_batch=16, max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0)
 TOY = PAPER | dict(sft_steps=800, sft_lr=1e-3, collect=8, discriminator_steps=60, pretrain_lr=2e-4, steps=160,
                    batch_size=64, token_budget=16384, rollout_batch=64, lr=4e-4, warmup=32, discriminator_lr=4e-4,

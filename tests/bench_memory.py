@@ -17,49 +17,11 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import families  # noqa: E402
-from conftest import ROOT, TEXTS, noise_image  # noqa: E402
+from shapes import build, data
+from conftest import ROOT  # noqa: E402
 from model import encode_responses, load_vlm  # noqa: E402
 from teachers import encode_example, load_examples  # noqa: E402
 from train import Meter, policy_loss  # noqa: E402
-
-SMALL = dict(text=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=14, num_attention_heads=12, num_key_value_heads=2),
-             vision=dict(depth=4, hidden_size=512, intermediate_size=1536, num_heads=8, out_hidden_size=768))
-FULL = dict(text=dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2),
-            vision=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048))
-
-
-def build(folder, shape, dtype):
-    """A Qwen2.5-VL of real shape and vocabulary with random weights; the tokenizer is the tests' small one."""
-    from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    families.build(folder, "qwen2_5_vl", TEXTS)                    # processor and token ids; the model is replaced
-    config = Qwen2_5_VLConfig.from_pretrained(folder)
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12] if shape is SMALL else [16, 24, 24]}
-    ends = {name: getattr(config.text_config, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
-    config = Qwen2_5_VLConfig(text_config=shape["text"] | ends | {"vocab_size": 151936, "rope_parameters": rope}, tie_word_embeddings=True,
-        vision_config=dict(patch_size=14, window_size=112, fullatt_block_indexes=[3]) | shape["vision"],
-        **{name: getattr(config, name) for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")})
-    torch.set_default_dtype(dtype)
-    model = AutoModelForImageTextToText.from_config(config)
-    torch.set_default_dtype(torch.float32)
-    generation = model.generation_config.from_pretrained(folder)
-    model.generation_config = generation
-    model.save_pretrained(folder)
-    Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2).save_pretrained(folder)
-    (Path(folder) / "processor_config.json").write_text('{"processor_class": "Qwen2_5_VLProcessor"}')
-
-
-def data(folder, questions, tokens):
-    """Questions about 392 x 392 pictures (196 image tokens), and responses of rule for a collection."""
-    with open(folder / "data.jsonl", "w") as file, open(folder / "responses.jsonl", "w") as responses:
-        for i in range(questions):
-            noise_image(392, 392, i).save(folder / f"{i}.png")
-            file.write(json.dumps({"id": str(i), "image": f"{i}.png", "question": "How many red circles are there?", "answer": "3"}) + "\n")
-            for k in range(4):
-                responses.write(json.dumps({"id": str(i), "teacher": "rule", "text": " yes" * (tokens - 2 - k)}) + "\n")
-
 
 def plain_update(folder, batch_size, K, R, device, dtype):
     """Forward and backward of Eq. 2 with one row per response and all logits; the same state in memory as in a run."""
@@ -101,10 +63,10 @@ def main():
         return print(plain_update(Path(args.plain), batch_size, 2 * G, R, device, dtype))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        build(folder, FULL if args.full else SMALL, getattr(torch, dtype))
+        build(folder, "3B" if args.full else "0.3B", getattr(torch, dtype), device)
         data(folder, 4, R)
         command = [sys.executable, ROOT / "train.py", "--student", folder, "--collection", folder / "responses.jsonl", "--data",
-                   folder / "data.jsonl", "--out", folder / "out", "--batch-size", batch_size, "--accumulate", 2, "--rollout-batch", 2,
+                   folder / "data.jsonl", "--out", folder / "out", "--batch-size", 4, "--token-budget", batch_size * (221 + 2 * G * R), "--rollout-batch", 2,
                    "--num-samples", G, "--collect", 4, "--max-new-tokens", R, "--steps", 2, "--discriminator-steps", 1,
                    "--device", device, "--dtype", dtype, *(f"--{option}" for option in args.options)]
         command = list(map(str, command))

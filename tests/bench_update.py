@@ -3,8 +3,8 @@
     python tests/bench_update.py                       60M Qwen2.5-VL on the CPU or a GPU
     python tests/bench_update.py --full                the shape of Qwen2.5-VL-3B, bfloat16, for a GPU
 
-4 questions x 2G = 8 responses of 24 tokens; prompts of 221 tokens with a picture, then of 26 without; then the cases that
---token-budget cuts in micro-batches. Loss and gradient of both are compared first. "of matrix" is the model's arithmetic (6 FLOPs a
+4 questions x 2G = 8 responses of 24 tokens; prompts of 221 tokens with a picture, then of 23 without, then responses of 8 to 24
+tokens; each also with a --token-budget that cuts it in micro-batches. Loss and gradient of both are compared first. "of matrix" is the model's arithmetic (6 FLOPs a
 weight and real token of the packed row, the vocabulary head on response tokens only) over the rate of a large matrix product.
 """
 import argparse
@@ -22,28 +22,28 @@ K, R = 8, 24
 
 
 def plain_logps(vlm, prompts, outputs):
-    """Log-probs (B, K, R) with a row per response and all logits at once; all prompts and responses of one length."""
+    """Log-probs (B, K, R) with a row per response, padded to the longest, and all logits at once; prompts of one length."""
     B, R, ids = len(prompts), outputs.ids.shape[-1], outputs.ids.flatten(0, 1)
     ids = torch.cat([torch.stack([p.ids for p in prompts]).repeat_interleave(K, 0).to(vlm.device), ids], 1)
+    attention = torch.nn.functional.pad(outputs.mask.flatten(0, 1), (ids.shape[1] - R, 0), value=True).long()
     images = {name: torch.cat([p.images[name] for p in prompts for _ in range(K)]).to(vlm.device) for name in prompts[0].images}
     if images:
         images["pixel_values"] = images["pixel_values"].to(vlm.model.dtype)
-    logits = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **images,
+    logits = vlm.model(input_ids=ids, attention_mask=attention, **images,
                        mm_token_type_ids=(ids == vlm.model.config.image_token_id).int()).logits
     logps = logits[:, -R - 1:-1].float().log_softmax(-1).gather(2, ids[:, -R:, None])
-    return logps.squeeze(2).view(B, K, R)
+    return logps.squeeze(2).view(B, K, R) * outputs.mask
 
 
-def loss_of(logp, advantage):
-    ones = torch.ones_like(logp, dtype=torch.bool)
-    return policy_loss(logp, logp.detach(), logp.detach() - 0.1, advantage, ones, ones[..., 0], 0.2, 0.01)
+def loss_of(logp, advantage, mask):
+    return policy_loss(logp, logp.detach(), logp.detach() - 0.1, advantage, mask, mask[..., 0], 0.2, 0.01)
 
 
 def update(vlm, logps, prompts, outputs, advantage, budget):
     """Gradients in place; the loss."""
     total = 0.0
     for part in micro_batches(packed_sizes(prompts, outputs.mask), budget):
-        loss = loss_of(logps(vlm, prompts[part], outputs[part]), advantage[part])
+        loss = loss_of(logps(vlm, prompts[part], outputs[part]), advantage[part], outputs.mask[part])
         loss.backward()
         total += loss.item()
     return total
@@ -63,12 +63,15 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         build(folder := Path(folder), "3B" if args.full else "60M", dtype, device)
         vlm = load_vlm(str(folder), str(device), str(dtype).removeprefix("torch."))
-        for case in ("picture", "text only"):
+        for case in ("picture", "text only", "text only, lengths 8-24"):
             data(folder, args.questions, R, image=case == "picture")
             prompts = [encode_example(vlm, e) for e in load_examples(str(folder / "data.jsonl"))]
             torch.manual_seed(0)
             outputs = encode_responses(vlm, [[" yes" * (R - 2)] * K] * args.questions)
             outputs.ids.random_(5, 300)
+            if "lengths" in case:                                  # what sampling gives: padding is left out of packed rows
+                for i, mask in enumerate(outputs.mask.flatten(0, 1)):
+                    mask[8 + (5 * i) % 17:] = False
             advantage = torch.randn(args.questions, K, device=device)
             gradient, losses, held = [], [], {}
             budgets = {"packed": 10 ** 9, "packed, --token-budget 500": 500}

@@ -267,6 +267,31 @@ def test_a_response_cannot_close_its_tag_or_answer_for_the_judge(tmp_path):
     assert judge("What colour?", "Red", "red.") == 1 and server.calls == calls             # the truth itself needs no model
 
 
+def test_the_discriminator_is_updated_while_a_remote_judge_is_asked(tmp_path, checkpoints, monkeypatch):
+    """A judge that is waited for first. This one answers in the loop only once D has been updated."""
+    import discriminator
+    updated, asked = threading.Event(), threading.Event()
+    update = discriminator.update
+
+    def slow_update(*args):
+        result = update(*args)
+        assert asked.wait(20) and not updated.is_set()
+        updated.set()
+        return result
+    monkeypatch.setattr(discriminator, "update", slow_update)
+
+    def reply(body):
+        asked.set()
+        return f"So. <answer>{int(updated.wait(20))}</answer>"
+    server, (data, responses) = Hostile(reply), lamp_files(tmp_path, 4)
+    done = call("train.py", "--student", checkpoints["qwen2_5_vl"], "--data", data, "--collection", responses, "--judge", f"m@{server.url}",
+                "--out", tmp_path / "out", "--steps", 1, "--batch-size", 2, "--discriminator-steps", 0, "--max-new-tokens", 24,
+                "--collect", 2, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    assert row["answer/rule"] == 1 and row["judge/failed"] == 0
+
+
 def test_verdicts_stay_with_their_responses_and_are_asked_once(tmp_path):
     """Verdicts paired with the wrong response once calls run in parallel; a verdict paid for twice; a failure cached."""
     def reply(body):

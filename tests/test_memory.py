@@ -1,4 +1,5 @@
 """What makes real sizes fit: float32 updates of bfloat16 weights, micro-batches, offload, freezing, the plan."""
+import contextlib
 import copy
 import re
 import shutil
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train
 from conftest import call, lamp_files, noise_image, run
 from discriminator import Discriminator, update
 from model import UserError, encode, encode_responses, load_vlm
@@ -81,6 +83,28 @@ def test_frozen_weights_do_not_move_and_the_others_do(qwen):
     assert all(weight.grad is None for weight in policy.model.parameters())
     with pytest.raises(UserError, match="matches no weight of here; they are named like"):
         freeze(policy.model, "attention_head", "here")
+
+
+def test_frozen_eyes_look_once_for_policy_and_reference(qwen, monkeypatch):
+    """Image features computed again by each network and pass, or features of another micro-batch."""
+    prompts = [encode(qwen, "How many?", [noise_image(32, 32, i)]) for i in range(3)]
+    outputs, advantage = encode_responses(qwen, [["yes", "no"]] * 3), torch.tensor([[1.0, -1.0]] * 3)
+    args = SimpleNamespace(token_budget=1, temperature=1.0, mu=2, beta=0.1, eps=0.2, loss="dr_grpo", offload=False)
+
+    def update(look_once):
+        policy = type(qwen)(copy.deepcopy(qwen.model), qwen.processor, qwen.stop_ids, qwen.banned_ids)
+        freeze(policy.model, "visual", "here")
+        looks = []
+        hooks = [vlm.trunk.visual.register_forward_hook(lambda *_: looks.append(1)) for vlm in (policy, qwen)]
+        if not look_once:
+            monkeypatch.setattr(train, "frozen_eyes", lambda *_: contextlib.nullcontext())
+        update_policy(policy, qwen, AdamW(policy.model.parameters(), 1e-3), prompts, outputs, advantage,
+                      torch.ones(3, 2, dtype=torch.bool), args)
+        [hook.remove() for hook in hooks]
+        return len(looks), policy.model.get_output_embeddings().weight
+    (once, weight), (always, expected) = update(True), update(False)
+    assert (once, always) == (3, 9)                                # 3 micro-batches; reference and mu = 2 passes of the policy
+    torch.testing.assert_close(weight, expected)
 
 
 def test_bfloat16_student_with_offload_and_checkpointing_learns_from_the_command_line(tmp_path, checkpoints):
