@@ -107,8 +107,8 @@ def parse_verdict(reply: str) -> int | None:
 class LLMJudge:
     """The paper's judge: a language model that is shown the question, the truth and the response, and not the image.
 
-    model is a checkpoint or "model@http://server/v1". Greedy, batch_size at a time. Verdicts are kept in the file `cache`, so that the same
-    question, truth and response are never asked twice, also not by a later run; failures are not kept.
+    model is a checkpoint or "model@http://server/v1". Greedy, batch_size at a time. Verdicts are kept in the file
+    `cache`, so that the same question, truth and response are never asked twice, also not by a later run; failures are not.
     """
 
     def __init__(self, model: str, cache: Path | None = None, device: str | None = None, dtype: str | None = None,

@@ -698,13 +698,15 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, weight, bias, targets, temperature):
-        chunks = zip(states.split(head_chunk(weight)), targets.split(head_chunk(weight)))
-        parts = [(logits.logsumexp(1), logits.gather(1, t[:, None])[:, 0]) for s, t in chunks
-                 for logits in [torch.nn.functional.linear(s, weight, bias).float() / temperature]]
-        total, chosen = map(torch.cat, zip(*parts))
+        total, chosen = [], []
+        for s, t in zip(states.split(head_chunk(weight)), targets.split(head_chunk(weight))):
+            logits = torch.nn.functional.linear(s, weight, bias).float() / temperature
+            total.append(logits.logsumexp(1))
+            chosen.append(logits.gather(1, t[:, None])[:, 0])
+        total = torch.cat(total)                                   # (N,)
         ctx.save_for_backward(states, weight, bias, targets, total)
         ctx.temperature = temperature
-        return chosen - total
+        return torch.cat(chosen) - total
 
     @staticmethod
     def backward(ctx, grad):

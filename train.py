@@ -36,7 +36,6 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -513,7 +512,8 @@ def prepare_toy_world(out: Path, args) -> dict[str, str]:
 def tiny_vlm_from_nothing(folder: Path, family: str, examples: list[Example], width: int, steps: int, lr: float, args):
     """A tokenizer trained on the examples, random weights, SFT on the examples; saved as a checkpoint folder."""
     # with the words of the prompts among them, these become tokens too, and the prompts short
-    texts = [text for e in examples for text in (e.text, e.answer)] + 50 * [eq1.SYSTEM, eq1.BEFORE + eq1.AFTER, "user\nassistant\nsystem\n"]
+    texts = [text for e in examples for text in (e.text, e.answer)]
+    texts += 50 * [eq1.SYSTEM, eq1.BEFORE + eq1.AFTER, "user\nassistant\nsystem\n"]
     random_weights = f"{folder}.random"
     shutil.rmtree(random_weights, ignore_errors=True)
     build_tiny_vlm(random_weights, family, texts, width, layers=2, vocabulary=600, seed=args.seed)

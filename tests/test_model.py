@@ -11,7 +11,7 @@ from transformers.generation.logits_process import (LogitsProcessorList, Repetit
 
 from conftest import noise_image
 from discriminator import Discriminator
-from model import (Outputs, Sampling, Slots, UserError, encode, encode_responses, generate, join, load_vlm, sample, save_vlm,
+from model import (Sampling, Slots, UserError, encode, encode_responses, generate, join, load_vlm, sample, save_vlm,
                    score, stream)
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=12)
