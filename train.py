@@ -47,7 +47,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import discriminator as eq1
 from discriminator import Discriminator, similarity_reward
-from eval import draw_curves, evaluate, is_remote, make_judge, results_table, verdicts_of, write_report
+from eval import Task, draw_curves, evaluate, is_remote, make_judge, results_table, tasks_of, verdicts_of, write_report
 from model import (ROW, VLM, Outputs, UserError, check_packing, checkpoint_layers, encode_responses, generate, image_tokens,
                    join, load_processor, load_vlm, micro_batches, naming, packed_sizes, pick_device, run, save_vlm, score)
 from teachers import (Collection, Example, add_sampling_options, build_tiny_vlm, check_endpoint, draw_toy_world,
@@ -368,25 +368,29 @@ def update_policy(policy: VLM, reference: VLM, optimizer, prompts: list, outputs
     return {name: value.item() for name, value in stats.items()}
 
 
-def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: Discriminator | None, judge,
-        held_out: list[Example], args, out: Path) -> float:
-    """Algorithm 2; or Algorithm 1, where there is no collection and no D. Trains `policy` in place, logs into `out`.
-
-    Returns the peak memory of all steps in GB.
-    """
-    G, sampling, rng = args.num_samples, sampling_of(args), random.Random(args.seed)
-    torch.manual_seed(args.seed)
-    reference = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False)) if args.beta else None    # line 1
+def networks(policy: VLM, D: Discriminator | None, args) -> tuple[VLM | None, AdamW, AdamW | None]:
+    """The reference (a copy of the policy; none without a KL), and the optimizers of the policy and of D."""
+    reference = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False)) if args.beta else None
     freeze(policy.model, args.freeze, args.student)
     optimizer = AdamW(policy.model.parameters(), args.lr, offload=args.offload)
     d_optimizer = AdamW(D.parameters(), args.discriminator_lr, offload=args.offload) if D else None
     if args.offload:
         for waiting in filter(None, (D, reference and reference.model)):
             waiting.to("cpu")
-    batches = batches_of(examples, args.batch_size, rng)
-    peak = 0.0
-    metrics_file, rollouts_file = open(out / "metrics.jsonl", "w"), open(out / "rollouts.jsonl", "w", encoding="utf-8")
+    return reference, optimizer, d_optimizer
 
+
+def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: Discriminator | None, judge,
+        held_out: list[Task], args, out: Path) -> float:
+    """Algorithm 2; or Algorithm 1, where there is no collection and no D. Trains `policy` in place, logs into `out`.
+
+    Returns the peak memory of all steps in GB.
+    """
+    G, sampling, rng, peak = args.num_samples, sampling_of(args), random.Random(args.seed), 0.0
+    torch.manual_seed(args.seed)
+    reference, optimizer, d_optimizer = networks(policy, D, args)                            # lines 1, 2
+    batches = batches_of(examples, args.batch_size, rng)
+    metrics_file, rollouts_file = open(out / "metrics.jsonl", "w"), open(out / "rollouts.jsonl", "w", encoding="utf-8")
     background = ThreadPoolExecutor(1)                             # waits for a remote judge while D is updated
 
     for step in tqdm(range(args.steps), desc=args.algorithm.upper(), unit="step"):
@@ -526,10 +530,10 @@ def tiny_vlm_from_nothing(folder: Path, family: str, examples: list[Example], wi
 def check_inputs(args, out: Path) -> tuple[dict[str, list[Example]], bool]:
     """Find what is wrong with data, checkpoints and servers before anything is written; UserError if something is.
 
-    Returns the examples of the data files given, by option, and whether the run in `out` is already finished.
+    Returns the examples (or tasks) of the data files given, by option, and whether the run in `out` is already finished.
     """
-    given = {name: load_examples(path, args.skip_bad) for name in ("data", "sft_data", "eval_data")
-             if (path := getattr(args, name))}
+    given = {name: load(path, skip_bad=args.skip_bad) for name, load in (
+        ("data", load_examples), ("sft_data", load_examples), ("eval_data", tasks_of)) if (path := getattr(args, name))}
     evaluations = ["evaluation-before.json", "evaluation-after.json"] if args.eval_data or not args.data else []
     finished = all((out / name).exists() for name in ["student", *evaluations])
     for name in args.teachers + [args.judge]:
@@ -566,6 +570,47 @@ def claim_folder(out: Path, args):
         raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
 
 
+def student_and_teachers(args, out: Path, given: dict, clock: Meter) -> tuple[dict[str, list[Example]], list[str], str]:
+    """Stages 1 and 2. Returns the examples by option, the teachers, and the student's checkpoint as the loop finds it."""
+    # 1. questions, and someone to answer them
+    sources, teachers = given, args.teachers
+    if args.student == "toy" and not args.data:
+        with clock.phase("toy world and its teachers"):
+            files = prepare_toy_world(out, args)
+        sources = {"data": load_examples(files["train"]), "sft_data": load_examples(files["sft"]),
+                   "eval_data": tasks_of(files["heldout"])} | given
+        teachers = teachers or [str(out / "teachers" / name) for name in ("qwen", "internvl")]
+
+    # 2. SFT of the student
+    started = out / "sft"                                          # the warm start: reference, and first policy
+    with clock.phase("SFT"):
+        if args.student == "toy" and not started.exists():
+            examples = sources.get("sft_data", sources["data"])
+            tiny_vlm_from_nothing(started, "qwen2_5_vl", examples, 64, args.sft_steps, args.sft_lr, args)
+        elif args.sft_steps and not started.exists():
+            student = student_of(args.student, args)
+            sft(student, sources["sft_data"], args.sft_steps, args.sft_batch_size, args.sft_lr, args.seed, "student",
+                args.token_budget, args.offload)
+            save_vlm(student, str(started))
+    return sources, teachers, str(started) if started.exists() else args.student
+
+
+def collect(args, out: Path, teachers: list[str], examples: list[Example], student: str, finished: bool) -> Collection:
+    """The teachers' responses; sampled now, as far as they are not there yet."""
+    path = Path(args.collection or out / "collection.jsonl")
+    if not args.collection and not finished:
+        fill_collection(path, teachers, examples, args.collect, sampling_of(args), args.seed,
+                        max(1, 2 * args.num_samples * args.rollout_batch // args.collect), args.device, args.dtype)
+    processor = load_processor(student)
+    collection = Collection(path, examples, image_tokens(processor), processor.tokenizer, args.max_new_tokens)
+    for many, why in ((collection.unfinished, "responses are empty or were cut off by a token limit"),
+                      (collection.overlong, f"responses have more than --max-new-tokens {args.max_new_tokens} tokens"),
+                      (len(examples) - len(collection.examples), "questions have no other response")):
+        if many:
+            print(f"{path}: {many} {why} and are left out")
+    return collection
+
+
 def student_of(path, args) -> VLM:
     """The student to be trained, from a checkpoint."""
     student = load_vlm(str(path), args.device, args.dtype)
@@ -590,7 +635,7 @@ def discriminator_of(policy: VLM, examples: list[Example], collection: Collectio
     return D
 
 
-def report(out: Path, args, results: dict[str, dict]):
+def report(out: Path, args, results: dict[str, list[dict]]):
     """curves.png and report.html from what the run has left in its folder, and the table on the console."""
     metrics = [row for _, row in read_jsonl(out / "metrics.jsonl")]
     draw_curves(metrics, str(out / "curves.png"))
@@ -612,10 +657,8 @@ TOY = PAPER | dict(sft_steps=800, sft_lr=1e-3, collect=8, discriminator_steps=60
                    max_new_tokens=24, eval_every=20, log_every=10, teacher_steps=600)
 
 
-def parse_args(argv=None):
-    """The command line. Where help names no default, PAPER and TOY have it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+def add_run_options(parser):
+    """What goes in and where it comes out, and the stages before the loop."""
     group = parser.add_argument_group("models and data")
     group.add_argument("--student", default="toy", help="checkpoint folder or hub id, or toy: a tiny one, from nothing")
     group.add_argument("--teachers", nargs="+", default=[], help="fill the collection: checkpoint folders, hub "
@@ -625,7 +668,7 @@ def parse_args(argv=None):
                        "checkpoint, or model@url")
     group.add_argument("--data", help="questions to train on, JSONL or JSON; default, for the toy student: the toy world")
     group.add_argument("--sft-data", help="examples to fine-tune on first; default, for the toy student: --data")
-    group.add_argument("--eval-data", help="held-out questions")
+    group.add_argument("--eval-data", help="held-out questions, or a benchmark as eval.py takes it")
     group.add_argument("--skip-bad", action="store_true", help="leave out examples whose image cannot be read")
     group.add_argument("--out", default="runs/toy", help="folder of the run; finished stages in it are not done again")
 
@@ -639,6 +682,9 @@ def parse_args(argv=None):
     group.add_argument("--discriminator-steps", type=int, help="steps of discriminator pre-training")
     group.add_argument("--pretrain-lr", type=float, help="learning rate of that, decays linearly to a tenth")
 
+
+def add_loop_options(parser):
+    """The loop: what is computed, and how."""
     group = parser.add_argument_group("algorithm")
     group.add_argument("--algorithm", choices=["ril", "rl"], default="ril", help="rl: Algorithm 1, no teachers and no D")
     group.add_argument("--loss", choices=["dr_grpo", "grpo"], default="dr_grpo", help="grpo divides by std and by length")
@@ -674,7 +720,14 @@ def parse_args(argv=None):
     group.add_argument("--plan", action="store_true", help="only print what the run would need of memory, and stop")
     group.add_argument("--eval-every", type=int, help="steps between held-out accuracies")
     group.add_argument("--log-every", type=int, help="steps between printed samples")
-    add_sampling_options(parser)
+
+
+def parse_args(argv=None):
+    """The command line. Where help names no default, PAPER and TOY have it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    for add in (add_run_options, add_loop_options, add_sampling_options):
+        add(parser)
     student = parser.parse_known_args(argv)[0].student
     parser.set_defaults(**(TOY if student == "toy" else PAPER))
     args = parser.parse_args(argv)
@@ -711,29 +764,8 @@ def main():
     claim_folder(out, args)
     clock = Meter(pick_device(args.device))
 
-    # 1. questions, and someone to answer them
-    sources, teachers = given, args.teachers
-    if args.student == "toy" and not args.data:
-        with clock.phase("toy world and its teachers"):
-            files = prepare_toy_world(out, args)
-        sources = {"data": load_examples(files["train"]), "sft_data": load_examples(files["sft"]),
-                   "eval_data": load_examples(files["heldout"])} | given
-        teachers = teachers or [str(out / "teachers" / name) for name in ("qwen", "internvl")]
+    sources, teachers, start = student_and_teachers(args, out, given, clock)                 # 1. and 2.
     examples, held_out = sources["data"], sources.get("eval_data", [])
-
-    # 2. SFT of the student
-    started = out / "sft"                                          # the warm start: reference, and first policy
-    with clock.phase("SFT"):
-        if args.student == "toy" and not started.exists():
-            sft_examples = sources.get("sft_data", examples)
-            tiny_vlm_from_nothing(started, "qwen2_5_vl", sft_examples, 64, args.sft_steps, args.sft_lr, args)
-        elif args.sft_steps and not started.exists():
-            student = student_of(args.student, args)
-            sft(student, sources["sft_data"], args.sft_steps, args.sft_batch_size, args.sft_lr, args.seed, "student",
-                args.token_budget, args.offload)
-            save_vlm(student, str(started))
-            del student                                            # its weights leave the device
-    start = str(started) if started.exists() else args.student
 
     # 3. the teachers' responses, then the discriminator, then the loop
     collection = D = None
@@ -742,18 +774,8 @@ def main():
         check_packing(student, encode_example(student, examples[0]))
         del student
     if args.algorithm == "ril":
-        path = Path(args.collection or out / "collection.jsonl")
         with clock.phase("collection"):
-            if not args.collection and not finished:
-                fill_collection(path, teachers, examples, args.collect, sampling_of(args), args.seed,
-                                max(1, 2 * args.num_samples * args.rollout_batch // args.collect), args.device, args.dtype)
-            processor = load_processor(start)
-            collection = Collection(path, examples, image_tokens(processor), processor.tokenizer, args.max_new_tokens)
-        for many, why in ((collection.unfinished, "responses are empty or were cut off by a token limit"),
-                          (collection.overlong, f"responses have more than --max-new-tokens {args.max_new_tokens} tokens"),
-                          (len(examples) - len(collection.examples), "questions have no other response")):
-            if many:
-                print(f"{path}: {many} {why} and are left out")
+            collection = collect(args, out, teachers, examples, start, finished)
         examples = collection.examples
     judge = None if finished else make_judge(args.judge, out / "verdicts.jsonl", args.device, args.dtype)
     if not (out / "student").exists():
@@ -774,7 +796,7 @@ def main():
                 result = evaluate(load_vlm(str(path), args.device, args.dtype), held_out, judge, args.max_new_tokens,
                                   args.rollout_batch)
                 saved.write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
-            results[name] = json.loads(saved.read_text(encoding="utf-8"))
+            results[name] = json.loads(saved.read_text(encoding="utf-8"))["tasks"]
     report(out, args, results)
     print("; ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items()),
           f"; peak memory {max(clock.memory_gb.values()):.2f} GB", sep="")

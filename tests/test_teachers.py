@@ -178,9 +178,9 @@ def test_chat_messages_place_images_where_they_stand(tmp_path):
     ({"conversations": [{"from": "gpt", "value": "Hello"}]}, "in turn"),
     ({"conversations": [{"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "!"}], "image": "a.png"}, "marks 2"),
     ({"messages": [{"role": "user", "content": "?"}]}, "no question with an answer"),
-    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "none of the three forms"),
-    ({"messages": ["hello"]}, "none of the three forms"),
-    ({"question": "?", "answer": "!", "history": [1]}, "none of the three forms"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "no known form"),
+    ({"messages": ["hello"]}, "no known form"),
+    ({"question": "?", "answer": "!", "history": [1]}, "no known form"),
     ({"question": "?", "answer": "!", "history": [["\ud83d", "half an emoji"]]}, "non-empty string"),
     ({"question": "<image> or not?", "answer": "yes"}, "marks 1"),
 ])

@@ -83,9 +83,9 @@ def test_data_that_is_not_the_toy_world(lamps, tmp_path):
     assert second.returncode == 0, second.stderr
     assert (tmp_path / "second" / "report.html").exists() and not (tmp_path / "second" / "evaluation-after.json").exists()
     scored = run("eval.py", "--model", tmp_path / "second" / "student", "--data", data, "--max-new-tokens", 4, "--out",
-                 tmp_path / "predictions.jsonl", "--device", "cpu")
-    assert scored.returncode == 0 and "accuracy" in scored.stdout, scored.stderr
-    assert len(rows_of(tmp_path / "predictions.jsonl")) == 24
+                 tmp_path / "scored", "--device", "cpu")
+    assert scored.returncode == 0 and "lamps (judge)" in scored.stdout, scored.stderr
+    assert len(rows_of(tmp_path / "scored" / "student" / "lamps.jsonl")) == 1 + 24
 
 
 @pytest.mark.parametrize("options", [["--algorithm", "rl"], ["--freeze-discriminator"], ["--no-answer-reward"],
