@@ -87,7 +87,8 @@ def discriminator_loss(logits: Tensor, is_student: Tensor) -> Tensor:
 
 def update(discriminator: Discriminator, optimizer, responses: Outputs, is_student: Tensor, budget: int) -> dict[str, float]:
     """One step of Eq. 1 (line 8 of Algorithm 2) on responses (B, K), `budget` tokens at a time. Every question has as many
-    of each side, so the parts' gradients add up to the whole's. Returns loss and accuracy before it.
+    of each side, so the parts' gradients add up to the whole's. A gradient that is not finite is not followed. Returns loss
+    and accuracy before the step, and whether it was skipped.
 
     Line 10 wants p_student of the D that comes out, so this pass cannot serve it: there is a second, forward only.
     """
@@ -97,9 +98,11 @@ def update(discriminator: Discriminator, optimizer, responses: Outputs, is_stude
         share = discriminator_loss(logits, label) * len(label) / len(is_student)
         share.backward()
         loss, right = loss + share.detach(), right + ((logits > 0) == label).sum()
-    optimizer.step()
+    finite = nn.utils.get_total_norm([w.grad for w in discriminator.parameters() if w.grad is not None]).isfinite()
+    if finite:
+        optimizer.step()
     optimizer.zero_grad()
-    return {"d_loss": float(loss), "d_accuracy": float(right) / is_student.numel()}
+    return {"d_loss": float(loss), "d_accuracy": float(right) / is_student.numel(), "d_skipped": int(not finite)}
 
 
 def pretrain(discriminator: Discriminator, optimizer, batches, steps: int, lr: float, budget: int):

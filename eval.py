@@ -34,7 +34,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, load_processor, load_vlm, run, stream
+from model import VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, load_processor, load_vlm, run, stream, write_whole
 from teachers import (CallFailed, Example, chat, check_endpoint, drop_torn_line, encode_example, endpoint_of, load_examples,
                       messages_of, open_image, read_json, read_jsonl, read_tsv)
 
@@ -1060,7 +1060,7 @@ def main():
     judge = make_judge(args.judge, out / "verdicts.jsonl", args.device, args.dtype)
     results = {label: [score_responses(task, texts, judge) for task, texts in zip(tasks, given)] for label, given in answers.items()}
     print(results_table(results))
-    (out / "scores.json").write_text(json.dumps(results, ensure_ascii=False), encoding="utf-8")
+    write_whole(out / "scores.json", json.dumps(results, ensure_ascii=False))
     write_comparison(out / "report.html", results)
     print(f"Responses, scores and report.html are in {out}")
 

@@ -14,8 +14,11 @@ the prompt and itself but not its siblings, so the image and the prompt are comp
 Notation, here and in every file: B questions, G samples of each side, K responses per question (K = 2G in RIL: students
 first, then teachers), P prompt tokens, R response tokens, V vocabulary, d width.
 """
+import errno
 import inspect
 import json
+import os
+import re
 import shutil
 import sys
 from collections import deque
@@ -28,6 +31,7 @@ from typing import Iterable, Iterator
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -44,11 +48,32 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call `main`; end with one sentence on stderr and exit code 2 on a UserError, never with a traceback."""
+    """Call `main`; end with one sentence on stderr and exit code 2 on a UserError, or where a disk is full or read-only;
+    with 130 on Ctrl-C."""
     try:
         main()
     except UserError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, SafetensorError) as error:                    # safetensors' own has the reason in its text only
+        if getattr(error, "errno", None) not in FULL and not re.search("No space left|Read-only|Disk quota|Permission", str(error)):
+            raise
+        sys.exit(print(f"error: {getattr(error, 'filename', None) or 'a checkpoint'} cannot be written ({error}); nothing that "
+                       "was there is lost", file=sys.stderr) or 2)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+def write_whole(path, contents: str | bytes):
+    """Write a file that appears under its name only when all of it is on the disk."""
+    unfinished = Path(f"{path}.unfinished")
+    with open(unfinished, "wb") as file:
+        file.write(contents.encode() if isinstance(contents, str) else contents)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
 
 
 @dataclass

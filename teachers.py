@@ -46,7 +46,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from model import (MARK, VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, encode_responses, load_vlm, run, score,
-                   stream)
+                   stream, write_whole)
 
 # ---------------------------------------------------------------------------------------------- examples
 
@@ -92,8 +92,11 @@ class Example:
         return "\n".join([f"{question}\n{answer}" for question, answer in self.history] + [self.text])
 
 
-def read_jsonl(path: str):
-    """Yield (where, row) for each line of a JSONL file; UserError naming file and line for one that is not an object."""
+def read_jsonl(path: str, torn: bool = False):
+    """Yield (where, row) for each line of a JSONL file; UserError naming file and line for one that is not an object.
+
+    torn: a last line that is none, and has no end, was never finished by its writer; it is left out, and that is said.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     with open(path, "rb") as file:                                 # bytes: what is not UTF-8 is then a bad line, named
@@ -101,7 +104,10 @@ def read_jsonl(path: str):
             where = f"{path}:{number}"
             try:
                 row = json.loads(line) if line.strip() else None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
+                if torn and not line.endswith(b"\n"):
+                    print(f"{where}: the last line was not finished and is left out")
+                    return
                 raise UserError(f"{where}: not JSON ({error})") from error
             if row is None and not line.strip():
                 continue
@@ -123,7 +129,7 @@ def read_json(path: str):
     """The contents of a JSON file."""
     try:
         return json.loads(Path(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
 
 
@@ -142,7 +148,7 @@ def read_examples(path: str):
     if first.startswith(b"["):
         rows = ((f"{path}: item {number}", row) for number, row in enumerate(read_json(path), 1))
     elif first:
-        with suppress(ValueError, UserError):                      # an object on one line or on many; else lines of JSON
+        with suppress(ValueError, RecursionError, UserError):                    # an object on one line or on many; else lines of JSON
             whole = json.loads(first) if first.endswith(b"}") else read_json(path)
     if isinstance(whole.get("images"), list) and ("annotations" in whole or "info" in whole):
         yield from coco_examples(path, whole)
@@ -271,7 +277,7 @@ def read_tsv(path: str):
                 raise UserError(f"{where}: expected {len(header)} cells, one for each column, found {len(cells)}")
 
 
-def listed(cell: str, where: str) -> list[str]:
+def listed(cell: str) -> list[str]:
     """A cell that may be a Python list of strings, as one: [a] is a, and anything else is itself."""
     if not (cell.startswith("[") and cell.endswith("]")):
         return [cell] * bool(cell)
@@ -291,10 +297,10 @@ def tsv_examples(path: str):
             raise UserError(f"{path}: in no known format; a TSV has at least the columns index, image and question")
         cell, name = row.pop("image", ""), row["index"]
         if len(cell) > 64:
-            own[name] = [f"{path}#{offset}.{k}" for k in range(len(listed(cell, where)))]
+            own[name] = [f"{path}#{offset}.{k}" for k in range(len(listed(cell)))]
         rows.append((where, row, cell if len(cell) <= 64 else name))
     for where, row, target in rows:
-        files = [found(path, name) for name in listed(row.get("image_path", ""), where)]
+        files = [found(path, name) for name in listed(row.get("image_path", ""))]
         if target and target not in own:
             raise UserError(f"{where}: its image is that of the row with index {target}, which holds none")
         if not (images := own.get(target, files)):
@@ -311,10 +317,10 @@ def tsv_example(where: str, row: dict[str, str], images: list[str]) -> Example:
     """A row of a VLMEvalKit TSV. Columns A, B, ... are options, and exist where they are not empty (pandas, upstream, also
     drops options that read None or NA). MathVista's choices are options too, its answer then a letter."""
     options = [row.get(chr(65 + i), "") for i in range(26)]
-    answers, kind = listed(row.get("answers") or row.get("answer", ""), where), row.get("answer_type", "")
+    answers, kind = listed(row.get("answers") or row.get("answer", "")), row.get("answer_type", "")
     answer = answers[0] if row.get("answers") and answers else row.get("answer", "")
     if row.get("question_type") == "multi_choice":
-        options, kind = options if any(options) else listed(row.get("choices", ""), where), "multi_choice"
+        options, kind = options if any(options) else listed(row.get("choices", "")), "multi_choice"
         if answer not in (given := {chr(65 + i): option for i, option in enumerate(options)}) and answer in given.values():
             answer = next(letter for letter, option in given.items() if option == answer)
     options = options[:max((i + 1 for i, option in enumerate(options) if option), default=0)]
@@ -436,7 +442,7 @@ def image_bytes(image: str) -> bytes:
     with open(path, "rb") as file:
         file.seek(int(offset))
         cell = next(csv.reader((line.decode("utf-8") for line in file), delimiter="\t"))[column]
-    return base64.b64decode("".join(listed(cell, path)[int(number)].split()), validate=True)
+    return base64.b64decode("".join(listed(cell)[int(number)].split()), validate=True)
 
 
 def open_image(path: str, where: str) -> Image.Image:
@@ -673,7 +679,7 @@ class Collection:
         """
         self.responses, self.unfinished, self.overlong = defaultdict(lambda: defaultdict(list)), 0, 0
         named = set()
-        for where, row in read_jsonl(path):
+        for where, row in read_jsonl(path, torn=True):
             text, teacher = row.get("text"), str(row.get("teacher", "teacher"))
             if not isinstance(text, str) or "id" not in row or not is_text(text) or teacher == "student":
                 raise UserError(f'{where}: expected a response {{"id": ..., "teacher": ..., "text": ...}}, by no "student"')
@@ -830,8 +836,7 @@ def put_in_order(path: str, names: list[str], examples: list[Example]):
     keys = [(teacher.get(r.get("teacher"), -1), example.get(r.get("id"), -1)) for r in rows]
     order = sorted(range(len(lines)), key=lambda i: keys[i])
     if order != list(range(len(lines))):
-        Path(f"{path}.unfinished").write_bytes(b"".join(lines[i] for i in order))
-        Path(f"{path}.unfinished").replace(path)
+        write_whole(path, b"".join(lines[i] for i in order))
 
 
 # ---------------------------------------------------------------------------------------------- which examples

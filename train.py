@@ -30,16 +30,19 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -49,9 +52,10 @@ import discriminator as eq1
 from discriminator import Discriminator, similarity_reward
 from eval import Task, draw_curves, evaluate, is_remote, make_judge, results_table, tasks_of, verdicts_of, write_report
 from model import (ROW, VLM, Outputs, UserError, check_packing, checkpoint_layers, encode_responses, generate, image_tokens,
-                   join, load_processor, load_vlm, micro_batches, naming, packed_sizes, pick_device, run, save_vlm, score)
+                   join, load_processor, load_vlm, micro_batches, naming, packed_sizes, pick_device, run, save_vlm, score,
+                   write_whole)
 from teachers import (Collection, Example, add_sampling_options, build_tiny_vlm, check_endpoint, draw_toy_world,
-                      encode_example, Endpoint, endpoint_of, fill_collection, load_examples, read_jsonl, sampling_of)
+                      encode_example, Endpoint, endpoint_of, fill_collection, load_examples, read_json, read_jsonl, sampling_of)
 
 # ---------------------------------------------------------------------------------------------- the maths of line 10 to 13
 
@@ -136,6 +140,24 @@ class AdamW:
     def zero_grad(self):
         for weight in self.weights:
             weight.grad = None                                     # frees it
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that must be kept to go on later: moments, counts of steps, and the float32 copies."""
+        kept = {f"{i}.master": master for i, (weight, master) in enumerate(zip(self.weights, self.masters))
+                if master.data_ptr() != weight.data_ptr()}
+        return kept | {f"{i}.{name}": value for i, (master, optimizer) in enumerate(zip(self.masters, self.optimizers))
+                       for name, value in optimizer.state[master].items()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]):
+        """Go on from what `tensors` returned."""
+        for key, value in tensors.items():
+            i, name = key.split(".")
+            if name == "master":
+                self.masters[int(i)].copy_(value)
+            else:
+                state = self.optimizers[int(i)].state[self.masters[int(i)]]
+                state[name] = value if name == "step" else value.to(self.masters[int(i)].device)
 
 
 @contextmanager
@@ -242,14 +264,20 @@ def skeleton(path: str) -> torch.nn.Module:
 # ---------------------------------------------------------------------------------------------- before the loop
 
 
-def batches_of(examples: list, size: int, rng: random.Random):
-    """Endless batches of `size`; every example once before any comes again."""
-    pool = []
-    while True:
-        while len(pool) < size:
-            pool += rng.sample(examples, len(examples))
-        yield pool[:size]
-        del pool[:size]
+class Batches:
+    """Endless batches of `size`; every example once before any comes again. `pool`: places of those in line."""
+
+    def __init__(self, examples: list, size: int, rng: random.Random):
+        self.examples, self.size, self.rng, self.pool = examples, size, rng, []
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> list:
+        while len(self.pool) < self.size:
+            self.pool += self.rng.sample(range(len(self.examples)), len(self.examples))
+        batch, self.pool = self.pool[:self.size], self.pool[self.size:]
+        return [self.examples[i] for i in batch]
 
 
 def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: float, seed: int, name: str,
@@ -257,7 +285,7 @@ def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: floa
     """Supervised fine-tuning on the examples' own answers, `budget` tokens at a time; mean cross-entropy per token, lr
     decayed linearly to lr / 10."""
     optimizer = AdamW(vlm.model.parameters(), lr, (0.9, 0.95), offload)
-    batches = batches_of(examples, batch_size, random.Random(seed))
+    batches = Batches(examples, batch_size, random.Random(seed))
     bar = tqdm(range(steps), desc=f"SFT of {name}", unit="step")
     for step in bar:
         for group in optimizer.param_groups:                       # a short warm-up: the first steps of Adam are noise
@@ -278,7 +306,7 @@ def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: floa
 def pretraining_pairs(student: VLM, examples: list[Example], collection: Collection, num: int, batch_size: int, sampling,
                       rng: random.Random, slots: int):
     """Endless batches for Eq. 1: num fresh responses of the student and num of its teachers, to batch_size questions."""
-    for batch in batches_of(examples, batch_size, rng):
+    for batch in Batches(examples, batch_size, rng):
         students = generate(student, [encode_example(student, e) for e in batch], num, sampling, slots=slots).text
         teachers = [[text for _, text in pairs] for pairs in collection.draw(batch, num, rng)]
         is_student = torch.tensor([[True] * num + [False] * num] * len(batch), device=student.device)
@@ -305,6 +333,11 @@ class Meter:
             torch.cuda.synchronize(self.device)                    # or the seconds would be those of queueing the work
         self.seconds[name] = time.perf_counter() - start
         self.memory_gb[name] = peak_memory_gb(self.device)
+
+    def row(self, tokens: int) -> dict[str, float]:
+        """The measurements as a row of timings.jsonl; tokens: how many were sampled in the phase "generate"."""
+        return {"tokens_per_second": tokens / self.seconds["generate"], **{f"seconds/{name}": x for name, x in self.seconds.items()},
+                **{f"memory_gb/{name}": x for name, x in self.memory_gb.items()}}
 
 
 def peak_memory_gb(device: torch.device, reset: bool = False) -> float:
@@ -361,89 +394,121 @@ def update_policy(policy: VLM, reference: VLM, optimizer, prompts: list, outputs
                 stats["loss"] += loss / args.mu
                 stats["kl"] += k3_kl(logp, ref)[mask].sum() / tokens / args.mu
                 stats["clip_fraction"] += clipped[mask].sum() / tokens / args.mu
-        stats["grad_norm"] += torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0) / args.mu
-        if valid.any():                                            # else Adam's momentum would walk on by itself
+        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        stats["grad_norm"] += norm / args.mu
+        stats["skipped_updates"] += ~norm.isfinite()
+        if valid.any() and norm.isfinite():                        # without any, Adam's momentum would walk on by itself
             optimizer.step()
         optimizer.zero_grad()
     return {name: value.item() for name, value in stats.items()}
 
 
-def networks(policy: VLM, D: Discriminator | None, args) -> tuple[VLM | None, AdamW, AdamW | None]:
-    """The reference (a copy of the policy; none without a KL), and the optimizers of the policy and of D."""
-    reference = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False)) if args.beta else None
-    freeze(policy.model, args.freeze, args.student)
-    optimizer = AdamW(policy.model.parameters(), args.lr, offload=args.offload)
-    d_optimizer = AdamW(D.parameters(), args.discriminator_lr, offload=args.offload) if D else None
-    if args.offload:
-        for waiting in filter(None, (D, reference and reference.model)):
-            waiting.to("cpu")
-    return reference, optimizer, d_optimizer
+@dataclass
+class State:
+    """All that the loop changes, and that a checkpoint therefore holds. step: how many are done; skipped: how many of the
+    last ones, in a row, had no finite gradient; logs: the open files of LOGS."""
+    policy: VLM
+    D: Discriminator | None
+    optimizer: AdamW
+    d_optimizer: AdamW | None
+    rng: random.Random
+    batches: Batches
+    logs: dict
+    step: int = 0
+    skipped: int = 0
 
 
 def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: Discriminator | None, judge,
         held_out: list[Task], args, out: Path) -> float:
-    """Algorithm 2; or Algorithm 1, where there is no collection and no D. Trains `policy` in place, logs into `out`.
-
-    Returns the peak memory of all steps in GB.
-    """
-    G, sampling, rng, peak = args.num_samples, sampling_of(args), random.Random(args.seed), 0.0
+    """Algorithm 2; or Algorithm 1, where there is no collection and no D. Trains `policy` in place, logs into `out`, and
+    goes on from the last checkpoint there. Returns the peak memory of all steps in GB."""
     torch.manual_seed(args.seed)
-    reference, optimizer, d_optimizer = networks(policy, D, args)                            # lines 1, 2
-    batches = batches_of(examples, args.batch_size, rng)
-    metrics_file, rollouts_file = open(out / "metrics.jsonl", "w"), open(out / "rollouts.jsonl", "w", encoding="utf-8")
-    background = ThreadPoolExecutor(1)                             # waits for a remote judge while D is updated
+    rng, peak, saved, warned = random.Random(args.seed), 0.0, time.monotonic(), {}
+    reference = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False)) if args.beta else None    # line 1
+    freeze(policy.model, args.freeze, args.student)
+    state = State(policy, D, AdamW(policy.model.parameters(), args.lr, offload=args.offload),
+                  AdamW(D.parameters(), args.discriminator_lr, offload=args.offload) if D else None,
+                  rng, Batches(examples, args.batch_size, rng), {})
+    if args.offload:
+        for waiting in filter(None, (D, reference and reference.model)):
+            waiting.to("cpu")
+    load_checkpoint(state, out)
+    recent = deque((row for _, row in read_jsonl(out / "metrics.jsonl")), WINDOW)
 
-    for step in tqdm(range(args.steps), desc=args.algorithm.upper(), unit="step"):
-        for group in optimizer.param_groups:                       # D, pre-trained on other samples, first catches up
-            group["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
-        meter, row = Meter(policy.device), {"step": step}
-        batch = next(batches)                                                                # line 3
-        with meter.phase("generate"):
-            prompts = [encode_example(policy, e) for e in batch]
-            outputs = generate(policy, prompts, G, sampling, slots=args.rollout_batch * G)   # line 5       (B, G, R)
-        sources = [["student"] * G for _ in batch]
-        p_student, similarity = None, torch.zeros(len(batch), G, device=policy.device)       # Algorithm 1 has none
-
-        if D:
-            drawn = collection.draw(batch, G, rng)                                           # line 6
-            teachers = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
-            outputs = join([outputs, teachers], dim=1)                                       #              (B, 2G, R)
-            sources = [s + [teacher for teacher, _ in pairs] for s, pairs in zip(sources, drawn)]
-        judged = background.submit(judge_all, judge, batch, outputs) if is_remote(judge) else None   # line 10, begun
-        if D:
-            with meter.phase("discriminator"), lend(D, policy.device, args.offload):
-                is_student = torch.tensor([[True] * G + [False] * G] * len(batch), device=policy.device)
-                responses = D.encode(outputs.text)
-                for _ in range(0 if args.freeze_discriminator else args.mu):                 # lines 7-9, Eq. 1
-                    row |= eq1.update(D, d_optimizer, responses, is_student, args.token_budget)
-                p_student = D.p_student(responses, args.token_budget)                        # line 10, by the new D
-                similarity = similarity_reward(p_student, args.similarity)                   #              (B, 2G)
-
-        with meter.phase("judge"):                                                           # line 10      (B, 2G)
-            answer = judged.result() if judged else judge_all(judge, batch, outputs)
-        reward, valid = rewards(similarity, torch.zeros_like(answer) if args.no_answer_reward else answer)
-        if D and args.no_teacher_rollouts:
-            valid &= is_student
-        advantage = advantages(reward, valid, divide_by_std=args.loss == "grpo")             # line 10      (B, 2G)
-        with meter.phase("update"):                                                          # lines 11-13, Eq. 2
-            row |= update_policy(policy, reference, optimizer, prompts, outputs, advantage, valid, args)
-
-        peak = max(peak, *meter.memory_gb.values())
-        row |= step_metrics(outputs, sources, similarity, answer, reward, valid, args, meter)
-        if held_out and (step == 0 or (step + 1) % args.eval_every == 0):
-            try:
-                row["heldout_accuracy"] = evaluate(policy, held_out, judge, args.max_new_tokens, args.rollout_batch)["accuracy"]
-            except UserError as error:                             # a judge that is down does not end the run
-                tqdm.write(str(error))
-        print(json.dumps(row), file=metrics_file, flush=True)
-        tqdm.write(console_line(row))
-        if step % args.log_every == 0 or step == args.steps - 1:
-            log_rollouts(rollouts_file, step, batch, outputs, sources, p_student, answer, reward, advantage)
+    with signals() as caught:
+        for step in tqdm(range(state.step, args.steps), args.algorithm.upper(), args.steps, initial=state.step, unit="step"):
+            row, timing, rollouts = ril_step(state, reference, collection, judge, args)
+            if held_out and (step == 0 or (step + 1) % args.eval_every == 0):
+                try:
+                    row["heldout_accuracy"] = evaluate(policy, held_out, judge, args.max_new_tokens, args.rollout_batch)["accuracy"]
+                except UserError as error:                         # a judge that is down does not end the run
+                    tqdm.write(str(error))
+            tqdm.write(console_line(row | timing))
+            write_logs(state.logs, row, timing, rollouts if step % args.log_every == 0 or step == args.steps - 1 else [])
+            peak = max(peak, *(value for name, value in timing.items() if name.startswith("memory_gb/")))
+            recent.append(row)
+            for sign in signs_of_trouble(recent):
+                if step - warned.get(sign, -WINDOW) >= WINDOW:
+                    tqdm.write(f"warning: {sign}")
+                    warned[sign] = step
+            state.step, state.skipped = step + 1, state.skipped + 1 if row["skipped_updates"] else 0
+            if state.skipped == SKIPS:
+                raise UserError(f"the gradient was not finite in {SKIPS} steps in a row, so the run stops; look at `loss`, `kl` and `d_loss` in "
+                                f"{out / 'metrics.jsonl'}, and lower --lr or --discriminator-lr; {out} keeps its last checkpoint")
+            every = int(args.save_every.rstrip("m"))
+            if caught or (time.monotonic() - saved > 60 * every if args.save_every.endswith("m") else state.step % every == 0):
+                save_checkpoint(state, out)
+                saved = time.monotonic()
+            if caught:
+                sys.exit(128 + caught[0])
     return peak
 
 
+def ril_step(state: State, reference: VLM | None, collection: Collection | None, judge, args) -> tuple[dict, dict, list[dict]]:
+    """One round of the loop, lines 3 to 13. Returns its metrics, its seconds and memory, and the responses to a few questions."""
+    policy, D, G = state.policy, state.D, args.num_samples
+    for group in state.optimizer.param_groups:                     # D, pre-trained on other samples, first catches up
+        group["lr"] = args.lr * min(1, (state.step + 1) / max(1, args.warmup))
+    meter, row = Meter(policy.device), {"step": state.step}
+    batch = next(state.batches)                                                              # line 3
+    with meter.phase("generate"):
+        prompts = [encode_example(policy, e) for e in batch]
+        outputs = generate(policy, prompts, G, sampling_of(args), slots=args.rollout_batch * G)   # line 5  (B, G, R)
+    sources = [["student"] * G for _ in batch]
+    p_student, similarity = None, torch.zeros(len(batch), G, device=policy.device)           # Algorithm 1 has none
+
+    if D:
+        drawn = collection.draw(batch, G, state.rng)                                         # line 6
+        teachers = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
+        outputs = join([outputs, teachers], dim=1)                                           #              (B, 2G, R)
+        sources = [s + [teacher for teacher, _ in pairs] for s, pairs in zip(sources, drawn)]
+    background = ThreadPoolExecutor(1)                             # waits for a remote judge while D is updated
+    judged = background.submit(judge_all, judge, batch, outputs) if is_remote(judge) else None    # line 10, begun
+    if D:
+        with meter.phase("discriminator"), lend(D, policy.device, args.offload):
+            is_student = torch.tensor([[True] * G + [False] * G] * len(batch), device=policy.device)
+            responses = D.encode(outputs.text)
+            for _ in range(0 if args.freeze_discriminator else args.mu):                     # lines 7-9, Eq. 1
+                row |= eq1.update(D, state.d_optimizer, responses, is_student, args.token_budget)
+            p_student = D.p_student(responses, args.token_budget)                            # line 10, by the new D
+            similarity = similarity_reward(p_student, args.similarity)                       #              (B, 2G)
+
+    with meter.phase("judge"):                                                               # line 10      (B, 2G)
+        answer = judged.result() if judged else judge_all(judge, batch, outputs)
+    reward, valid = rewards(similarity, torch.zeros_like(answer) if args.no_answer_reward else answer)
+    if D and args.no_teacher_rollouts:
+        valid &= is_student
+    advantage = advantages(reward, valid, divide_by_std=args.loss == "grpo")                 # line 10      (B, 2G)
+    with meter.phase("update"):                                                              # lines 11-13, Eq. 2
+        row |= update_policy(policy, reference, state.optimizer, prompts, outputs, advantage, valid, args)
+    row["skipped_updates"] += row.pop("d_skipped", 0)
+    row |= step_metrics(outputs, sources, similarity, answer, reward, valid, args)
+    return (row, {"step": state.step} | meter.row(int(outputs.mask[:, :G].sum())),
+            rollouts_of(state.step, batch, outputs, sources, p_student, answer, reward, advantage))
+
+
 def step_metrics(outputs: Outputs, sources: list[list[str]], similarity: Tensor, answer: Tensor, reward: Tensor,
-                 valid: Tensor, args, meter: Meter) -> dict:
+                 valid: Tensor, args) -> dict:
     """The numbers of one step, by source where that says more. All are explained in the README."""
     flat, row = [s for row in sources for s in row], {}
     for source in sorted(set(flat)):
@@ -452,15 +517,38 @@ def step_metrics(outputs: Outputs, sources: list[list[str]], similarity: Tensor,
         row[f"answer/{source}"] = answer[chosen].nanmean().item()
     of_students = outputs.mask[:, :args.num_samples]
     low = reward.masked_fill(~valid, torch.inf).amin(1)            # a group with low >= high has no gradient
-    tokens = of_students.sum().item()
+    texts = [text for row in outputs.text for text in row[:args.num_samples]]
     return row | {
         "judge/failed": answer.isnan().float().mean().item(),
         "equal_groups": (low >= reward.masked_fill(~valid, -torch.inf).amax(1)).float().mean().item(),
         "length": of_students.sum(2).float().mean().item(),
         "cut_off": (of_students.sum(2) == args.max_new_tokens).float().mean().item(),
-        "tokens_per_second": tokens / meter.seconds["generate"],
-        **{f"seconds/{name}": value for name, value in meter.seconds.items()},
-        **{f"memory_gb/{name}": value for name, value in meter.memory_gb.items()}}
+        "repeated": Counter(texts).most_common(1)[0][1] / len(texts)}
+
+
+WINDOW, SKIPS = 50, 5                                              # steps that signs are looked for in; bad ones that end a run
+
+
+def signs_of_trouble(rows) -> list[str]:
+    """What the metrics of the last WINDOW steps warn of, in words that name the metric; nothing before there are so many."""
+    if len(rows) < WINDOW:
+        return []
+    def mean(name, part=slice(None)):
+        values = [row[name] for row in list(rows)[part] if row.get(name) is not None]
+        return sum(values) / len(values) if values else float("nan")
+    signs, accuracy, similarity = [], mean("d_accuracy"), mean("similarity/student")
+    if accuracy > 0.98:
+        signs.append("`d_accuracy` is near 1: the discriminator always knows the student, who earns no `similarity/`; lower "
+                     "--discriminator-lr, or first fine-tune the student on answers in the teachers' ways")
+    if abs(accuracy - 0.5) < 0.05 and not 0.05 < similarity < 0.95:
+        signs.append("`d_accuracy` is at chance and `similarity/` the same for nearly all: the discriminator has nothing left to say; raise "
+                     "--discriminator-lr, or stop here")
+    first, last = slice(0, WINDOW // 5), slice(-(WINDOW // 5), None)
+    if mean("length", last) > 2 * mean("length", first) and mean("cut_off", last) > 0.2:
+        signs.append("`length` has doubled and `cut_off` is high: the reward may be paid for words; look at rollouts.jsonl")
+    if mean("repeated") > 0.5:
+        signs.append("`repeated` is above a half: most responses are one and the same string; look at rollouts.jsonl, and raise --beta")
+    return signs
 
 
 def console_line(row: dict) -> str:
@@ -473,20 +561,143 @@ def console_line(row: dict) -> str:
             f"{sum(v for k, v in row.items() if k.startswith('seconds/')):5.2f} s{held_out}")
 
 
-def log_rollouts(file, step: int, batch: list[Example], outputs: Outputs, sources, p_student: Tensor | None, answer: Tensor,
-                 reward: Tensor, advantage: Tensor, questions: int = 4):
-    """Write all responses to the first few questions of the batch to rollouts.jsonl, and show four of them."""
-    for b, example in enumerate(batch[:questions]):
-        for k, text in enumerate(outputs.text[b]):
-            verdict = None if answer[b, k].isnan() else int(answer[b, k])
-            row = {"step": step, "id": example.id, "image": list(example.images), "question": example.text,
-                   "truth": example.answer, "source": sources[b][k], "text": text,
-                   "p_student": None if p_student is None else round(p_student[b, k].item(), 4), "verdict": verdict,
-                   "reward": reward[b, k].item(), "advantage": round(advantage[b, k].item(), 4)}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            if b == 0 and k % max(1, len(sources[b]) // 4) == 0:
-                tqdm.write(f"    {row['question'][:36]:36} {row['source'][:12]:12} reward {row['reward']:.2f}  {text[:60]}")
-    file.flush()
+def rollouts_of(step: int, batch: list[Example], outputs: Outputs, sources, p_student: Tensor | None, answer: Tensor,
+                reward: Tensor, advantage: Tensor, questions: int = 4) -> list[dict]:
+    """All responses to the first few questions of the batch, as rows of rollouts.jsonl."""
+    return [{"step": step, "id": e.id, "image": list(e.images), "question": e.text, "truth": e.answer, "source": sources[b][k],
+             "text": text, "p_student": None if p_student is None else round(p_student[b, k].item(), 4),
+             "verdict": None if answer[b, k].isnan() else int(answer[b, k]), "reward": reward[b, k].item(),
+             "advantage": round(advantage[b, k].item(), 4)}
+            for b, e in enumerate(batch[:questions]) for k, text in enumerate(outputs.text[b])]
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints of the loop
+
+
+LOGS = ("metrics", "timings", "rollouts")                          # timings are apart: they differ from run to run
+
+
+def write_logs(logs: dict, row: dict, timing: dict, rollouts: list[dict]):
+    """Append to the logs, so that they are on the disk, and show four of the rollouts."""
+    for name, rows in zip(LOGS, ([row], [timing], rollouts)):
+        logs[name].write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        logs[name].flush()
+    group = [r for r in rollouts if r["id"] == rollouts[0]["id"]]
+    for r in group[::max(1, len(group) // 4)]:
+        tqdm.write(f"    {r['question'][:36]:36} {r['source'][:12]:12} reward {r['reward']:.2f}  {r['text'][:60]}")
+
+
+@contextmanager
+def signals():
+    """Yields a list to which the first SIGINT or SIGTERM is added, for the step to be finished; a second one ends it all."""
+    caught, before = [], {}
+
+    def note(number, frame):
+        caught.append(number)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        tqdm.write("finishing this step and saving; once more to leave at once")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    yield caught
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    return sorted(path for path in out.glob("checkpoint-*") if path.name[11:].isdigit())
+
+
+def tensors_of(state: State) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint, by file. (Weights that are tied are one.)"""
+    device = state.policy.device
+    rng = {"cpu": torch.get_rng_state()} | ({"device": getattr(torch, device.type).get_rng_state()} if device.type != "cpu" else {})
+    files = {"policy": dict(state.policy.model.named_parameters()), "optimizer": state.optimizer.tensors(), "rng": rng}
+    if state.D:
+        files |= {"discriminator": dict(state.D.named_parameters()), "d_optimizer": state.d_optimizer.tensors()}
+    return {name: {key: x.detach().contiguous() for key, x in tensors.items()} for name, tensors in files.items()}
+
+
+def save_checkpoint(state: State, out: Path):
+    """Write checkpoint-STEP into `out`; it is there whole or not at all. Of the older ones, one stays.
+
+    A disk that is full ends no run: that is said, and the older checkpoints stay.
+    """
+    folder = out / f"checkpoint-{state.step:06}"
+    unfinished = Path(f"{folder}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        for name, tensors in tensors_of(state).items():
+            save_file(tensors, unfinished / f"{name}.safetensors")
+        _, *numpy = np.random.get_state()
+        (unfinished / "state.json").write_text(json.dumps({
+            "step": state.step, "skipped": state.skipped, "pool": state.batches.pool, "draws": state.rng.getstate(),
+            "python": random.getstate(), "numpy": [numpy[0].tolist(), *numpy[1:]],
+            "logs": {name: file.tell() for name, file in state.logs.items()}}))
+        for path in (*unfinished.iterdir(), unfinished):
+            sync(path)
+        unfinished.rename(folder)
+        sync(out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        tqdm.write(f"warning: no checkpoint at step {state.step} ({error}); the run goes on")
+        return
+    for old in checkpoints(out)[:-2]:
+        shutil.rmtree(old)
+
+
+def sync(path: Path):
+    """Wait until a file or folder is on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+@torch.no_grad()
+def load_checkpoint(state: State, out: Path):
+    """Go on from the newest checkpoint in `out` that can be read, else from the start; cut the logs back to where they were.
+
+    UserError where a log is shorter than the checkpoint knows it: somebody else's hands were there.
+    """
+    lengths = dict.fromkeys(LOGS, 0)
+    for folder in reversed(checkpoints(out)):
+        try:
+            saved = json.loads((folder / "state.json").read_text())
+            wanted = tensors_of(state)
+            files = {name: load_file(folder / f"{name}.safetensors") for name in wanted}
+            for name in ("policy", "discriminator"):
+                if {key: x.shape for key, x in files.get(name, {}).items()} != {key: x.shape for key, x in wanted.get(name, {}).items()}:
+                    raise ValueError(f"{name} is of another shape")
+            draws, python = ((version, tuple(numbers), gauss) for version, numbers, gauss in (saved["draws"], saved["python"]))
+            numpy, lengths, pool, step, skipped = saved["numpy"], saved["logs"], saved["pool"], saved["step"], saved["skipped"]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            print(f"{folder} cannot be read ({error}); going on from the one before it")
+            continue
+        for network, name in ((state.policy.model, "policy"), (state.D, "discriminator")):
+            for key, weight in network.named_parameters() if network else ():
+                weight.copy_(files[name][key])
+        state.optimizer.load(files["optimizer"])
+        if state.D:
+            state.d_optimizer.load(files["d_optimizer"])
+        torch.set_rng_state(files["rng"]["cpu"])
+        if "device" in files["rng"] and state.policy.device.type != "cpu":
+            getattr(torch, state.policy.device.type).set_rng_state(files["rng"]["device"])
+        state.rng.setstate(draws)
+        random.setstate(python)
+        np.random.set_state(("MT19937", np.array(numpy[0], np.uint32), *numpy[1:]))
+        state.batches.pool, state.step, state.skipped = pool, step, skipped
+        print(f"going on after step {step}, from {folder}")
+        break
+    for name in LOGS:
+        path = out / f"{name}.jsonl"
+        path.touch()
+        if path.stat().st_size < lengths[name]:
+            raise UserError(f"{path} has {path.stat().st_size} bytes where the checkpoint has {lengths[name]}; remove the checkpoints of {out} "
+                            "to begin the loop again")
+        os.truncate(path, lengths[name])
+        state.logs[name] = open(path, "a", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------- stages of a run
@@ -554,18 +765,21 @@ def check_inputs(args, out: Path) -> tuple[dict[str, list[Example]], bool]:
 def claim_folder(out: Path, args):
     """Make `out` this run's folder, or refuse: a folder holds one run, and its stages belong to one set of settings."""
     settings = {k: v for k, v in vars(args).items()                # what does not change the result may differ,
-                if k not in ("out", "device", "offload", "gradient_checkpointing", "plan", "token_budget", "rollout_batch")}
+                if k not in ("out", "device", "offload", "gradient_checkpointing", "plan", "token_budget", "rollout_batch",
+                             "save_every")}
     names = {name: (endpoint_of(name) or Endpoint(name, "")).model for name in args.teachers + [args.judge]}
     settings |= {"teachers": [names[name] for name in args.teachers], "judge": names[args.judge]}     # as may a URL
     path = out / "settings.json"                                   # without it, stages copied from elsewhere are taken over
     if path.exists():
-        there = json.loads(path.read_text())
+        there = read_json(path)
+        if not isinstance(there, dict):
+            raise UserError(f"{path}: not the settings of a run")
         if differ := sorted(k for k in settings.keys() | there.keys() if settings.get(k) != there.get(k)):
             what = ", ".join(f"--{k.replace('_', '-')} {there.get(k)} there, {settings.get(k)} here" for k in differ)
             raise UserError(f"{out} belongs to a run with other settings ({what}); choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1))
+        write_whole(path, json.dumps(settings, indent=1))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
 
@@ -651,10 +865,12 @@ def report(out: Path, args, results: dict[str, list[dict]]):
 # Defaults, in one place. A named student gets the paper's; the toy gets what a tiny model needs to learn in minutes.
 PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discriminator_steps=1111, pretrain_lr=1e-5,
              num_samples=4, mu=1, eps=0.2, beta=0.01, steps=1000, batch_size=144, token_budget=8192, lr=1e-6, warmup=0,
-             discriminator_lr=1e-6, rollout_batch=16, max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0)
+             discriminator_lr=1e-6, rollout_batch=16, max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0,
+             save_every="15m")
 TOY = PAPER | dict(sft_steps=800, sft_lr=1e-3, collect=8, discriminator_steps=60, pretrain_lr=2e-4, steps=160,
                    batch_size=64, token_budget=16384, rollout_batch=64, lr=4e-4, warmup=32, discriminator_lr=4e-4,
-                   max_new_tokens=24, eval_every=20, log_every=10, teacher_steps=600)
+                   max_new_tokens=24, eval_every=20, log_every=10, teacher_steps=600,
+                   save_every="20")
 
 
 def add_run_options(parser):
@@ -720,6 +936,7 @@ def add_loop_options(parser):
     group.add_argument("--plan", action="store_true", help="only print what the run would need of memory, and stop")
     group.add_argument("--eval-every", type=int, help="steps between held-out accuracies")
     group.add_argument("--log-every", type=int, help="steps between printed samples")
+    group.add_argument("--save-every", help="steps between checkpoints of the loop, or minutes as 15m")
 
 
 def parse_args(argv=None):
@@ -735,6 +952,8 @@ def parse_args(argv=None):
                  "rollout_batch"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not re.fullmatch("[1-9][0-9]*m?", args.save_every):
+        parser.error(f"--save-every {args.save_every}: expected a number of steps, or of minutes as 15m")
     try:
         re.compile(args.freeze or "")
     except re.error as error:
@@ -787,6 +1006,8 @@ def main():
             peak = ril(policy, examples, collection, D, judge, held_out, args, out)
             save_vlm(policy, str(out / "student"))
         clock.memory_gb["loop"] = max(peak, clock.memory_gb["loop"])
+    for checkpoint in out.glob("checkpoint-*"):                    # the student is on the disk
+        shutil.rmtree(checkpoint)
 
     # 4. before and after
     results = {}
@@ -795,8 +1016,8 @@ def main():
             if not (saved := out / f"evaluation-{name}.json").exists():
                 result = evaluate(load_vlm(str(path), args.device, args.dtype), held_out, judge, args.max_new_tokens,
                                   args.rollout_batch)
-                saved.write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
-            results[name] = json.loads(saved.read_text(encoding="utf-8"))["tasks"]
+                write_whole(saved, json.dumps(result, ensure_ascii=False))
+            results[name] = read_json(saved)["tasks"]
     report(out, args, results)
     print("; ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items()),
           f"; peak memory {max(clock.memory_gb.values()):.2f} GB", sep="")

@@ -75,7 +75,7 @@ def main():
         # glibc keeps freed blocks of up to 32 MB for later; without that, what is resident is what is in use
         env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env)
-        metrics = [json.loads(line) for line in open(folder / "out" / "metrics.jsonl")][-1]
+        metrics = [json.loads(line) for line in open(folder / "out" / "timings.jsonl")][-1]
         plain = float(subprocess.run([sys.executable, __file__, "--plain", str(folder)], check=True, capture_output=True,
                                      text=True, env=env).stdout)
     print("| phase | --plan, GB | measured, GB | plan / measured |\n|---|---|---|---|")

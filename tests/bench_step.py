@@ -35,7 +35,7 @@ def ril_step(folder, out, device, dtype, steps=2, G=4, R=24, B=4, budget=12288):
                "--batch-size", B, "--rollout-batch", B, "--num-samples", G, "--collect", 1, "--max-new-tokens", R, "--steps", steps + 1,
                "--discriminator-steps", 0, "--device", device, "--dtype", dtype, "--token-budget", budget, "--lr", 1e-5]
     subprocess.run([sys.executable, *map(str, [ROOT / command[0], *command[1:]])], check=True, capture_output=True)
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")][1:]
+    rows = [json.loads(line) for line in open(out / "timings.jsonl")][1:]
     seconds = {phase: statistics.median(row[f"seconds/{phase}"] for row in rows) for phase in PHASES}
     return seconds, max(row[f"memory_gb/{phase}"] for row in rows for phase in PHASES)
 

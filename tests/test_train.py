@@ -10,7 +10,7 @@ from conftest import call, run
 FAST = ["--device", "cpu", "--batch-size", "4", "--steps", "3", "--discriminator-steps", "2", "--num-samples", "2",
         "--max-new-tokens", "12", "--eval-every", "2", "--log-every", "1", "--collect", "2"]
 METRICS = {"step", "loss", "kl", "clip_fraction", "grad_norm", "judge/failed", "equal_groups", "length", "cut_off",
-           "tokens_per_second", "similarity/student", "answer/student"}
+           "repeated", "skipped_updates", "similarity/student", "answer/student"}
 
 
 def rows_of(path):
@@ -28,15 +28,16 @@ def finished(tmp_path_factory):
 
 def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
     out, done = finished
-    names = {"student", "sft", "data", "teachers", "collection.jsonl", "metrics.jsonl", "rollouts.jsonl", "curves.png",
+    names = {"student", "sft", "data", "teachers", "collection.jsonl", "metrics.jsonl", "timings.jsonl", "rollouts.jsonl", "curves.png",
              "report.html", "settings.json", "discriminator.safetensors", "evaluation-before.json", "evaluation-after.json"}
     assert {path.name for path in out.iterdir()} == names
     metrics = rows_of(out / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2]
     wanted = METRICS | {f"{m}/{source}" for m in ("similarity", "answer") for source in ("qwen", "internvl")}
     wanted |= {"d_loss", "d_accuracy"}
-    wanted |= {f"{m}/{p}" for m in ("seconds", "memory_gb") for p in ("generate", "discriminator", "judge", "update")}
     assert all(wanted <= row.keys() for row in metrics) and "heldout_accuracy" in metrics[0]
+    wanted = {f"{m}/{p}" for m in ("seconds", "memory_gb") for p in ("generate", "discriminator", "judge", "update")} | {"tokens_per_second"}
+    assert all(wanted <= row.keys() for row in rows_of(out / "timings.jsonl"))
     rollouts = rows_of(out / "rollouts.jsonl")
     assert {"question", "image", "source", "text", "p_student", "verdict", "reward", "advantage"} <= rollouts[0].keys()
     assert {row["source"] for row in rollouts} == {"student", "qwen", "internvl"}
