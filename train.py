@@ -664,17 +664,25 @@ def load_checkpoint(state: State, out: Path):
     lengths = dict.fromkeys(LOGS, 0)
     for folder in reversed(checkpoints(out)):
         try:
-            saved = json.loads((folder / "state.json").read_text())
+            saved = read_json(folder / "state.json")
             wanted = tensors_of(state)
             files = {name: load_file(folder / f"{name}.safetensors") for name in wanted}
             for name in ("policy", "discriminator"):
                 if {key: x.shape for key, x in files.get(name, {}).items()} != {key: x.shape for key, x in wanted.get(name, {}).items()}:
                     raise ValueError(f"{name} is of another shape")
             draws, python = ((version, tuple(numbers), gauss) for version, numbers, gauss in (saved["draws"], saved["python"]))
-            numpy, lengths, pool, step, skipped = saved["numpy"], saved["logs"], saved["pool"], saved["step"], saved["skipped"]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            numpy = ("MT19937", np.array(saved["numpy"][0], np.uint32), *saved["numpy"][1:])
+            for generator, numbers in ((random.Random(), draws), (random.Random(), python)):
+                generator.setstate(numbers)                        # would it work?
+            np.random.RandomState().set_state(numpy)
+            step, skipped, sizes = int(saved["step"]), int(saved["skipped"]), {name: int(saved["logs"][name]) for name in LOGS}
+            if min(step, skipped, *sizes.values()) < 0:
+                raise ValueError("numbers below zero")
+            pool = [range(len(state.batches.examples)).index(i) for i in saved["pool"]]
+        except (UserError, OSError, ArithmeticError, ValueError, LookupError, TypeError, SafetensorError) as error:
             print(f"{folder} cannot be read ({error}); going on from the one before it")
             continue
+        lengths = sizes
         for network, name in ((state.policy.model, "policy"), (state.D, "discriminator")):
             for key, weight in network.named_parameters() if network else ():
                 weight.copy_(files[name][key])
@@ -686,7 +694,7 @@ def load_checkpoint(state: State, out: Path):
             getattr(torch, state.policy.device.type).set_rng_state(files["rng"]["device"])
         state.rng.setstate(draws)
         random.setstate(python)
-        np.random.set_state(("MT19937", np.array(numpy[0], np.uint32), *numpy[1:]))
+        np.random.set_state(numpy)
         state.batches.pool, state.step, state.skipped = pool, step, skipped
         print(f"going on after step {step}, from {folder}")
         break
