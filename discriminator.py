@@ -51,7 +51,7 @@ class Discriminator(nn.Module):
         rows = self.tokenizer(sum(texts, []), add_special_tokens=False, split_special_tokens=True).input_ids
         return as_outputs(texts, [torch.tensor(row + self.after, device=self.head.weight.device) for row in rows])
 
-    def forward(self, responses: Outputs) -> Tensor:
+    def logits(self, responses: Outputs) -> Tensor:
         """Logits of p_student, (B, K) float32.
 
         D reads nothing but the response, so equal responses are computed once; and as the F tokens before a response are
@@ -71,7 +71,7 @@ class Discriminator(nn.Module):
     @torch.no_grad()
     def p_student(self, responses: Outputs, budget: int) -> Tensor:
         """(B, K) probabilities that the student wrote each response, computed `budget` tokens at a time."""
-        return torch.cat([self(responses[part]) for part in parts_of(responses, budget)]).sigmoid()
+        return torch.cat([self.logits(responses[part]) for part in parts_of(responses, budget)]).sigmoid()
 
 
 def parts_of(responses: Outputs, budget: int) -> list[slice]:
@@ -85,24 +85,26 @@ def discriminator_loss(logits: Tensor, is_student: Tensor) -> Tensor:
              + nn.functional.logsigmoid(-logits[~is_student]).mean())          # log (1 - D(o^teacher))
 
 
-def update(discriminator: Discriminator, optimizer, responses: Outputs, is_student: Tensor, budget: int) -> dict[str, float]:
+def update(discriminator: Discriminator, optimizer, responses: Outputs, is_student: Tensor, budget: int,
+           questions: int | None = None) -> dict[str, float]:
     """One step of Eq. 1 (line 8 of Algorithm 2) on responses (B, K), `budget` tokens at a time. Every question has as many
-    of each side, so the parts' gradients add up to the whole's. A gradient that is not finite is not followed. Returns loss
-    and accuracy before the step, and whether it was skipped.
+    of each side, so the parts' gradients add up to the whole's. A gradient that is not finite is not followed. `questions`:
+    how many all processes have together. Returns loss and accuracy before the step, and whether it was skipped.
 
     Line 10 wants p_student of the D that comes out, so this pass cannot serve it: there is a second, forward only.
     """
     loss = right = 0.0
     for part in parts_of(responses, budget):
-        logits, label = discriminator(responses[part]), is_student[part]
-        share = discriminator_loss(logits, label) * len(label) / len(is_student)
+        logits, label = discriminator.logits(responses[part]), is_student[part]
+        share = discriminator_loss(logits, label) * len(label) / (questions or len(is_student))
         share.backward()
         loss, right = loss + share.detach(), right + ((logits > 0) == label).sum()
-    finite = nn.utils.get_total_norm([w.grad for w in discriminator.parameters() if w.grad is not None]).isfinite()
+    finite = optimizer.reduce(discriminator.parameters()).isfinite()
     if finite:
         optimizer.step()
     optimizer.zero_grad()
-    return {"d_loss": float(loss), "d_accuracy": float(right) / is_student.numel(), "d_skipped": int(not finite)}
+    loss, right = optimizer.world.sum(torch.stack([loss, right / is_student.shape[1]])).tolist()
+    return {"d_loss": loss, "d_accuracy": right / (questions or len(is_student)), "d_skipped": int(not finite)}
 
 
 def pretrain(discriminator: Discriminator, optimizer, batches, steps: int, lr: float, budget: int):

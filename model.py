@@ -384,14 +384,14 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> T
 
 
 def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampling, generator=None,
-             slots: int | None = None) -> Outputs:
+             slots: int | None = None, noise: Iterable[Tensor] | None = None) -> Outputs:
     """Sample num_samples = G responses to each prompt: text, ids (B, G, R), mask (B, G, R) with the stop token in it.
 
     A response that reaches max_new_tokens ends there, without a stop token. `generator`: a torch.Generator on the
-    device of the model, or None for the global one. `slots`: responses in progress at a time, None for all at once; what
+    device of the model, or None for the global one; or else the `noise` itself, as `stream` takes it. `slots`: responses in progress at a time, None for all at once; what
     comes out does not depend on it.
     """
-    noise = (torch.rand(num_samples, sampling.max_new_tokens, device=vlm.device, generator=generator) for _ in prompts)
+    noise = noise or (torch.rand(num_samples, sampling.max_new_tokens, device=vlm.device, generator=generator) for _ in prompts)
     done = dict(stream(vlm, prompts, noise, num_samples, sampling, slots or len(prompts) * num_samples))
     rows = [done[b] for b in range(len(prompts))]
     return as_outputs([decode(vlm, row) for row in rows], sum(rows, []))

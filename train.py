@@ -15,13 +15,16 @@ Algorithm 2 of the paper; its line numbers stand in the loop below, in `ril`:
     10    rewards and advantages for all 2G outputs, by the just-updated D and the judge
     11-13 mu times: update policy by Eq. 2
 
-How this differs from the paper: one process, where it uses eight GPUs; with mu = 1 (its setting) the policy has not moved
-when its old log-probs are wanted, so `old` is the detached current policy and no third network exists; the ratio and the
-KL are per token, summed over a response, as Dr.GRPO has them.
+How this differs from the paper: with mu = 1 (its setting) the policy has not moved when its old log-probs are wanted, so
+`old` is the detached current policy and no third network exists; the ratio and the KL are per token, summed over a
+response, as Dr.GRPO has them.
 
     python train.py                                          the whole method on a toy world, minutes on a laptop
     python train.py --algorithm rl --out runs/rl             Algorithm 1: the judge's reward alone, no teachers
     python train.py --student DIR --data train.jsonl --eval-data val.jsonl --teachers DIR DIR --out runs/mine
+    torchrun --nproc-per-node 8 train.py --student DIR ...   the same on eight GPUs
+
+A run that was interrupted, whatever by, goes on when its command is given again.
 """
 import argparse
 import copy
@@ -36,7 +39,8 @@ import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +108,109 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Ten
     return -(gain * valid / valid.sum(1, keepdim=True).clamp(min=1)).sum()
 
 
+# ---------------------------------------------------------------------------------------------- several processes
+
+
+@dataclass
+class World:
+    """The processes that torchrun has started, of which this is number `rank`. One process alone needs none of it.
+
+    Policy, reference and D lie in shards (FSDP2's fully_shard), a part of each weight in each process, and with them
+    gradients and optimizer states. A network is whole, in every process, while it is used (`whole`). Every process draws
+    the same batch of questions and the same noise, and works on its own part of them, rank::size; gradients are sums over
+    questions, so what comes out does not depend on how many processes there are. Nothing is exchanged while one of them
+    samples or asks a judge. Logs, checkpoints and the console are rank 0's.
+    """
+    rank: int = 0
+    size: int = 1
+    mesh: object = None
+
+    @classmethod
+    def join(cls, device: torch.device):
+        """The world that torchrun's environment describes; a process alone, where there is none."""
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return cls()
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import DeviceMesh
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # a process may wait for days while rank 0 collects; but in the loop no one may keep the others for an hour
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=30))
+        group = dist.new_group(timeout=timedelta(hours=1))
+        return cls(dist.get_rank(), dist.get_world_size(), DeviceMesh.from_group(group, device.type))
+
+    def wait(self):
+        """Until all processes have come here."""
+        if self.size > 1:
+            import torch.distributed as dist
+            dist.barrier()
+
+    def mine(self, items: list) -> list:
+        """The part of the batch that is this process's."""
+        return items[self.rank::self.size]
+
+    def joined(self, items: list) -> list:
+        """What each process has made of its part, in the order of the whole batch."""
+        if self.size == 1:
+            return items
+        import torch.distributed as dist
+        parts = [None] * self.size
+        dist.all_gather_object(parts, items, group=self.mesh.get_group())
+        return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the processes."""
+        if self.size > 1:
+            import torch.distributed as dist
+            dist.all_reduce(values, group=self.mesh.get_group())
+        return values
+
+    def shard(self, module: torch.nn.Module, beside=()):
+        """Leave a part of each weight to each process; of those `beside`, all of it."""
+        if self.size > 1:
+            from torch.distributed.fsdp import fully_shard
+            fully_shard(module, mesh=self.mesh, ignored_params=set(beside))
+
+    def sum_gradients(self, weights: list[torch.nn.Parameter]):
+        """Sum gradients over the processes; none, as of eyes that have seen no image, is zero."""
+        for weight in weights if self.size > 1 else ():
+            weight.grad = self.sum(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+
+    def part(self, tensor: Tensor, weight: Tensor) -> Tensor:
+        """Of a whole tensor like `weight`, what this process has of the weight: as FSDP cuts it, along the first dimension."""
+        if not hasattr(weight, "to_local"):
+            return tensor
+        return (*tensor.chunk(self.size), *[tensor[:0]] * self.size)[self.rank].clone()
+
+    def whole(self, part: Tensor, weight: Tensor) -> Tensor:
+        """The reverse of `part`, in all processes."""
+        if not hasattr(weight, "to_local"):
+            return part
+        from torch.distributed.tensor import DTensor
+        return DTensor.from_local(part, self.mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()).full_tensor()
+
+
+    @torch.no_grad()
+    def weights(self, module: torch.nn.Module) -> dict[str, Tensor]:
+        """All weights of a module by name, whole. (Those that are tied are one.)"""
+        return {name: self.whole(local(weight), weight) for name, weight in module.named_parameters()}
+
+
+def local(weight: Tensor) -> Tensor:
+    """What this process has of a weight."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
+@contextmanager
+def whole(module: torch.nn.Module):
+    """The module is whole for a while, if it lies in shards."""
+    if hasattr(module, "unshard"):
+        module.unshard()
+    yield
+    if hasattr(module, "reshard"):
+        module.reshard()
+
+
 # ---------------------------------------------------------------------------------------------- what makes it fit
 
 
@@ -114,12 +221,13 @@ class AdamW:
     `offload` the copies and both moments (12 bytes a parameter, most of the memory of training) stay on the CPU and are
     updated there: the gradient goes over, the new weight comes back. One torch optimizer per weight, so that no more
     than one gradient is converted at a time. Frozen weights have no state. Gradients stay of the weight's own type, also
-    while micro-batches add up.
+    while micro-batches add up. Of weights that are sharded over processes, each has copies and moments of its own shards.
     """
 
-    def __init__(self, parameters, lr: float, betas=(0.9, 0.999), offload: bool = False):
+    def __init__(self, parameters, lr: float, betas=(0.9, 0.999), offload: bool = False, world: World | None = None):
+        self.world, self.shards = world or World(), {}             # shards: gradients, where they are not the weights' own
         self.weights = [weight for weight in parameters if weight.requires_grad]
-        self.masters = [weight.detach().to("cpu" if offload else weight.device, torch.float32).requires_grad_()
+        self.masters = [local(weight).detach().to("cpu" if offload else weight.device, torch.float32).requires_grad_()
                         for weight in self.weights]                # shares memory with a float32 weight that stays
         self.optimizers = [torch.optim.AdamW([master], lr=lr, weight_decay=0.0, betas=betas) for master in self.masters]
 
@@ -127,37 +235,54 @@ class AdamW:
     def param_groups(self) -> list[dict]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
+    def reduce(self, parameters, most: float = float("inf")) -> Tensor:
+        """Sum the gradients of (whole) weights over the processes and clip their norm to `most`; the norm before that."""
+        whole = [weight for weight in parameters if weight.requires_grad]
+        self.world.sum_gradients(whole)
+        norm = torch.nn.utils.clip_grad_norm_(whole, most)
+        if self.world.size > 1:
+            for i, (weight, shard) in enumerate(zip(whole, self.weights)):
+                self.shards[i], weight.grad = self.world.part(weight.grad, shard), None
+        return norm
+
     @torch.no_grad()
     def step(self):
-        for weight, master, optimizer in zip(self.weights, self.masters, self.optimizers):
-            if weight.grad is not None:
-                master.grad = weight.grad.to(master.device, master.dtype)
+        for i, (weight, master, optimizer) in enumerate(zip(self.weights, self.masters, self.optimizers)):
+            grad = self.shards.get(i, weight.grad)
+            if grad is not None:
+                master.grad = grad.to(master.device, master.dtype)
                 optimizer.step()
                 master.grad = None
-                if master.data_ptr() != weight.data_ptr():
-                    weight.copy_(master)
+                if master.data_ptr() != local(weight).data_ptr():
+                    local(weight).copy_(master)
 
     def zero_grad(self):
+        self.shards = {}
         for weight in self.weights:
             weight.grad = None                                     # frees it
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that must be kept to go on later: moments, counts of steps, and the float32 copies."""
-        kept = {f"{i}.master": master for i, (weight, master) in enumerate(zip(self.weights, self.masters))
-                if master.data_ptr() != weight.data_ptr()}
-        return kept | {f"{i}.{name}": value for i, (master, optimizer) in enumerate(zip(self.masters, self.optimizers))
-                       for name, value in optimizer.state[master].items()}
+        """All that must be kept to go on later, whole: moments, counts of steps, and the float32 copies."""
+        kept = {}
+        for i, (weight, master, optimizer) in enumerate(zip(self.weights, self.masters, self.optimizers)):
+            kept |= {f"{i}.{name}": value if name == "step" else self.world.whole(value, weight)
+                     for name, value in optimizer.state[master].items()}
+            if master.dtype != weight.dtype:
+                kept[f"{i}.master"] = self.world.whole(master, weight)
+        return kept
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]):
         """Go on from what `tensors` returned."""
         for key, value in tensors.items():
-            i, name = key.split(".")
-            if name == "master":
-                self.masters[int(i)].copy_(value)
+            i, name = int(key.split(".")[0]), key.split(".")[1]
+            state = self.optimizers[i].state[self.masters[i]]
+            if name == "step":
+                state[name] = value
+            elif name == "master":
+                self.masters[i].copy_(self.world.part(value, self.weights[i]))
             else:
-                state = self.optimizers[int(i)].state[self.masters[int(i)]]
-                state[name] = value if name == "step" else value.to(self.masters[int(i)].device)
+                state[name] = self.world.part(value, self.weights[i]).to(self.masters[i].device)
 
 
 @contextmanager
@@ -297,7 +422,7 @@ def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: floa
             loss = -score(vlm, prompts[part], outputs[part]).sum() / outputs.mask.sum()
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(vlm.model.parameters(), 1.0)
+        optimizer.reduce(vlm.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
@@ -368,39 +493,45 @@ def judge_all(judge, batch: list[Example], outputs: Outputs) -> Tensor:
 
 
 def update_policy(policy: VLM, reference: VLM, optimizer, prompts: list, outputs: Outputs, advantage: Tensor,
-                  valid: Tensor, args) -> dict[str, float]:
-    """Lines 11-13: mu updates of the policy by Eq. 2, each accumulated over micro-batches of up to token_budget tokens."""
-    parts = micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget)
-    old_logp, ref_logp, stats, tokens = {}, {}, defaultdict(float), outputs.mask.sum()
-    features = {}                                                  # of the images of each micro-batch, if the eyes are frozen
+                  valid: Tensor, args, questions: int) -> dict[str, float]:
+    """Lines 11-13: mu updates of the policy by Eq. 2, each accumulated over micro-batches of up to token_budget tokens.
+
+    questions: how many the whole batch has, of which these are one process's part.
+    """
+    parts, world = micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget), optimizer.world
+    old_logp, ref_logp, stats, tokens = {}, {}, defaultdict(float), world.sum(outputs.mask.sum())
+    someone = world.sum(valid.sum()) > 0
+    features, norms = {}, []                                       # features of the images of each micro-batch, if the eyes are frozen
 
     def logps(vlm, i):                                             # greedy sampling is still scored at temperature 1
         with frozen_eyes(vlm, policy, features, i):
             return score(vlm, prompts[parts[i]], outputs[parts[i]], args.temperature or 1.0)
     if args.beta:
-        with lend(reference.model, policy.device, args.offload), torch.no_grad():
+        with lend(reference.model, policy.device, args.offload), whole(reference.model), torch.no_grad():
             ref_logp = {i: logps(reference, i) for i in range(len(parts))}                   # line 1
     for _ in range(args.mu):
-        for i, part in enumerate(parts):
-            logp, mask = logps(policy, i), outputs.mask[part]
-            if i not in old_logp:
-                old_logp[i] = logp.detach()                        # line 4: the policy has not moved yet
-            ref = ref_logp.get(i, old_logp[i])
-            loss = policy_loss(logp, old_logp[i], ref, advantage[part], mask, valid[part], args.eps, args.beta,
-                               args.loss) / len(prompts)
-            loss.backward()
-            with torch.no_grad():
-                clipped = ((logp - old_logp[i]).exp() - 1).abs() > args.eps
-                stats["loss"] += loss / args.mu
-                stats["kl"] += k3_kl(logp, ref)[mask].sum() / tokens / args.mu
-                stats["clip_fraction"] += clipped[mask].sum() / tokens / args.mu
-        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-        stats["grad_norm"] += norm / args.mu
-        stats["skipped_updates"] += ~norm.isfinite()
-        if valid.any() and norm.isfinite():                        # without any, Adam's momentum would walk on by itself
-            optimizer.step()
-        optimizer.zero_grad()
-    return {name: value.item() for name, value in stats.items()}
+        with whole(policy.model):
+            for i, part in enumerate(parts):
+                logp, mask = logps(policy, i), outputs.mask[part]
+                if i not in old_logp:
+                    old_logp[i] = logp.detach()                    # line 4: the policy has not moved yet
+                ref = ref_logp.get(i, old_logp[i])
+                loss = policy_loss(logp, old_logp[i], ref, advantage[part], mask, valid[part], args.eps, args.beta,
+                                   args.loss) / questions
+                loss.backward()
+                with torch.no_grad():
+                    clipped = ((logp - old_logp[i]).exp() - 1).abs() > args.eps
+                    stats["loss"] += loss / args.mu
+                    stats["kl"] += k3_kl(logp, ref)[mask].sum() / tokens / args.mu
+                    stats["clip_fraction"] += clipped[mask].sum() / tokens / args.mu
+            norm = optimizer.reduce(policy.model.parameters(), 1.0)
+            norms.append(norm)
+            if someone and norm.isfinite():                        # without anyone, Adam's momentum would walk on by itself
+                optimizer.step()
+            optimizer.zero_grad()
+    norms = torch.stack(norms)
+    return {name: world.sum(value).item() for name, value in stats.items()} | {
+        "grad_norm": norms.mean().item(), "skipped_updates": int((~norms.isfinite()).sum())}
 
 
 @dataclass
@@ -414,21 +545,25 @@ class State:
     rng: random.Random
     batches: Batches
     logs: dict
+    world: World = field(default_factory=World)
     step: int = 0
     skipped: int = 0
 
 
 def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: Discriminator | None, judge,
-        held_out: list[Task], args, out: Path) -> float:
+        held_out: list[Task], args, out: Path, world: World) -> float:
     """Algorithm 2; or Algorithm 1, where there is no collection and no D. Trains `policy` in place, logs into `out`, and
     goes on from the last checkpoint there. Returns the peak memory of all steps in GB."""
     torch.manual_seed(args.seed)
     rng, peak, saved, warned = random.Random(args.seed), 0.0, time.monotonic(), {}
     reference = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False)) if args.beta else None    # line 1
     freeze(policy.model, args.freeze, args.student)
-    state = State(policy, D, AdamW(policy.model.parameters(), args.lr, offload=args.offload),
-                  AdamW(D.parameters(), args.discriminator_lr, offload=args.offload) if D else None,
-                  rng, Batches(examples, args.batch_size, rng), {})
+    for module, beside in ((policy.model, ()), (reference and reference.model, ()), (D, D.head.parameters() if D else ())):
+        if module is not None:
+            world.shard(module, beside)
+    state = State(policy, D, AdamW(policy.model.parameters(), args.lr, offload=args.offload, world=world),
+                  AdamW(D.parameters(), args.discriminator_lr, offload=args.offload, world=world) if D else None,
+                  rng, Batches(examples, args.batch_size, rng), {}, world)
     if args.offload:
         for waiting in filter(None, (D, reference and reference.model)):
             waiting.to("cpu")
@@ -436,18 +571,17 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
     recent = deque((row for _, row in read_jsonl(out / "metrics.jsonl")), WINDOW)
 
     with signals() as caught:
-        for step in tqdm(range(state.step, args.steps), args.algorithm.upper(), args.steps, initial=state.step, unit="step"):
+        for step in tqdm(range(state.step, args.steps), args.algorithm.upper(), args.steps, initial=state.step, unit="step",
+                         disable=world.rank > 0):
             row, timing, rollouts = ril_step(state, reference, collection, judge, args)
             if held_out and (step == 0 or (step + 1) % args.eval_every == 0):
-                try:
-                    row["heldout_accuracy"] = evaluate(policy, held_out, judge, args.max_new_tokens, args.rollout_batch)["accuracy"]
-                except UserError as error:                         # a judge that is down does not end the run
-                    tqdm.write(str(error))
-            tqdm.write(console_line(row | timing))
-            write_logs(state.logs, row, timing, rollouts if step % args.log_every == 0 or step == args.steps - 1 else [])
+                row |= held_out_accuracy(policy, held_out, judge, args, world)
+            if world.rank == 0:
+                tqdm.write(console_line(row | timing))
+                write_logs(state.logs, row, timing, rollouts if step % args.log_every == 0 or step == args.steps - 1 else [])
             peak = max(peak, *(value for name, value in timing.items() if name.startswith("memory_gb/")))
             recent.append(row)
-            for sign in signs_of_trouble(recent):
+            for sign in signs_of_trouble(recent) if world.rank == 0 else ():
                 if step - warned.get(sign, -WINDOW) >= WINDOW:
                     tqdm.write(f"warning: {sign}")
                     warned[sign] = step
@@ -456,29 +590,44 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
                 raise UserError(f"the gradient was not finite in {SKIPS} steps in a row, so the run stops; look at `loss`, `kl` and `d_loss` in "
                                 f"{out / 'metrics.jsonl'}, and lower --lr or --discriminator-lr; {out} keeps its last checkpoint")
             every = int(args.save_every.rstrip("m"))
-            if caught or (time.monotonic() - saved > 60 * every if args.save_every.endswith("m") else state.step % every == 0):
+            due = time.monotonic() - saved > 60 * every if args.save_every.endswith("m") else state.step % every == 0
+            ends, due = world.sum(torch.tensor([len(caught), due and world.rank == 0], device=policy.device)).tolist()
+            if ends or due:
                 save_checkpoint(state, out)
                 saved = time.monotonic()
-            if caught:
-                sys.exit(128 + caught[0])
+            if ends:
+                sys.exit(128 + (caught or [signal.SIGTERM])[0])
     return peak
+
+
+def held_out_accuracy(policy: VLM, held_out: list[Task], judge, args, world: World) -> dict[str, float]:
+    """The held-out accuracy as a part of a row of metrics; rank 0 answers. A judge that is down does not end the run."""
+    with whole(policy.model):
+        try:
+            return {} if world.rank else {
+                "heldout_accuracy": evaluate(policy, held_out, judge, args.max_new_tokens, args.rollout_batch)["accuracy"]}
+        except UserError as error:
+            tqdm.write(str(error))
+            return {}
 
 
 def ril_step(state: State, reference: VLM | None, collection: Collection | None, judge, args) -> tuple[dict, dict, list[dict]]:
     """One round of the loop, lines 3 to 13. Returns its metrics, its seconds and memory, and the responses to a few questions."""
-    policy, D, G = state.policy, state.D, args.num_samples
+    policy, D, G, world = state.policy, state.D, args.num_samples, state.world
     for group in state.optimizer.param_groups:                     # D, pre-trained on other samples, first catches up
         group["lr"] = args.lr * min(1, (state.step + 1) / max(1, args.warmup))
     meter, row = Meter(policy.device), {"step": state.step}
-    batch = next(state.batches)                                                              # line 3
-    with meter.phase("generate"):
+    whole_batch = next(state.batches)                                                        # line 3
+    noise = [torch.rand(G, args.max_new_tokens, device=policy.device) for _ in whole_batch]
+    batch = world.mine(whole_batch)                                # B questions: the part that is this process's
+    with meter.phase("generate"), whole(policy.model):
         prompts = [encode_example(policy, e) for e in batch]
-        outputs = generate(policy, prompts, G, sampling_of(args), slots=args.rollout_batch * G)   # line 5  (B, G, R)
+        outputs = generate(policy, prompts, G, sampling_of(args), slots=args.rollout_batch * G, noise=world.mine(noise))   # line 5
     sources = [["student"] * G for _ in batch]
     p_student, similarity = None, torch.zeros(len(batch), G, device=policy.device)           # Algorithm 1 has none
 
     if D:
-        drawn = collection.draw(batch, G, state.rng)                                         # line 6
+        drawn = world.mine(collection.draw(whole_batch, G, state.rng))                       # line 6
         teachers = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
         outputs = join([outputs, teachers], dim=1)                                           #              (B, 2G, R)
         sources = [s + [teacher for teacher, _ in pairs] for s, pairs in zip(sources, drawn)]
@@ -489,8 +638,10 @@ def ril_step(state: State, reference: VLM | None, collection: Collection | None,
             is_student = torch.tensor([[True] * G + [False] * G] * len(batch), device=policy.device)
             responses = D.encode(outputs.text)
             for _ in range(0 if args.freeze_discriminator else args.mu):                     # lines 7-9, Eq. 1
-                row |= eq1.update(D, state.d_optimizer, responses, is_student, args.token_budget)
-            p_student = D.p_student(responses, args.token_budget)                            # line 10, by the new D
+                with whole(D):
+                    row |= eq1.update(D, state.d_optimizer, responses, is_student, args.token_budget, len(whole_batch))
+            with whole(D):
+                p_student = D.p_student(responses, args.token_budget)                        # line 10, by the new D
             similarity = similarity_reward(p_student, args.similarity)                       #              (B, 2G)
 
     with meter.phase("judge"):                                                               # line 10      (B, 2G)
@@ -500,30 +651,34 @@ def ril_step(state: State, reference: VLM | None, collection: Collection | None,
         valid &= is_student
     advantage = advantages(reward, valid, divide_by_std=args.loss == "grpo")                 # line 10      (B, 2G)
     with meter.phase("update"):                                                              # lines 11-13, Eq. 2
-        row |= update_policy(policy, reference, state.optimizer, prompts, outputs, advantage, valid, args)
+        row |= update_policy(policy, reference, state.optimizer, prompts, outputs, advantage, valid, args, len(whole_batch))
     row["skipped_updates"] += row.pop("d_skipped", 0)
-    row |= step_metrics(outputs, sources, similarity, answer, reward, valid, args)
-    return (row, {"step": state.step} | meter.row(int(outputs.mask[:, :G].sum())),
-            rollouts_of(state.step, batch, outputs, sources, p_student, answer, reward, advantage))
+    p_student = torch.full_like(reward, float("nan")) if p_student is None else p_student
+    numbers = torch.stack([outputs.mask.sum(2), p_student, similarity, answer, reward, valid, advantage]).double().cpu()
+    texts, sources, numbers = zip(*world.joined(list(zip(outputs.text, sources, numbers.unbind(1)))))      # of the whole batch
+    lengths, p_student, similarity, answer, reward, valid, advantage = torch.stack(numbers, 1)
+    row |= step_metrics(texts, lengths[:, :G], sources, similarity, answer, reward, valid.bool(), args.max_new_tokens)
+    return (row, {"step": state.step} | meter.row(int(lengths[:, :G].sum())),
+            rollouts_of(state.step, whole_batch, texts, sources, p_student, answer, reward, advantage))
 
 
-def step_metrics(outputs: Outputs, sources: list[list[str]], similarity: Tensor, answer: Tensor, reward: Tensor,
-                 valid: Tensor, args) -> dict:
-    """The numbers of one step, by source where that says more. All are explained in the README."""
-    flat, row = [s for row in sources for s in row], {}
+def step_metrics(texts: list[list[str]], lengths: Tensor, sources: list[list[str]], similarity: Tensor, answer: Tensor,
+                 reward: Tensor, valid: Tensor, longest: int) -> dict:
+    """The numbers of one step, by source where that says more; lengths (B, G) are the student's, the others are (B, K). All
+    are explained in the README."""
+    flat, row, G = [s for row in sources for s in row], {}, lengths.shape[1]
     for source in sorted(set(flat)):
-        chosen = torch.tensor([s == source for s in flat], device=reward.device).view(reward.shape)
+        chosen = torch.tensor([s == source for s in flat]).view(reward.shape)
         row[f"similarity/{source}"] = similarity[chosen].mean().item()
         row[f"answer/{source}"] = answer[chosen].nanmean().item()
-    of_students = outputs.mask[:, :args.num_samples]
     low = reward.masked_fill(~valid, torch.inf).amin(1)            # a group with low >= high has no gradient
-    texts = [text for row in outputs.text for text in row[:args.num_samples]]
+    of_student = [text for row in texts for text in row[:G]]
     return row | {
-        "judge/failed": answer.isnan().float().mean().item(),
-        "equal_groups": (low >= reward.masked_fill(~valid, -torch.inf).amax(1)).float().mean().item(),
-        "length": of_students.sum(2).float().mean().item(),
-        "cut_off": (of_students.sum(2) == args.max_new_tokens).float().mean().item(),
-        "repeated": Counter(texts).most_common(1)[0][1] / len(texts)}
+        "judge/failed": answer.isnan().double().mean().item(),
+        "equal_groups": (low >= reward.masked_fill(~valid, -torch.inf).amax(1)).double().mean().item(),
+        "length": lengths.mean().item(),
+        "cut_off": (lengths == longest).double().mean().item(),
+        "repeated": Counter(of_student).most_common(1)[0][1] / len(of_student)}
 
 
 WINDOW, SKIPS = 50, 5                                              # steps that signs are looked for in; bad ones that end a run
@@ -561,14 +716,14 @@ def console_line(row: dict) -> str:
             f"{sum(v for k, v in row.items() if k.startswith('seconds/')):5.2f} s{held_out}")
 
 
-def rollouts_of(step: int, batch: list[Example], outputs: Outputs, sources, p_student: Tensor | None, answer: Tensor,
+def rollouts_of(step: int, batch: list[Example], texts: list[list[str]], sources, p_student: Tensor, answer: Tensor,
                 reward: Tensor, advantage: Tensor, questions: int = 4) -> list[dict]:
     """All responses to the first few questions of the batch, as rows of rollouts.jsonl."""
     return [{"step": step, "id": e.id, "image": list(e.images), "question": e.text, "truth": e.answer, "source": sources[b][k],
-             "text": text, "p_student": None if p_student is None else round(p_student[b, k].item(), 4),
+             "text": text, "p_student": None if p_student[b, k].isnan() else round(p_student[b, k].item(), 4),
              "verdict": None if answer[b, k].isnan() else int(answer[b, k]), "reward": reward[b, k].item(),
              "advantage": round(advantage[b, k].item(), 4)}
-            for b, e in enumerate(batch[:questions]) for k, text in enumerate(outputs.text[b])]
+            for b, e in enumerate(batch[:questions]) for k, text in enumerate(texts[b])]
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints of the loop
@@ -610,12 +765,12 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def tensors_of(state: State) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a checkpoint, by file. (Weights that are tied are one.)"""
+    """The tensors of a checkpoint, by file."""
     device = state.policy.device
     rng = {"cpu": torch.get_rng_state()} | ({"device": getattr(torch, device.type).get_rng_state()} if device.type != "cpu" else {})
-    files = {"policy": dict(state.policy.model.named_parameters()), "optimizer": state.optimizer.tensors(), "rng": rng}
+    files = {"policy": state.world.weights(state.policy.model), "optimizer": state.optimizer.tensors(), "rng": rng}
     if state.D:
-        files |= {"discriminator": dict(state.D.named_parameters()), "d_optimizer": state.d_optimizer.tensors()}
+        files |= {"discriminator": state.world.weights(state.D), "d_optimizer": state.d_optimizer.tensors()}
     return {name: {key: x.detach().contiguous() for key, x in tensors.items()} for name, tensors in files.items()}
 
 
@@ -624,12 +779,14 @@ def save_checkpoint(state: State, out: Path):
 
     A disk that is full ends no run: that is said, and the older checkpoints stay.
     """
-    folder = out / f"checkpoint-{state.step:06}"
+    folder, files = out / f"checkpoint-{state.step:06}", tensors_of(state)
     unfinished = Path(f"{folder}.unfinished")
+    if state.world.rank:
+        return
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        for name, tensors in tensors_of(state).items():
+        for name, tensors in files.items():
             save_file(tensors, unfinished / f"{name}.safetensors")
         _, *numpy = np.random.get_state()
         (unfinished / "state.json").write_text(json.dumps({
@@ -685,7 +842,7 @@ def load_checkpoint(state: State, out: Path):
         lengths = sizes
         for network, name in ((state.policy.model, "policy"), (state.D, "discriminator")):
             for key, weight in network.named_parameters() if network else ():
-                weight.copy_(files[name][key])
+                local(weight).copy_(state.world.part(files[name][key], weight))
         state.optimizer.load(files["optimizer"])
         if state.D:
             state.d_optimizer.load(files["d_optimizer"])
@@ -698,7 +855,7 @@ def load_checkpoint(state: State, out: Path):
         state.batches.pool, state.step, state.skipped = pool, step, skipped
         print(f"going on after step {step}, from {folder}")
         break
-    for name in LOGS:
+    for name in LOGS if state.world.rank == 0 else ():
         path = out / f"{name}.jsonl"
         path.touch()
         if path.stat().st_size < lengths[name]:
@@ -987,6 +1144,12 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     if args.plan:
         return print(plan(args))
+    world = World.join(pick_device(args.device))
+    if world.size > 1 and (args.offload or args.batch_size < world.size):
+        raise UserError(f"{world.size} processes want a --batch-size of at least {world.size}, and no --offload")
+    if world.rank:                                                 # rank 0 does what comes before the loop, for all
+        sys.stdout = open(os.devnull, "w")
+        world.wait()
     given, finished = check_inputs(args, out)
     claim_folder(out, args)
     clock = Meter(pick_device(args.device))
@@ -1004,16 +1167,25 @@ def main():
         with clock.phase("collection"):
             collection = collect(args, out, teachers, examples, start, finished)
         examples = collection.examples
-    judge = None if finished else make_judge(args.judge, out / "verdicts.jsonl", args.device, args.dtype)
+    judge = None if finished else make_judge(args.judge, out / f"verdicts{world.rank or ''}.jsonl", args.device, args.dtype)
     if not (out / "student").exists():
         policy = student_of(start, args)
         if collection:
             with clock.phase("discriminator"):
                 D = discriminator_of(policy, examples, collection, args, out)
+        if world.rank == 0:
+            world.wait()
         with clock.phase("loop"):
-            peak = ril(policy, examples, collection, D, judge, held_out, args, out)
-            save_vlm(policy, str(out / "student"))
+            peak = ril(policy, examples, collection, D, judge, held_out, args, out, world)
+            weights = world.weights(policy.model)
+            if world.rank == 0:
+                plain = load_vlm(start, args.device, args.dtype) if world.size > 1 else policy       # not of FSDP's classes
+                for name, weight in plain.model.named_parameters() if world.size > 1 else ():
+                    weight.data.copy_(weights[name])
+                save_vlm(plain, str(out / "student"))
         clock.memory_gb["loop"] = max(peak, clock.memory_gb["loop"])
+    if world.rank:
+        return
     for checkpoint in out.glob("checkpoint-*"):                    # the student is on the disk
         shutil.rmtree(checkpoint)
 

@@ -10,6 +10,7 @@ import torch
 import families
 from conftest import TEXTS, call, lamp_files, noise_image, run
 from discriminator import Discriminator, update
+from train import AdamW
 from model import Sampling, UserError, check_packing, checkpoint_layers, encode, encode_responses, generate, join, load_vlm, save_vlm, score
 from test_model import transformers_inputs, unpacked
 
@@ -83,7 +84,7 @@ def test_the_image_reaches_the_answer(vlm):
 
 def test_the_discriminator_learns_on_this_backbone(vlm):
     D = Discriminator(vlm)
-    optimizer = torch.optim.AdamW(D.parameters(), lr=1e-3)
+    optimizer = AdamW(D.parameters(), 1e-3)
     texts, is_student = [["yes", "no", "There are 3.", "It is blue."]] * 3, torch.tensor([[True, True, False, False]] * 3)
     losses = [update(D, optimizer, D.encode(texts), is_student, 60)["d_loss"] for _ in range(25)]
     assert losses[-1] < losses[0] - 0.1

@@ -76,7 +76,7 @@ def test_frozen_weights_do_not_move_and_the_others_do(qwen):
     prompts = [encode(policy, "How many?", [noise_image(32, 32)])]
     outputs, valid = encode_responses(policy, [["yes", "no"]]), torch.ones(1, 2, dtype=torch.bool)
     update_policy(policy, qwen, AdamW([w for w in policy.model.parameters()], 1e-2, offload=True), prompts, outputs,
-                  torch.tensor([[1.0, -1.0]]), valid, args)
+                  torch.tensor([[1.0, -1.0]]), valid, args, 1)
     for name, weight in policy.model.named_parameters():
         frozen = "visual" in name or "self_attn" in name
         assert torch.equal(weight, before[name]) == frozen or not frozen and "bias" in name, name
@@ -99,7 +99,7 @@ def test_frozen_eyes_look_once_for_policy_and_reference(qwen, monkeypatch):
         if not look_once:
             monkeypatch.setattr(train, "frozen_eyes", lambda *_: contextlib.nullcontext())
         update_policy(policy, qwen, AdamW(policy.model.parameters(), 1e-3), prompts, outputs, advantage,
-                      torch.ones(3, 2, dtype=torch.bool), args)
+                      torch.ones(3, 2, dtype=torch.bool), args, 3)
         [hook.remove() for hook in hooks]
         return len(looks), policy.model.get_output_embeddings().weight
     (once, weight), (always, expected) = update(True), update(False)

@@ -68,32 +68,30 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(checkpoints, whole, tmp
     assert lines(tmp_path, "timings.jsonl") == 12 and not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_first(number, checkpoints, whole, tmp_path):
+def test_a_signal_saves_first(checkpoints, whole, tmp_path):
     """Ctrl-C that loses the last minutes, or ends in a traceback."""
     lamp_files(tmp_path)
-    process = started(checkpoints, tmp_path, "--save-every", "60m")
-    wait_for(lambda: lines(tmp_path) >= 3)
-    process.send_signal(number)
-    said, _ = process.communicate()
-    done = lines(tmp_path)
-    assert process.returncode == 128 + number and "Traceback" not in said and "finishing this step" in said
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{done:06}"]
+    for number, steps in ((signal.SIGINT, 2), (signal.SIGTERM, 6)):
+        process = started(checkpoints, tmp_path, "--save-every", "60m")
+        wait_for(lambda: lines(tmp_path) >= steps)
+        process.send_signal(number)
+        said, _ = process.communicate()
+        assert process.returncode == 128 + number and "Traceback" not in said and "finishing this step" in said
+        assert train.checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{lines(tmp_path):06}"
     subprocess.run(command(checkpoints["qwen2_5_vl"], "--steps", 12), cwd=tmp_path, check=True, capture_output=True)
     same(tmp_path, whole)
 
 
-@pytest.mark.parametrize("harm", ["torn", "garbage", "state"])
-def test_a_corrupt_checkpoint_falls_back_to_the_older(harm, checkpoints, whole, tmp_path):
-    """Half a file taken for a whole one, or the run lost for it."""
+def test_a_corrupt_checkpoint_falls_back_to_the_older(checkpoints, whole, tmp_path):
+    """Half a file taken for a whole one, or the run lost for it. (Its JSON: test_fuzz.py.)"""
     lamp_files(tmp_path)
     process = started(checkpoints, tmp_path)
     wait_for(lambda: lines(tmp_path) >= 7)
     process.kill()
     process.communicate()
     newest = train.checkpoints(tmp_path / "run")[-1]
-    file = newest / ("state.json" if harm == "state" else "optimizer.safetensors")
-    file.write_bytes(file.read_bytes()[:100] if harm != "garbage" else b"\xff" * 1000)
+    file = newest / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
     done = subprocess.run(command(checkpoints["qwen2_5_vl"], "--steps", 12), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and f"{newest.name} cannot be read" in done.stdout and "going on after step" in done.stdout
     same(tmp_path, whole)
