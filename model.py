@@ -388,8 +388,8 @@ def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampli
     """Sample num_samples = G responses to each prompt: text, ids (B, G, R), mask (B, G, R) with the stop token in it.
 
     A response that reaches max_new_tokens ends there, without a stop token. `generator`: a torch.Generator on the
-    device of the model, or None for the global one; or else the `noise` itself, as `stream` takes it. `slots`: responses in progress at a time, None for all at once; what
-    comes out does not depend on it.
+    device of the model, or None for the global one; or else `noise`, drawn elsewhere, as `stream` takes it. `slots`:
+    responses in progress at a time, None for all at once; what comes out does not depend on it.
     """
     noise = noise or (torch.rand(num_samples, sampling.max_new_tokens, device=vlm.device, generator=generator) for _ in prompts)
     done = dict(stream(vlm, prompts, noise, num_samples, sampling, slots or len(prompts) * num_samples))
@@ -723,6 +723,7 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, weight, bias, targets, temperature):
+        """states (N, d), weight (V, d), bias (V,) or None, targets (N,) -> log-probs (N,) float32."""
         total, chosen = [], []
         for s, t in zip(states.split(head_chunk(weight)), targets.split(head_chunk(weight))):
             logits = torch.nn.functional.linear(s, weight, bias).float() / temperature
@@ -735,6 +736,7 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """grad (N,) -> the gradients of states, weight and bias."""
         states, weight, bias, targets, total = ctx.saved_tensors
         to_states, to_weight = torch.empty_like(states), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         to_bias = None if bias is None else torch.zeros_like(bias)

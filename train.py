@@ -183,16 +183,17 @@ class World:
         return (*tensor.chunk(self.size), *[tensor[:0]] * self.size)[self.rank].clone()
 
     def whole(self, part: Tensor, weight: Tensor) -> Tensor:
-        """The reverse of `part`, in all processes."""
+        """The reverse of `part`, for rank 0, on the CPU: there is no room for all of a network's at once on a device."""
         if not hasattr(weight, "to_local"):
             return part
         from torch.distributed.tensor import DTensor
-        return DTensor.from_local(part, self.mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()).full_tensor()
+        whole = DTensor.from_local(part, self.mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()).full_tensor()
+        return whole[:0] if self.rank else whole.cpu()
 
 
     @torch.no_grad()
     def weights(self, module: torch.nn.Module) -> dict[str, Tensor]:
-        """All weights of a module by name, whole. (Those that are tied are one.)"""
+        """All weights of a module by name, as `whole` has them. (Those that are tied are one.)"""
         return {name: self.whole(local(weight), weight) for name, weight in module.named_parameters()}
 
 
@@ -631,8 +632,8 @@ def ril_step(state: State, reference: VLM | None, collection: Collection | None,
         teachers = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
         outputs = join([outputs, teachers], dim=1)                                           #              (B, 2G, R)
         sources = [s + [teacher for teacher, _ in pairs] for s, pairs in zip(sources, drawn)]
-    background = ThreadPoolExecutor(1)                             # waits for a remote judge while D is updated
-    judged = background.submit(judge_all, judge, batch, outputs) if is_remote(judge) else None    # line 10, begun
+    # line 10, begun: a thread waits for a remote judge while D is updated
+    judged = ThreadPoolExecutor(1).submit(judge_all, judge, batch, outputs) if is_remote(judge) else None
     if D:
         with meter.phase("discriminator"), lend(D, policy.device, args.offload):
             is_student = torch.tensor([[True] * G + [False] * G] * len(batch), device=policy.device)
@@ -754,9 +755,11 @@ def signals():
         tqdm.write("finishing this step and saving; once more to leave at once")
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, note)
-    yield caught
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -771,7 +774,7 @@ def tensors_of(state: State) -> dict[str, dict[str, Tensor]]:
     files = {"policy": state.world.weights(state.policy.model), "optimizer": state.optimizer.tensors(), "rng": rng}
     if state.D:
         files |= {"discriminator": state.world.weights(state.D), "d_optimizer": state.d_optimizer.tensors()}
-    return {name: {key: x.detach().contiguous() for key, x in tensors.items()} for name, tensors in files.items()}
+    return {name: {key: x.detach().contiguous() for key, x in tensors.items()} for name, tensors in files.items()}       # of rank 0
 
 
 def save_checkpoint(state: State, out: Path):
@@ -819,13 +822,14 @@ def load_checkpoint(state: State, out: Path):
     UserError where a log is shorter than the checkpoint knows it: somebody else's hands were there.
     """
     lengths = dict.fromkeys(LOGS, 0)
+    networks = {"policy": state.policy.model} | ({"discriminator": state.D} if state.D else {})
+    optimizers = {"optimizer": state.optimizer} | ({"d_optimizer": state.d_optimizer} if state.D else {})
     for folder in reversed(checkpoints(out)):
         try:
             saved = read_json(folder / "state.json")
-            wanted = tensors_of(state)
-            files = {name: load_file(folder / f"{name}.safetensors") for name in wanted}
-            for name in ("policy", "discriminator"):
-                if {key: x.shape for key, x in files.get(name, {}).items()} != {key: x.shape for key, x in wanted.get(name, {}).items()}:
+            files = {name: load_file(folder / f"{name}.safetensors") for name in ("rng", *networks, *optimizers)}
+            for name, network in networks.items():
+                if {key: x.shape for key, x in files[name].items()} != {key: x.shape for key, x in network.named_parameters()}:
                     raise ValueError(f"{name} is of another shape")
             draws, python = ((version, tuple(numbers), gauss) for version, numbers, gauss in (saved["draws"], saved["python"]))
             numpy = ("MT19937", np.array(saved["numpy"][0], np.uint32), *saved["numpy"][1:])
@@ -840,12 +844,11 @@ def load_checkpoint(state: State, out: Path):
             print(f"{folder} cannot be read ({error}); going on from the one before it")
             continue
         lengths = sizes
-        for network, name in ((state.policy.model, "policy"), (state.D, "discriminator")):
-            for key, weight in network.named_parameters() if network else ():
+        for name, network in networks.items():
+            for key, weight in network.named_parameters():
                 local(weight).copy_(state.world.part(files[name][key], weight))
-        state.optimizer.load(files["optimizer"])
-        if state.D:
-            state.d_optimizer.load(files["d_optimizer"])
+        for name, optimizer in optimizers.items():
+            optimizer.load(files[name])
         torch.set_rng_state(files["rng"]["cpu"])
         if "device" in files["rng"] and state.policy.device.type != "cpu":
             getattr(torch, state.policy.device.type).set_rng_state(files["rng"]["device"])
@@ -1014,8 +1017,24 @@ def discriminator_of(policy: VLM, examples: list[Example], collection: Collectio
     return D
 
 
-def report(out: Path, args, results: dict[str, list[dict]]):
-    """curves.png and report.html from what the run has left in its folder, and the table on the console."""
+def save_student(policy: VLM, start: str, args, out: Path, world: World):
+    """The trained student, as a checkpoint of transformers like the one it began as."""
+    weights = world.weights(policy.model)
+    if world.rank == 0:
+        plain = load_vlm(start, args.device, args.dtype) if world.size > 1 else policy       # fully_shard changes classes
+        for name, weight in plain.model.named_parameters() if world.size > 1 else ():
+            weight.data.copy_(weights[name])
+        save_vlm(plain, str(out / "student"))
+
+
+def report(out: Path, args, held_out: list[Task], judge, start: str):
+    """Held-out scores before and after; curves.png and report.html, from them and what the run has left in its folder."""
+    results = {}
+    for name, path in (("before", start), ("after", out / "student")) if held_out else ():
+        if not (saved := out / f"evaluation-{name}.json").exists():
+            result = evaluate(load_vlm(str(path), args.device, args.dtype), held_out, judge, args.max_new_tokens, args.rollout_batch)
+            write_whole(saved, json.dumps(result, ensure_ascii=False))
+        results[name] = read_json(saved)["tasks"]
     metrics = [row for _, row in read_jsonl(out / "metrics.jsonl")]
     draw_curves(metrics, str(out / "curves.png"))
     write_report(out, vars(args), results, [row for _, row in read_jsonl(out / "rollouts.jsonl")])
@@ -1173,32 +1192,19 @@ def main():
         if collection:
             with clock.phase("discriminator"):
                 D = discriminator_of(policy, examples, collection, args, out)
-        if world.rank == 0:
-            world.wait()
+    if world.rank == 0:
+        world.wait()
+    if not (out / "student").exists():
         with clock.phase("loop"):
             peak = ril(policy, examples, collection, D, judge, held_out, args, out, world)
-            weights = world.weights(policy.model)
-            if world.rank == 0:
-                plain = load_vlm(start, args.device, args.dtype) if world.size > 1 else policy       # not of FSDP's classes
-                for name, weight in plain.model.named_parameters() if world.size > 1 else ():
-                    weight.data.copy_(weights[name])
-                save_vlm(plain, str(out / "student"))
+            save_student(policy, start, args, out, world)
         clock.memory_gb["loop"] = max(peak, clock.memory_gb["loop"])
     if world.rank:
         return
     for checkpoint in out.glob("checkpoint-*"):                    # the student is on the disk
         shutil.rmtree(checkpoint)
 
-    # 4. before and after
-    results = {}
-    if held_out:
-        for name, path in (("before", start), ("after", out / "student")):
-            if not (saved := out / f"evaluation-{name}.json").exists():
-                result = evaluate(load_vlm(str(path), args.device, args.dtype), held_out, judge, args.max_new_tokens,
-                                  args.rollout_batch)
-                write_whole(saved, json.dumps(result, ensure_ascii=False))
-            results[name] = read_json(saved)["tasks"]
-    report(out, args, results)
+    report(out, args, held_out, judge, start)                                                # 4. before and after
     print("; ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.seconds.items()),
           f"; peak memory {max(clock.memory_gb.values()):.2f} GB", sep="")
 

@@ -45,6 +45,8 @@ def test_two_processes_do_what_one_does_and_one_goes_on_where_two_were_stopped(c
         assert process.returncode == 0, said[-2000:]
     assert said.count("The trained student is") == 1 and said.count("step     1") == 1        # rank 0 alone speaks
     close(tmp_path / "one", tmp_path / "two")
+    again = start(tmp_path, checkpoints["qwen2_5_vl"], 2, "two", "--steps", 6)
+    assert again.communicate(timeout=60) and again.returncode == 0                # a finished run: nobody waits for nobody
 
     process = start(tmp_path, checkpoints["qwen2_5_vl"], 2, "cut", "--steps", 6, "--save-every", 2)
     until = time.time() + 60

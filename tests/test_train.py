@@ -52,9 +52,9 @@ def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
 def test_a_second_run_repeats_nothing_and_other_settings_are_refused(finished):
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    again = run("train.py", "--out", out, *FAST, "--teacher-steps", 40, "--sft-steps", 20)
+    again = call("train.py", "--out", out, *FAST, "--teacher-steps", 40, "--sft-steps", 20)
     assert again.returncode == 0 and {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
-    other = run("train.py", "--out", out, *FAST, "--teacher-steps", 40, "--sft-steps", 20, "--lr", 0.5)
+    other = call("train.py", "--out", out, *FAST, "--teacher-steps", 40, "--sft-steps", 20, "--lr", 0.5)
     assert other.returncode == 2 and "--lr 0.0004 there, 0.5 here" in other.stderr
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
 
@@ -64,7 +64,7 @@ def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
     out, _ = finished
     for part in ("data", "teachers", "sft"):
         shutil.copytree(out / part, tmp_path / "again" / part)
-    done = run("train.py", "--out", tmp_path / "again", *FAST, "--teacher-steps", 40, "--sft-steps", 20)
+    done = call("train.py", "--out", tmp_path / "again", *FAST, "--teacher-steps", 40, "--sft-steps", 20)
     assert done.returncode == 0, done.stderr
     for name in ("collection.jsonl", "student/model.safetensors", "discriminator.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
