@@ -249,7 +249,8 @@ def only_letter(text: str, options: dict[str, str], strict: bool, first: bool = 
         article = strict and word in ("A", "I") and i + 1 < len(words) and words[i + 1][0].islower() and words[i + 1] not in VERBS
         if word in options and not article:
             places.setdefault(word, i)
-    return next((word for word, i in places.items() if len(places) == 1 and (i > len(words) - 5 or first and i == 0)), None)
+    last = len(words) - 5
+    return next((word for word, i in places.items() if len(places) == 1 and (i > last or first and i == 0)), None)
 
 
 def only_text(text: str, options: dict[str, str], strict: bool) -> str | None:
@@ -520,8 +521,10 @@ FOIL = 'Caption: "{question}"\n'
 # is left out where there are none; no prompt is the question as it stands. The first row that fits counts, and those like it.
 BENCHMARKS = (
     ("FOIL", ": foils", "foil", FOIL + "Does this caption match the image? Answer yes or no.", "Shekhar et al. 2017; prompts are ours"),
-    ("FOIL word", ": foils", "foil_word", FOIL + "One word of this caption is wrong for the image. Which? Answer with that word alone.", ""),
-    ("FOIL correction", ": foils", "foil_fix", FOIL + 'The word "{wrong}" is wrong for the image. What should it be? Answer with one word.', ""),
+    ("FOIL word", ": foils", "foil_word",
+     FOIL + "One word of this caption is wrong for the image. Which? Answer with that word alone.", "the same"),
+    ("FOIL correction", ": foils", "foil_fix",
+     FOIL + 'The word "{wrong}" is wrong for the image. What should it be? Answer with one word.', "the same"),
     ("NoCaps", ": captions of domains", "cider", CAPTION, "pycocoevalcap; prompt of lmms-eval's nocaps"),
     ("VizWiz captions", ": captions of VizWiz", "cider", CAPTION, "vizwiz-caption; prompt of lmms-eval's nocaps"),
     ("captions", ": captions", "cider", CAPTION, "pycocoevalcap"),
@@ -901,8 +904,9 @@ vertical-align:top}img.curves{max-width:100%}.card{display:flex;gap:1rem;margin:
 .card table{flex:1;min-width:18rem}.up{color:#17803d}.down{color:#b3261e}pre{overflow-x:auto;background:#f6f6f6;padding:1rem}
 .scroll{overflow-x:auto}.card>div img{max-width:160px;display:block;margin-bottom:4px}caption{text-align:left;white-space:pre-wrap}
 td{overflow-wrap:anywhere}label{margin:0 1rem 0 .3rem}#changed:checked~.same,#gained:checked~:is(.same,.worse),
-#lost:checked~:is(.same,.better){display:none}svg.curves{min-width:38rem}svg text{font:12px system-ui,sans-serif;fill:#222}svg line{stroke:#888;stroke-width:2}
-svg .axis{stroke:#ccc;stroke-width:1}.up line{stroke:#17803d}.down line{stroke:#b3261e}.up circle{fill:#17803d}.down circle{fill:#b3261e}"""
+#lost:checked~:is(.same,.better){display:none}svg.curves{min-width:38rem}svg text{font:12px system-ui,sans-serif;fill:#222}
+svg line{stroke:#888;stroke-width:2}svg .axis{stroke:#ccc;stroke-width:1}.up line{stroke:#17803d}.down line{stroke:#b3261e}
+.up circle{fill:#17803d}.down circle{fill:#b3261e}"""
 
 
 def embedded(image: str, side: int = 0) -> str:

@@ -187,7 +187,9 @@ class World:
         if not hasattr(weight, "to_local"):
             return part
         from torch.distributed.tensor import DTensor
-        whole = DTensor.from_local(part, self.mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()).full_tensor()
+        shards = DTensor.from_local(part, self.mesh, weight.placements, run_check=False, shape=weight.shape,
+                                    stride=weight.stride())
+        whole = shards.full_tensor()
         return whole[:0] if self.rank else whole.cpu()
 
 
@@ -588,8 +590,9 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
                     warned[sign] = step
             state.step, state.skipped = step + 1, state.skipped + 1 if row["skipped_updates"] else 0
             if state.skipped == SKIPS:
-                raise UserError(f"the gradient was not finite in {SKIPS} steps in a row, so the run stops; look at `loss`, `kl` and `d_loss` in "
-                                f"{out / 'metrics.jsonl'}, and lower --lr or --discriminator-lr; {out} keeps its last checkpoint")
+                raise UserError(f"the gradient was not finite in {SKIPS} steps in a row, so the run stops; look at `loss`, `kl` and "
+                                f"`d_loss` in {out / 'metrics.jsonl'}, and lower --lr or --discriminator-lr; the last checkpoint "
+                                f"is kept")
             every = int(args.save_every.rstrip("m"))
             due = time.monotonic() - saved > 60 * every if args.save_every.endswith("m") else state.step % every == 0
             ends, due = world.sum(torch.tensor([len(caught), due and world.rank == 0], device=policy.device)).tolist()
@@ -697,13 +700,14 @@ def signs_of_trouble(rows) -> list[str]:
         signs.append("`d_accuracy` is near 1: the discriminator always knows the student, who earns no `similarity/`; lower "
                      "--discriminator-lr, or first fine-tune the student on answers in the teachers' ways")
     if abs(accuracy - 0.5) < 0.05 and not 0.05 < similarity < 0.95:
-        signs.append("`d_accuracy` is at chance and `similarity/` the same for nearly all: the discriminator has nothing left to say; raise "
-                     "--discriminator-lr, or stop here")
+        signs.append("`d_accuracy` is at chance and `similarity/` the same for nearly all: the discriminator has nothing left to "
+                     "say; raise --discriminator-lr, or stop here")
     first, last = slice(0, WINDOW // 5), slice(-(WINDOW // 5), None)
     if mean("length", last) > 2 * mean("length", first) and mean("cut_off", last) > 0.2:
         signs.append("`length` has doubled and `cut_off` is high: the reward may be paid for words; look at rollouts.jsonl")
     if mean("repeated") > 0.5:
-        signs.append("`repeated` is above a half: most responses are one and the same string; look at rollouts.jsonl, and raise --beta")
+        signs.append("`repeated` is above a half: most responses are one and the same string; look at rollouts.jsonl, and raise "
+                     "--beta")
     return signs
 
 
@@ -862,8 +866,8 @@ def load_checkpoint(state: State, out: Path):
         path = out / f"{name}.jsonl"
         path.touch()
         if path.stat().st_size < lengths[name]:
-            raise UserError(f"{path} has {path.stat().st_size} bytes where the checkpoint has {lengths[name]}; remove the checkpoints of {out} "
-                            "to begin the loop again")
+            raise UserError(f"{path} has {path.stat().st_size} bytes where the checkpoint has {lengths[name]}; remove the checkpoints "
+                            f"of {out} to begin the loop again")
         os.truncate(path, lengths[name])
         state.logs[name] = open(path, "a", encoding="utf-8")
 
@@ -1032,7 +1036,8 @@ def report(out: Path, args, held_out: list[Task], judge, start: str):
     results = {}
     for name, path in (("before", start), ("after", out / "student")) if held_out else ():
         if not (saved := out / f"evaluation-{name}.json").exists():
-            result = evaluate(load_vlm(str(path), args.device, args.dtype), held_out, judge, args.max_new_tokens, args.rollout_batch)
+            vlm = load_vlm(str(path), args.device, args.dtype)
+            result = evaluate(vlm, held_out, judge, args.max_new_tokens, args.rollout_batch)
             write_whole(saved, json.dumps(result, ensure_ascii=False))
         results[name] = read_json(saved)["tasks"]
     metrics = [row for _, row in read_jsonl(out / "metrics.jsonl")]
