@@ -21,6 +21,7 @@ import json
 import math
 import re
 import threading
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -667,26 +668,25 @@ def predict_into(path: Path, load, task: Task, settings: dict, batch_size: int) 
     """As predict, with each response appended to a file at once, and those that are there already taken from it.
 
     load() returns the model; it is not called when nothing is missing. The file begins with the settings that it was made
-    with: UserError where they are others.
+    with: UserError where they are others. A question that reads otherwise than it did is asked again.
     """
-    done = {}
+    done, asked = {}, {e.id: zlib.crc32(task.asked(e).text.encode()) for e in task.examples}
     if path.exists():
         drop_torn_line(path)
         rows = [row for _, row in read_jsonl(path)]
         if rows and rows[0].get("settings") != settings:
             raise UserError(f"{path} holds answers made with other settings ({rows[0].get('settings')}); choose another --out")
-        done = {row["id"]: row["text"] for row in rows[1:]}
-    known = {e.id for e in task.examples}
+        done = {row["id"]: row["text"] for row in rows[1:] if row["asked"] == asked.get(row["id"])}
     with open(path, "a", encoding="utf-8") as file:
         def write(row):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
         if not file.tell():
             write({"settings": settings})
-        if known <= done.keys():
+        if asked.keys() <= done.keys():
             return [done[e.id] for e in task.examples]
-        return predict(load(), task, settings["max_new_tokens"], batch_size, {i: text for i, text in done.items() if i in known},
-                       lambda name, text: write({"id": name, "text": text}))
+        return predict(load(), task, settings["max_new_tokens"], batch_size, done,
+                       lambda name, text: write({"id": name, "text": text, "asked": asked[name]}))
 
 
 def read_predictions(path: str, task: Task) -> list[str]:
@@ -1058,8 +1058,10 @@ def main():
             vlm = load_vlm(model, args.device, args.dtype)
             return replace(vlm, room=0)                            # every question is asked once: keep no prompts
         (out / label).mkdir(exist_ok=True)
+        weights = [[path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(Path(model).glob("*.safetensors"))]     # trained again?
         answers[label] = [predict_into(out / label / f"{task.name}.jsonl", load, task, {
-            "model": model, "prompt": task.prompt, "max_new_tokens": args.max_new_tokens}, args.batch_size) for task in tasks]
+            "model": model, "weights": weights, "prompt": task.prompt, "max_new_tokens": args.max_new_tokens}, args.batch_size)
+            for task in tasks]
         del load                                                   # frees the model
     judge = make_judge(args.judge, out / "verdicts.jsonl", args.device, args.dtype)
     results = {label: [score_responses(task, texts, judge) for task, texts in zip(tasks, given)] for label, given in answers.items()}

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,19 @@ def test_the_command_line_with_checkpoints(checkpoints, tmp_path):
     assert again.returncode == 0 and again.stdout == done.stdout and {path: path.read_bytes() for path in before} == before
     other = call("eval.py", *options[:4], "--data", data[0], "--max-new-tokens", 5, "--out", tmp_path / "out")
     assert other.returncode == 2 and "other settings" in other.stderr
+
+
+def test_old_responses_are_not_taken_for_new_ones(checkpoints, tmp_path):
+    """A model that was trained again under its name, or a question that was mended, scored by what was said before."""
+    model = shutil.copytree(checkpoints["qwen2_5_vl"], tmp_path / "m")
+    options = ["--model", model, "--max-new-tokens", 3, "--out", tmp_path / "out", "--data", choices("AI2D_TEST", tmp_path)]
+    file = tmp_path / "out" / "m" / "AI2D.jsonl"
+    assert call("eval.py", *options).returncode == 0 and len(file.read_text().splitlines()) == 4
+    choices("AI2D_TEST", tmp_path, hint="Look.")
+    assert call("eval.py", *options).returncode == 0 and len(file.read_text().splitlines()) == 7
+    os.utime(model / "model.safetensors")
+    done = call("eval.py", *options)
+    assert done.returncode == 2 and "other settings" in done.stderr
 
 
 def test_an_interrupted_evaluation_goes_on(checkpoints, tmp_path):
