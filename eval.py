@@ -567,7 +567,7 @@ def content_of(examples: list[Example]) -> str:
         return "captions" + " of domains" * any(e.category for e in examples) + " of VizWiz" * ("VizWiz" in first.images[0])
     if all(len(e.answers) > 3 for e in examples):
         return "answers of VizWiz" if "VizWiz" in first.id else "several answers"
-    if all(e.options for e in examples):
+    if all(e.answer in e.letters for e in examples):
         return "options in groups" if any(e.group for e in examples) else "options"
     return "yes or no" if all(e.answer in ("Yes", "No") for e in examples) else "questions"
 

@@ -281,6 +281,21 @@ def test_train_takes_a_benchmark(checkpoints, lamps, tmp_path):
     assert 0 <= rows[0]["heldout_accuracy"] <= 1 and "AI2D (mcq" in done.stdout
 
 
+def test_files_that_have_no_known_name_are_told_by_content(tmp_path):
+    """Data of one's own scored as something it is not."""
+    def metric(name, *rows):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"id": i, "question": "?"} | row) + "\n" for i, row in enumerate(rows)))
+        (task,) = e.tasks_of(str(path))
+        return task.name, task.metric, task.asked(task.examples[0]).text
+    assert metric("mine.jsonl", {"answer": "B", "options": ["x", "y"]})[:2] == ("mine", "mcq")
+    assert metric("mine.jsonl", {"answer": "y", "options": ["x", "y"]}) == ("mine", "judge", "?\nA. x\nB. y")
+    assert metric("mine.jsonl", {"answer": "3"}, {"answer": "Yes"}) == ("mine", "judge", "?")
+    assert metric("mine.jsonl", {"answer": "Yes"}, {"answer": "No"})[1] == "yes_no"
+    assert metric("mine.jsonl", {"answers": ["a"] * 10})[1] == "vqa"
+    assert e.tasks_of(str(choices("mine", tmp_path)))[0].metric == "mcq"
+
+
 # ---------------------------------------------------------------------------------------------- bad input
 
 

@@ -13,7 +13,7 @@ from conftest import lamp_files
 from model import UserError
 from teachers import Collection, load_examples
 
-COUNT = int(os.environ.get("FUZZ", 300))
+COUNT = int(os.environ.get("FUZZ", 150))
 ATOMS = [None, True, 0, -1, 1e999, "", "x", "\ud83d", [], {}, [[]], {"a": None}, ["x"], 10 ** 30, "<image>", "../..", "\0", "[" * 50]
 
 
