@@ -81,18 +81,18 @@ def survives(work):
 
 
 def fuzz(path, work, rng, count):
-    """Mutate a file `count` times, put it back each time; how many were read all the same."""
-    whole, read = path.read_bytes(), 0
+    """Mutate a file `count` times."""
+    whole = path.read_bytes()
+    assert survives(work)                                          # as it is, it can be read
     for i in range(count):
         state = rng.getstate()
         path.write_bytes(mutated(whole, rng))
         try:
-            read += survives(work)
+            survives(work)
         except Exception as error:
             rng.setstate(state)
             pytest.fail(f"{path.name}, mutation {i}: {type(error).__name__}: {error}; {path.read_bytes()[:600]}")
     path.write_bytes(whole)
-    return read
 
 
 @pytest.mark.parametrize("name", made.CASES)
@@ -117,7 +117,7 @@ def test_mutated_data_files(form, tmp_path):
                                                       {"role": "assistant", "content": "2"}]}}[form]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row | {"id": str(i)}) + "\n" for i in range(3)))
-    assert fuzz(path, lambda: load_examples(str(path)), random.Random(form), COUNT // 6) > 0
+    fuzz(path, lambda: load_examples(str(path)), random.Random(form), COUNT // 6)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
@@ -139,7 +139,7 @@ def test_mutated_predictions(tmp_path):
     for name, contents in (("p.json", '{"0": "A", "1": "B", "2": "C"}'), ("q.json", '[{"id": 0, "text": "A"}, {"id": 1, "text": "A"}, {"id": 2, "text": "A"}]'),
                            ("p.tsv", "index\tprediction\n0\tA\n1\tA\n2\tA\n")):
         (tmp_path / name).write_text(contents)
-        assert fuzz(tmp_path / name, lambda: e.read_predictions(str(tmp_path / name), task), random.Random(name), COUNT // 6) > 0
+        fuzz(tmp_path / name, lambda: e.read_predictions(str(tmp_path / name), task), random.Random(name), COUNT // 6)
 
 
 def test_mutated_state_of_a_run(checkpoints, tmp_path):
