@@ -573,3 +573,17 @@ def test_the_report_escapes_and_filters(tmp_path):
     page = (tmp_path / "r.html").read_text()
     assert "<script" not in page and page.count('class="card better"') == 1 and page.count('class="card same"') == 1
     assert page.index("card better") < page.index("card same")
+
+
+def test_a_graded_judge(tmp_path):
+    """MM-Vet by a judge: shares between 0 and 1 read as they are, failures left out, <AND> not taken for an answer's tag."""
+    assert e.parse_verdict("Half. <answer>0.5</answer>", graded=True) == 0.5 and e.parse_verdict("<answer>0.5</answer>") is None
+    assert e.parse_verdict("<answer>1.5</answer>", graded=True) is None
+    judge = e.LLMJudge.__new__(e.LLMJudge)
+    judge.name, asked = "big", []
+    judge.many = lambda triples, graded: asked.append((triples, graded)) or [0.5, None]
+    task = e.tasks_of(str(mmvet(tmp_path)))[0]
+    score = e.score_responses(task, ["a cat", "12"], judge)
+    assert score["metric"] == "graded, big" and score["score"] == 50 and score["failed"] == 1 and asked[0][1]
+    assert asked[0][0][0] == ("What is there?", "cat and dog", "a cat")
+    assert "{response}" in e.GRADED_PROMPT and "<answer>x</answer>" in e.GRADED_PROMPT and "<answer>0" not in e.GRADED_PROMPT
