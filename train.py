@@ -571,7 +571,7 @@ def ril(policy: VLM, examples: list[Example], collection: Collection | None, D: 
         for waiting in filter(None, (D, reference and reference.model)):
             waiting.to("cpu")
     load_checkpoint(state, out)
-    recent = deque((row for _, row in read_jsonl(out / "metrics.jsonl")), WINDOW)
+    recent = deque((row for _, row in read_jsonl(out / "metrics.jsonl")) if world.rank == 0 else (), WINDOW)
 
     with signals() as caught:
         for step in tqdm(range(state.step, args.steps), args.algorithm.upper(), args.steps, initial=state.step, unit="step",
@@ -802,6 +802,7 @@ def save_checkpoint(state: State, out: Path):
             "logs": {name: file.tell() for name, file in state.logs.items()}}))
         for path in (*unfinished.iterdir(), unfinished):
             sync(path)
+        shutil.rmtree(folder, ignore_errors=True)                  # there only if it could not be read
         unfinished.rename(folder)
         sync(out)
     except (OSError, SafetensorError) as error:
@@ -1175,7 +1176,8 @@ def main():
         sys.stdout = open(os.devnull, "w")
         world.wait()
     given, finished = check_inputs(args, out)
-    claim_folder(out, args)
+    if world.rank == 0:
+        claim_folder(out, args)
     clock = Meter(pick_device(args.device))
 
     sources, teachers, start = student_and_teachers(args, out, given, clock)                 # 1. and 2.
