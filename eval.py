@@ -35,7 +35,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, load_processor, load_vlm, run, stream, write_whole
+from model import VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, load_processor, load_vlm, run, stream, write_atomic
 from teachers import (CallFailed, Example, chat, check_endpoint, drop_torn_line, encode_example, endpoint_of, load_examples,
                       messages_of, open_image, read_json, read_jsonl, read_tsv)
 
@@ -418,10 +418,10 @@ def tokenize_caption(text: str) -> list[str]:
 
 def mcq_score(e: Example, text: str) -> float | None:
     """Multiple choice. Without options of its own (RealWorldQA) a question has A to D in its text, or a short answer."""
-    if not e.options and not re.fullmatch("[A-E]", e.answer):
-        return float(text.strip().rstrip(".").lower() == e.answer.strip().rstrip(".").lower())
+    if not e.options and not re.fullmatch("[A-E]", e.truth):
+        return float(text.strip().rstrip(".").lower() == e.truth.strip().rstrip(".").lower())
     letter = extract_choice(text, e.letters or dict.fromkeys("ABCDE", ""))
-    return None if letter is None else float(letter == e.answer)
+    return None if letter is None else float(letter == e.truth)
 
 
 def mmmu_score(e: Example, text: str) -> float | None:
@@ -434,7 +434,7 @@ def mmmu_score(e: Example, text: str) -> float | None:
         pieces = re.split(r"\b(?:could be|so|is|thus|therefore|final|answer|result)\b|=", sentence, flags=re.IGNORECASE)
         tails += [pieces[-1].lower()] * (len(pieces) > 1 and bool(pieces[-1].strip(" .,:;!?'")))
     tails = tails or [text.lower()]
-    for truth in e.answers or (e.answer,):
+    for truth in e.truths or (e.truth,):
         value, tail = number_in(truth) if re.fullmatch(NUMBER, truth.strip()) else None, "\n".join(tails)
         if value is None and re.search(rf"(?<!\w){re.escape(truth.strip().lower())}(?!\w)", tail):
             return 1.0
@@ -454,7 +454,7 @@ def number_in(text: str) -> float:
 def mmmu_pro_score(e: Example, text: str) -> float | None:
     """MMMU-Pro: what follows the last line that begins "Answer:", if it holds one letter of an option; else multiple choice."""
     letters = set(re.findall(r"\b[A-J]\b", re.split(r"^\W*Answer:", text, flags=re.MULTILINE)[-1])) if "Answer:" in text else ()
-    return float(letters == {e.answer}) if len(letters) == 1 else mcq_score(e, text)
+    return float(letters == {e.truth}) if len(letters) == 1 else mcq_score(e, text)
 
 
 def mathvista_score(e: Example, text: str) -> float | None:
@@ -465,20 +465,20 @@ def mathvista_score(e: Example, text: str) -> float | None:
     tail = re.split(r"\\boxed|answer", text, flags=re.IGNORECASE)[-1]
     if e.kind == "list":
         lists = re.findall(r"\[[^\[\]]*\]", text)
-        return float(re.findall(NUMBER, lists[-1]) == re.findall(NUMBER, e.answer)) if lists else None
-    if not re.fullmatch(NUMBER, e.answer.strip()):
-        return float(tail.strip(WRAPPING).lower() == e.answer.strip().lower())
+        return float(re.findall(NUMBER, lists[-1]) == re.findall(NUMBER, e.truth)) if lists else None
+    if not re.fullmatch(NUMBER, e.truth.strip()):
+        return float(tail.strip(WRAPPING).lower() == e.truth.strip().lower())
     if not (numbers := re.findall(NUMBER, tail) or re.findall(NUMBER, text)):
         return None
-    said, decimals = number_in(numbers[-1]), len(e.answer.strip().partition(".")[2])
-    return float((int(said) if e.kind == "integer" else round(said, decimals)) == number_in(e.answer))
+    said, decimals = number_in(numbers[-1]), len(e.truth.strip().partition(".")[2])
+    return float((int(said) if e.kind == "integer" else round(said, decimals)) == number_in(e.truth))
 
 
 def graded_score(e: Example, text: str) -> float:
     """MM-Vet without a judge, a proxy of ours: the share of the elements of the truth, split at <AND>, that occur; of
     alternatives, split at <OR>, any one will do."""
     said = f" {normalise(text)} "
-    parts = [any(f" {normalise(x).strip(' .')} " in said for x in part.split("<OR>")) for part in e.answer.split("<AND>")]
+    parts = [any(f" {normalise(x).strip(' .')} " in said for x in part.split("<OR>")) for part in e.truth.split("<AND>")]
     return sum(parts) / len(parts)
 
 
@@ -487,7 +487,7 @@ def foil_score(e: Example, text: str, which: int) -> float:
     in one clause that does not repeat the caption."""
     def stems(text):
         return [re.sub(r"(?<=\w\w)(es|s|e)$", "", word) for word in re.findall(r"\w+", text.lower())]
-    wanted, said = stems(e.answers[which]), stems(" ".join(re.findall(r"[\"“'‘*](\w[\w ]*?)[\"”'’*]", text)[:1]) or text)
+    wanted, said = stems(e.truths[which]), stems(" ".join(re.findall(r"[\"“'‘*](\w[\w ]*?)[\"”'’*]", text)[:1]) or text)
     others = {word for word in stems(e.question) if len(word) > 2} - set(wanted)
     inside = any(said[i:i + len(wanted)] == wanted for i in range(len(said)))
     return float(said == wanted or inside and 2 * len(others & set(said)) < len(others) and not re.search(r"[.;\n]\s*\w", text))
@@ -496,13 +496,13 @@ def foil_score(e: Example, text: str, which: int) -> float:
 def yes_no_score(e: Example, text: str) -> float | None:
     """Yes or no; "**Yes**" and "yes:", which `yes_no` leaves out as upstream does, are heard too."""
     said = yes_no(text) or yes_no(re.sub(r"[*:]", " ", text))
-    return None if said is None else float(said.lower() == e.answer.lower())
+    return None if said is None else float(said.lower() == e.truth.lower())
 
 
 SCORES = {"mcq": mcq_score, "circular": mcq_score, "mmmu": mmmu_score, "mmmu_pro": mmmu_pro_score, "mathvista": mathvista_score,
           "graded": graded_score, "foil_word": lambda e, text: foil_score(e, text, 0), "foil_fix": lambda e, text: foil_score(e, text, 1),
-          "relaxed": lambda e, text: float(any(relaxed_accuracy(text, truth) for truth in e.answers or (e.answer,))),
-          "vqa": lambda e, text: vqa_accuracy(text, list(e.answers)),
+          "relaxed": lambda e, text: float(any(relaxed_accuracy(text, truth) for truth in e.truths or (e.truth,))),
+          "vqa": lambda e, text: vqa_accuracy(text, list(e.truths)),
           "yes_no": yes_no_score, "foil": yes_no_score}
 
 
@@ -565,11 +565,11 @@ def content_of(examples: list[Example]) -> str:
         return "foils"
     if first.kind == "caption":
         return "captions" + " of domains" * any(e.category for e in examples) + " of VizWiz" * ("VizWiz" in first.images[0])
-    if all(len(e.answers) > 3 for e in examples):
+    if all(len(e.truths) > 3 for e in examples):
         return "answers of VizWiz" if "VizWiz" in first.id else "several answers"
-    if all(e.answer in e.letters for e in examples):
+    if all(e.truth in e.letters for e in examples):
         return "options in groups" if any(e.group for e in examples) else "options"
-    return "yes or no" if all(e.answer in ("Yes", "No") for e in examples) else "questions"
+    return "yes or no" if all(e.truth in ("Yes", "No") for e in examples) else "questions"
 
 
 @dataclass(frozen=True)
@@ -585,7 +585,7 @@ class Task:
         if not self.prompt:
             return e
         head, options, tail = self.prompt.partition("{options}")
-        text = head.format(hint=f"Hint: {e.hint}\n" * bool(e.hint), question=e.question, wrong=(e.answers or ("",))[0])
+        text = head.format(hint=f"Hint: {e.hint}\n" * bool(e.hint), question=e.question, wrong=(e.truths or ("",))[0])
         if options and e.letters and "(A)" not in e.question:      # MathVista's questions may list them already
             text += "Options:\n" + "".join(f"{letter}. {option}\n" for letter, option in e.letters.items()) + tail
         return replace(e, question=text, options=(), hint="")
@@ -605,7 +605,7 @@ def tasks_of(path: str, metric: str | None = None, skip_bad: bool = False, limit
             continue
         title, kind = title or Path(path).stem, metric or kind
         prompt = next(other[3] for other in BENCHMARKS if other[2] == kind) if kind != row[2] and not row[0] else prompt
-        part = [e for e in examples if not (kind.startswith("foil_") and e.answer == "Yes")]       # no word is wrong in these
+        part = [e for e in examples if not (kind.startswith("foil_") and e.truth == "Yes")]       # no word is wrong in these
         if title == "MMMU" and len({e.split for e in part}) > 1:
             part = [e for e in part if e.split == "validation"]
             print(f"{path}: of its splits, only the {len(part)} questions of validation are asked")
@@ -623,12 +623,12 @@ def check_task(task: Task, path: str):
     groups = defaultdict(list)
     for e in task.examples:
         groups[e.group or e.id].append(e)
-        if task.metric in ("mcq", "circular", "mmmu", "mmmu_pro") and e.options and e.answer not in e.letters:
-            raise UserError(f"{e.where}: the answer {e.answer!r} is none of the options {', '.join(e.letters)}")
-        if task.metric == "vqa" and len(e.answers) < 4:
-            raise UserError(f"{e.where}: VQA accuracy compares with at least 4 answers, found {len(e.answers)}")
-        if task.metric == "yes_no" and e.answer.lower() not in ("yes", "no"):
-            raise UserError(f"{e.where}: expected the answer Yes or No, found {e.answer!r}")
+        if task.metric in ("mcq", "circular", "mmmu", "mmmu_pro") and e.options and e.truth not in e.letters:
+            raise UserError(f"{e.where}: the answer {e.truth!r} is none of the options {', '.join(e.letters)}")
+        if task.metric == "vqa" and len(e.truths) < 4:
+            raise UserError(f"{e.where}: VQA accuracy compares with at least 4 answers, found {len(e.truths)}")
+        if task.metric == "yes_no" and e.truth.lower() not in ("yes", "no"):
+            raise UserError(f"{e.where}: expected the answer Yes or No, found {e.truth!r}")
     if task.metric == "cider" and len(task.examples) < 2:
         raise UserError(f"{path}: CIDEr compares images, so one is not enough")
     for group in groups.values() if task.metric == "circular" else ():
@@ -734,10 +734,10 @@ def score_responses(task: Task, texts: list[str], judge) -> dict:
     """
     metric, examples = task.metric, task.examples
     if metric == "cider":
-        pairs = [[tokenize_caption(truth) for truth in e.answers] for e in examples], [tokenize_caption(text) for text in texts]
+        pairs = [[tokenize_caption(truth) for truth in e.truths] for e in examples], [tokenize_caption(text) for text in texts]
         values = cider_each(*pairs)
     elif metric == "judge":
-        values = verdicts_of(judge, [(e.dialogue, e.answer, text) for e, text in zip(examples, texts)])
+        values = verdicts_of(judge, [(e.dialogue, e.truth, text) for e, text in zip(examples, texts)])
     else:
         values = [SCORES[metric](e, text) for e, text in zip(examples, texts)]
     extracted = [value is not None for value in values] if metric != "judge" else [True] * len(values)
@@ -747,7 +747,7 @@ def score_responses(task: Task, texts: list[str], judge) -> dict:
     else:
         metric_name = metric + "_rule" * (metric in ("graded", "mathvista"))
         values = values if metric == "judge" else [value or 0.0 for value in values]
-    rows = [{"id": e.id, "image": list(e.images), "question": e.text, "truth": "; ".join(dict.fromkeys(e.answers)) or e.answer,
+    rows = [{"id": e.id, "image": list(e.images), "question": e.text, "truth": "; ".join(dict.fromkeys(e.truths)) or e.truth,
              "category": e.category, "text": text, "verdict": value} for e, text, value in zip(examples, texts, values)]
     units = units_of(task, values)
     if not units:
@@ -762,7 +762,7 @@ def score_responses(task: Task, texts: list[str], judge) -> dict:
 def judged_again(task: Task, texts: list[str], values: list, judge) -> list:
     """Verdicts of a language model: on all responses of a graded task, and of MathVista's on those not right by rule."""
     asked = [i for i, value in enumerate(values) if task.metric == "graded" or value != 1.0]
-    triples = [(task.examples[i].text, task.examples[i].answer.replace("<AND>", " and ").replace("<OR>", " or "), texts[i]) for i in asked]
+    triples = [(task.examples[i].text, task.examples[i].truth.replace("<AND>", " and ").replace("<OR>", " or "), texts[i]) for i in asked]
     for i, verdict in zip(asked, judge.many(triples, graded=task.metric == "graded")):
         values[i] = verdict
     return values
@@ -788,7 +788,7 @@ def breakdown(task: Task, texts: list[str], values: list[float | None]) -> dict[
         for name in {*re.split("[;,]" if task.metric == "graded" else ";", e.category), e.split} - {""}:
             members[name].append(i)
     if task.metric == "cider":
-        tokens = [[tokenize_caption(truth) for truth in e.answers] for e in task.examples], [tokenize_caption(text) for text in texts]
+        tokens = [[tokenize_caption(truth) for truth in e.truths] for e in task.examples], [tokenize_caption(text) for text in texts]
         result = {f"BLEU-{n}": 100 * value for n, value in enumerate(bleu(*tokens), 1) if n in (1, 4)}
     for name, chosen in sorted(members.items()):
         if len(members) == 1 or len(chosen) < 2 and task.metric == "cider":
@@ -1066,7 +1066,7 @@ def main():
     judge = make_judge(args.judge, out / "verdicts.jsonl", args.device, args.dtype)
     results = {label: [score_responses(task, texts, judge) for task, texts in zip(tasks, given)] for label, given in answers.items()}
     print(results_table(results))
-    write_whole(out / "scores.json", json.dumps(results, ensure_ascii=False))
+    write_atomic(out / "scores.json", json.dumps(results, ensure_ascii=False))
     write_comparison(out / "report.html", results)
     print(f"Responses, scores and report.html are in {out}")
 

@@ -66,7 +66,7 @@ def run(main):
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
-def write_whole(path, contents: str | bytes):
+def write_atomic(path, contents: str | bytes):
     """Write a file that appears under its name only when all of it is on the disk."""
     unfinished = Path(f"{path}.unfinished")
     with open(unfinished, "wb") as file:

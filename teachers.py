@@ -46,30 +46,30 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from model import (MARK, VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, encode_responses, load_vlm, run, score,
-                   stream, write_whole)
+                   stream, write_atomic)
 
 # ---------------------------------------------------------------------------------------------- examples
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question about some images (often one, possibly none) and its true answer. `where` is "file:line".
+    """One question about some images (often one, possibly none) and its truth, the true answer. `where` is "file:line".
 
     Images stand where the question marks them with `<image>`, else before it. options have letters by their place; "" is
-    none. history: earlier (question, answer) turns. The rest is of benchmarks: answers, where several are right (VQA's ten,
+    none. history: earlier (question, answer) turns. The rest is of benchmarks: truths, where several are right (VQA's ten,
     the references of a caption, FOIL's wrong and right word); group, what is scored together (a caption and its foils);
     kind, of answer; pixels, of all its images.
     """
     id: str
     images: tuple[str, ...]
     question: str
-    answer: str
+    truth: str
     options: tuple[str, ...] = ()
     category: str = ""
     where: str = ""
     history: tuple[tuple[str, str], ...] = ()
     hint: str = ""
-    answers: tuple[str, ...] = ()
+    truths: tuple[str, ...] = ()
     group: str = ""
     split: str = ""
     kind: str = ""
@@ -246,7 +246,7 @@ def examples_of(path: str, where: str, row: dict) -> list[Example]:
         name = str(row.get("id", images[0] if images else name))
     return [Example(name, tuple(found(path, image) for image in images), question, answer, tuple(strings(row, "options", where)),
                     str(category), where, tuple((str(asked), str(said)) for asked, said in row.get("history") or ()),
-                    answers=tuple(answers), split=str(row.get("split", "")))]
+                    truths=tuple(answers), split=str(row.get("split", "")))]
 
 
 def read_tsv(path: str):
@@ -331,7 +331,7 @@ def tsv_example(where: str, row: dict[str, str], images: list[str]) -> Example:
         images, texts = [images[k - 1] for k in order], [tags.sub(MARK, text) for text in texts]
     category = ";".join(filter(None, (row.get("l2-category"), row.get("category"))))
     return Example(row["index"], tuple(images), texts[1], answer, tuple(texts[2:]), category, where, hint=texts[0],
-                   answers=tuple(answers), group=row.get("g_index", ""), split=row.get("split", ""), kind=kind)
+                   truths=tuple(answers), group=row.get("g_index", ""), split=row.get("split", ""), kind=kind)
 
 
 def coco_examples(path: str, whole: dict):
@@ -355,14 +355,14 @@ def coco_examples(path: str, whole: dict):
         if not foil:
             texts = tuple(row["caption"] for _, row in rows)
             yield where, [Example(str(key), (files[key],), "", texts[0], (), str(images[key].get("domain", "")), where,
-                                  answers=texts, kind="caption")]
+                                  truths=texts, kind="caption")]
             continue
         with malformed(where):
             rows.sort(key=lambda pair: pair[1]["foil"])
             if [row["foil"] for _, row in rows].count(False) != 1:
                 raise ValueError(f"expected one true caption, \"foil\": false, among the {len(rows)} with id {key}")
             group = [Example(f"{key}-{k}", (files[row["image_id"]],), row["caption"], "No" if k else "Yes", (),
-                             "foil" if k else "original", where, answers=(str(row["foil_word"]), str(row["target_word"])),
+                             "foil" if k else "original", where, truths=(str(row["foil_word"]), str(row["target_word"])),
                              group=str(key), kind="foil") for k, (where, row) in enumerate(rows)]
         yield where, group
     if not foil and len(images) > len(captions):
@@ -381,8 +381,7 @@ def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
     examples, ids = [], defaultdict(int)
     for where, parsed in read_examples(path):
         for example in parsed:
-            for name in ("question", "answer"):
-                value = getattr(example, name)
+            for name, value in (("question", example.question), ("answer", example.truth)):
                 if name == "question" and example.kind == "caption":
                     continue
                 if not isinstance(value, str) or not value.replace(MARK, "").strip() or not is_text(example.dialogue + value):
@@ -836,7 +835,7 @@ def put_in_order(path: str, names: list[str], examples: list[Example]):
     keys = [(teacher.get(r.get("teacher"), -1), example.get(r.get("id"), -1)) for r in rows]
     order = sorted(range(len(lines)), key=lambda i: keys[i])
     if order != list(range(len(lines))):
-        write_whole(path, b"".join(lines[i] for i in order))
+        write_atomic(path, b"".join(lines[i] for i in order))
 
 
 # ---------------------------------------------------------------------------------------------- which examples
@@ -852,12 +851,12 @@ def select(vlm: VLM, examples: list[Example], num: int, longest: int, seed: int,
     as taking the `num` largest log w + Gumbel noise, which is what is done. The paper names the two steps and gives no
     formula: the weight is ours. Returned in the order of the file.
     """
-    short = [e for e in examples if len(encode_responses(vlm, [[e.answer]]).ids[0, 0]) <= longest]
+    short = [e for e in examples if len(encode_responses(vlm, [[e.truth]]).ids[0, 0]) <= longest]
     print(f"{len(examples) - len(short)} of {len(examples)} examples dropped: answers of more than {longest} tokens")
     rng, keys = random.Random(seed), []
     for i in tqdm(range(0, len(short), batch_size), desc="log-probs", unit="batch"):
         batch = short[i:i + batch_size]
-        outputs = encode_responses(vlm, [[e.answer] for e in batch])
+        outputs = encode_responses(vlm, [[e.truth] for e in batch])
         with torch.no_grad():
             logps = score(vlm, [encode_example(vlm, e) for e in batch], outputs).sum((1, 2)) / outputs.mask.sum((1, 2))
         keys += [math.log(max(1e-9, -math.expm1(logp))) - math.log(-math.log(rng.random())) for logp in logps.tolist()]
@@ -870,7 +869,7 @@ def write_examples(examples: list[Example], path: str):
     with open(path, "w", encoding="utf-8") as file:
         for e in examples:
             row = {"id": e.id, "image": [os.path.relpath(image, Path(path).parent) for image in e.images],
-                   "question": e.question, "answer": e.answer, "options": e.options, "category": e.category,
+                   "question": e.question, "answer": e.truth, "options": e.options, "category": e.category,
                    "history": e.history}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -57,7 +57,7 @@ from discriminator import Discriminator, similarity_reward
 from eval import Task, draw_curves, evaluate, is_remote, make_judge, results_table, tasks_of, verdicts_of, write_report
 from model import (ROW, VLM, Outputs, UserError, check_packing, checkpoint_layers, encode_responses, generate, image_tokens,
                    join, load_processor, load_vlm, micro_batches, naming, packed_sizes, pick_device, run, save_vlm, score,
-                   write_whole)
+                   write_atomic)
 from teachers import (Collection, Example, add_sampling_options, build_tiny_vlm, check_endpoint, draw_toy_world,
                       encode_example, Endpoint, endpoint_of, fill_collection, load_examples, read_json, read_jsonl, sampling_of)
 
@@ -419,7 +419,7 @@ def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: floa
         for group in optimizer.param_groups:                       # a short warm-up: the first steps of Adam are noise
             group["lr"] = lr * (1 - 0.9 * step / steps) * min(1, (step + 1) / 50)
         batch = next(batches)
-        outputs, total = encode_responses(vlm, [[e.answer] for e in batch]), 0.0             # (B, 1, R)
+        outputs, total = encode_responses(vlm, [[e.truth] for e in batch]), 0.0             # (B, 1, R)
         prompts = [encode_example(vlm, e) for e in batch]
         for part in micro_batches(packed_sizes(prompts, outputs.mask), budget):
             loss = -score(vlm, prompts[part], outputs[part]).sum() / outputs.mask.sum()
@@ -490,7 +490,7 @@ def peak_memory_gb(device: torch.device, reset: bool = False) -> float:
 
 def judge_all(judge, batch: list[Example], outputs: Outputs) -> Tensor:
     """Verdicts of every response as (B, K) float32: 1, 0, or NaN where the judge failed."""
-    verdicts = verdicts_of(judge, [(e.dialogue, e.answer, text) for e, texts in zip(batch, outputs.text) for text in texts])
+    verdicts = verdicts_of(judge, [(e.dialogue, e.truth, text) for e, texts in zip(batch, outputs.text) for text in texts])
     return torch.tensor([float("nan") if v is None else float(v) for v in verdicts],
                         device=outputs.ids.device).view(outputs.mask.shape[:2])
 
@@ -724,7 +724,7 @@ def console_line(row: dict) -> str:
 def rollouts_of(step: int, batch: list[Example], texts: list[list[str]], sources, p_student: Tensor, answer: Tensor,
                 reward: Tensor, advantage: Tensor, questions: int = 4) -> list[dict]:
     """All responses to the first few questions of the batch, as rows of rollouts.jsonl."""
-    return [{"step": step, "id": e.id, "image": list(e.images), "question": e.text, "truth": e.answer, "source": sources[b][k],
+    return [{"step": step, "id": e.id, "image": list(e.images), "question": e.text, "truth": e.truth, "source": sources[b][k],
              "text": text, "p_student": None if p_student[b, k].isnan() else round(p_student[b, k].item(), 4),
              "verdict": None if answer[b, k].isnan() else int(answer[b, k]), "reward": reward[b, k].item(),
              "advantage": round(advantage[b, k].item(), 4)}
@@ -900,7 +900,7 @@ def prepare_toy_world(out: Path, args) -> dict[str, str]:
 def tiny_vlm_from_nothing(folder: Path, family: str, examples: list[Example], width: int, steps: int, lr: float, args):
     """A tokenizer trained on the examples, random weights, SFT on the examples; saved as a checkpoint folder."""
     # with the words of the prompts among them, these become tokens too, and the prompts short
-    texts = [text for e in examples for text in (e.text, e.answer)]
+    texts = [text for e in examples for text in (e.text, e.truth)]
     texts += 50 * [eq1.SYSTEM, eq1.BEFORE + eq1.AFTER, "user\nassistant\nsystem\n"]
     random_weights = f"{folder}.random"
     shutil.rmtree(random_weights, ignore_errors=True)
@@ -952,7 +952,7 @@ def claim_folder(out: Path, args):
             raise UserError(f"{out} belongs to a run with other settings ({what}); choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(settings, indent=1))
+        write_atomic(path, json.dumps(settings, indent=1))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
 
@@ -1039,7 +1039,7 @@ def report(out: Path, args, held_out: list[Task], judge, start: str):
         if not (saved := out / f"evaluation-{name}.json").exists():
             vlm = load_vlm(str(path), args.device, args.dtype)
             result = evaluate(vlm, held_out, judge, args.max_new_tokens, args.rollout_batch)
-            write_whole(saved, json.dumps(result, ensure_ascii=False))
+            write_atomic(saved, json.dumps(result, ensure_ascii=False))
         results[name] = read_json(saved)["tasks"]
     metrics = [row for _, row in read_jsonl(out / "metrics.jsonl")]
     draw_curves(metrics, str(out / "curves.png"))

@@ -520,7 +520,7 @@ def test_known_misses_of_the_tokeniser(text, tokens):
 
 
 @pytest.mark.parametrize("metric, truth, text, score", [
-    ("mmmu", Example("", (), "?", "3.5", answers=("3.5", "3.5 m")), "The answer is 3.50", 1),
+    ("mmmu", Example("", (), "?", "3.5", truths=("3.5", "3.5 m")), "The answer is 3.50", 1),
     ("mmmu", Example("", (), "?", "3.5"), "A", 0),
     ("mmmu", Example("", (), "?", "entropy"), "So it is Entropy.", 1),
     ("mmmu", Example("", (), "?", "entropy"), "negentropy", 0),
@@ -532,9 +532,9 @@ def test_known_misses_of_the_tokeniser(text, tokens):
     ("mathvista", Example("", (), "?", "[1, 2]", kind="list"), "It is [1,2]", 1),
     ("graded", Example("", (), "?", "red<AND>two<OR>blue"), "Red and blue.", 1),
     ("graded", Example("", (), "?", "red<AND>two"), "redder, 2", 0.5),
-    ("foil_word", Example("", (), "a man rides a big horse", "No", answers=("horse", "bike")), "horses", 1),
-    ("foil_word", Example("", (), "a man rides a big horse", "No", answers=("horse", "bike")), "The wrong word is horse.", 1),
-    ("foil_word", Example("", (), "a man rides a big horse", "No", answers=("horse", "bike")), "a man rides a big horse", 0),
+    ("foil_word", Example("", (), "a man rides a big horse", "No", truths=("horse", "bike")), "horses", 1),
+    ("foil_word", Example("", (), "a man rides a big horse", "No", truths=("horse", "bike")), "The wrong word is horse.", 1),
+    ("foil_word", Example("", (), "a man rides a big horse", "No", truths=("horse", "bike")), "a man rides a big horse", 0),
     ("mmmu_pro", Example("", (), "?", "B", tuple("abcdefghij")), "Perhaps A.\nAnswer: B", 1),
 ])
 def test_other_metrics(metric, truth, text, score):

@@ -64,7 +64,7 @@ def test_toy_splits_share_no_picture_and_come_out_the_same_again(tmp_path):
         assert len(examples) == 200 and {e.category for e in examples} == {"count", "colour", "shape", "existence", "position"}
         pictures[split] = {open(e.images[0], "rb").read() for e in examples}
         if split == "sft":
-            assert {e.answer for e in examples if e.category == "shape"} == {"I am not sure."}
+            assert {e.truth for e in examples if e.category == "shape"} == {"I am not sure."}
     assert not (pictures["train"] & pictures["heldout"] or pictures["sft"] & pictures["heldout"])
 
 
@@ -146,7 +146,7 @@ def test_llava_conversations_become_one_example_per_answer(tmp_path):
             {"id": "x", "conversations": [{"from": "human", "value": "2 + 3?"}, {"from": "gpt", "value": "5"}]}]
     (tmp_path / "llava.json").write_text(json.dumps(rows))
     first, second, text, same = load_examples(str(tmp_path / "llava.json"))
-    assert (first.id, first.answer, first.history, second.answer) == ("x-1", "A lamp.", (), "Yes.")
+    assert (first.id, first.truth, first.history, second.truth) == ("x-1", "A lamp.", (), "Yes.")
     assert second.history == (("<image>\nWhat is it?", "A lamp."),) and second.question == "Is it on?"
     assert first.images == second.images == (str(tmp_path / "images/coco/a.jpg"),) and text.images == ()
     assert (text.id, same.id) == ("x", "x#2")                      # ids repeat in LLaVA's own files
@@ -170,7 +170,7 @@ def test_chat_messages_place_images_where_they_stand(tmp_path):
     assert [Path(x).name for x in second.images] == ["a.png", "b.png"] and second.question == "<image>And this?"
     turns = chat_turns(second.question, 2, second.history)
     assert [part["type"] for turn in turns for part in turn["content"]] == ["text", "image", "text", "text", "image", "text"]
-    assert third.answer == "The first." and len(third.images) == 2
+    assert third.truth == "The first." and len(third.images) == 2
 
 
 @pytest.mark.parametrize("row, says", [
@@ -254,7 +254,7 @@ def test_select_draws_hard_answers_more_often_and_drops_long_ones(tmp_path, qwen
     chosen = select(qwen, examples, 60, longest=10, seed=0)
     assert chosen == select(qwen, examples, 60, longest=10, seed=0) != select(qwen, examples, 60, longest=10, seed=1)
     assert len({e.id for e in chosen}) == 60 and [int(e.id) for e in chosen] == sorted(int(e.id) for e in chosen)
-    hard = np.mean([sum(e.answer == "no" for e in select(qwen, examples, 60, 10, seed)) for seed in range(20)])
+    hard = np.mean([sum(e.truth == "no" for e in select(qwen, examples, 60, 10, seed)) for seed in range(20)])
     assert 45 < hard < 56                                          # of 60; weights 0.6 to 0.1, and the hard ones run out slowly
     assert "1 of 301 examples dropped" in capsys.readouterr().out
 
@@ -266,7 +266,7 @@ def test_select_from_the_command_line_writes_what_the_reader_reads(tmp_path, che
     done = call("teachers.py", "--select", 5, "--student", checkpoints["qwen2_5_vl"], "--data", data, "--out", out, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     chosen, everything = load_examples(str(out)), {e.id: e for e in load_examples(str(data))}
-    assert len(chosen) == 5 and all(everything[e.id].answer == e.answer and open_image(e.images[0], "").size for e in chosen)
+    assert len(chosen) == 5 and all(everything[e.id].truth == e.truth and open_image(e.images[0], "").size for e in chosen)
 
 
 def test_overlong_responses_are_left_out_and_counted(tmp_path, qwen):
