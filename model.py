@@ -1,18 +1,19 @@
-"""A vision-language model as a policy: load it, show it a picture and a question, sample from it, score text under it.
+"""A vision-language model as a policy: load it, show it a question and a picture, sample from it, score text.
 
 Everything RIL asks of a model is here, written out rather than called:
 
     encode    example -> prompt        the chat template and the processor, one example at a time
-    generate  prompts -> outputs       line 5 of Algorithm 2: G samples of each prompt, batched, with a KV cache
+    generate  prompts -> outputs       line 5 of Algorithm 2: G samples of each prompt, with a KV cache
     score     prompts, outputs -> log-probs      what the ratio, the KL and the supervised loss are made of
 
-Two ideas make it cheap. Both come from the same fact: the K responses of a question share one image and one prompt.
-`generate` prefills each prompt once, and its samples go on from there, in slots that are handed on as responses end. `score`
-does the mirror image in training: one row holds [prompt | o_1 | o_2 | ... | o_K] under a mask that lets every response see
-the prompt and itself but not its siblings, so the image and the prompt are computed once per question and not K times.
+Two ideas make it cheap. Both come from the same fact: the K responses of a question share one image and one
+prompt. `generate` prefills each prompt once, and its samples go on from there, in slots that are handed on as
+responses end. `score` does the mirror image in training: one row holds [prompt | o_1 | o_2 | ... | o_K] under
+a mask that lets every response see the prompt and itself but not its siblings, so the image and the prompt
+are computed once per question and not K times.
 
-Notation, here and in every file: B questions, G samples of each side, K responses per question (K = 2G in RIL: students
-first, then teachers), P prompt tokens, R response tokens, V vocabulary, d width.
+Notation, here and in every file: B questions, G samples of each side, K responses per question (K = 2G in
+RIL: students first, then teachers), P prompt tokens, R response tokens, V vocabulary, d width.
 """
 import errno
 import inspect
@@ -21,7 +22,7 @@ import os
 import re
 import shutil
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,26 +45,30 @@ from transformers.utils import is_torchvision_available
 
 
 class UserError(Exception):
-    """Something the user can mend: one sentence that names the file, the line and what was expected. Exit code 2."""
+    """Something the user can mend: one sentence that names the file, the line and what was expected. Exit
+    code 2."""
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+DISK_FULL_WORDS = "No space left|Read-only|Disk quota|Permission"    # safetensors has the reason in its text only
 
 
 def run(main):
-    """Call `main`; end with one sentence on stderr and exit code 2 on a UserError, or where a disk is full or read-only;
-    with 130 on Ctrl-C."""
+    """Call `main`. Exit with one sentence on stderr and code 2 on a UserError, or where a disk is full or
+    read-only; with code 130 on Ctrl-C."""
     try:
         main()
     except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, SafetensorError) as error:                    # safetensors' own has the reason in its text only
-        if getattr(error, "errno", None) not in FULL and not re.search("No space left|Read-only|Disk quota|Permission", str(error)):
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in DISK_FULL and not re.search(DISK_FULL_WORDS, str(error)):
             raise
-        sys.exit(print(f"error: {getattr(error, 'filename', None) or 'a checkpoint'} cannot be written ({error}); nothing that "
-                       "was there is lost", file=sys.stderr) or 2)
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+        name = getattr(error, "filename", None) or "a checkpoint"
+        print(f"error: {name} cannot be written ({error}); nothing that was there is lost", file=sys.stderr)
+        sys.exit(2)
 
 
 def write_atomic(path, contents: str | bytes):
@@ -80,16 +85,16 @@ def write_atomic(path, contents: str | bytes):
 class VLM:
     """A model and the processor that speaks for it.
 
-    stop_ids end a response. banned_ids are never sampled: a policy that emits an image placeholder would crash its own
-    next forward pass, because the model then counts more placeholders than image features.
+    stop_ids end a response. banned_ids are never sampled: a policy that emits an image placeholder would
+    crash its own next forward pass, because the model then counts more placeholders than image features.
     """
     model: PreTrainedModel
     processor: ProcessorMixin
     stop_ids: list[int]
     banned_ids: list[int]
-    prompts: dict = field(default_factory=dict)                    # prompts encoded before, while there is room (bytes)
-    room: int = 2 ** 29
-    capture: bool = True                                           # whether decoding as a CUDA graph has not failed yet
+    prompts: dict = field(default_factory=dict)                  # prompts encoded before, while there is room
+    room: int = 2 ** 29                                            # bytes
+    capture: bool = True                                         # decoding as a CUDA graph has not failed yet
 
     @property
     def device(self):
@@ -107,8 +112,9 @@ class VLM:
 
 @dataclass
 class Prompt:
-    """One question, ready for the model: token ids (P,), what the image processor made of its images (may be {}), and the
-    places of the tokens (A, P): A = 1, or 3 in the Qwen-VL families, whose rotary embedding counts time, height and width."""
+    """One question, ready for the model: token ids (P,), what the processor made of its images (may be {}),
+    and the places of the tokens (A, P): A = 1, or 3 in the Qwen-VL families, whose rotary embedding counts
+    time, height and width."""
     ids: Tensor
     images: dict[str, Tensor]
     positions: Tensor
@@ -116,9 +122,11 @@ class Prompt:
 
 @dataclass
 class Outputs:
-    """K responses to each of B questions. The mask is made where the tokens are made, and includes the stop token.
+    """K responses to each of B questions. The mask is made where the tokens are made, and includes the stop
+    token.
 
-    text: B lists of K strings; ids: (B, K, R) long, zero where padded; mask: (B, K, R) bool, True on response tokens.
+    text: B lists of K strings; ids: (B, K, R) long, zero where padded; mask: (B, K, R) bool, True on response
+    tokens.
     """
     text: list[list[str]]
     ids: Tensor
@@ -129,20 +137,29 @@ class Outputs:
 
 
 def join(parts: list[Outputs], dim: int) -> Outputs:
-    """Outputs as one, padded to the longest R: dim 0 puts questions after questions, dim 1 responses after responses."""
-    text = [row for part in parts for row in part.text]
-    if dim == 1:
+    """Outputs as one, padded to the longest R: dim 0 puts questions after questions, dim 1 responses after
+    responses."""
+    if dim == 0:
+        text = [row for part in parts for row in part.text]
+    else:
         text = [sum(rows, []) for rows in zip(*(part.text for part in parts))]
-    return Outputs(text, stack([part.ids.transpose(0, dim) for part in parts]).transpose(0, dim),
-                   stack([part.mask.transpose(0, dim) for part in parts]).transpose(0, dim))
+    ids = stack([part.ids.transpose(0, dim) for part in parts]).transpose(0, dim)
+    mask = stack([part.mask.transpose(0, dim) for part in parts]).transpose(0, dim)
+    return Outputs(text, ids, mask)
 
 
 def stack(tensors: list[Tensor]) -> Tensor:
-    """Concatenate along the first dimension; the others are zero-padded to the largest. Families that cut an image into
-    tiles give (images, tiles, ...), with tiles that differ from prompt to prompt, and skip the empty ones."""
+    """Concatenate along the first dimension; the others are zero-padded to the largest. Families that cut an
+    image into tiles give (images, tiles, ...), with tiles that differ from prompt to prompt, and skip the
+    empty ones."""
     largest = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors))]
-    padding = [[n for have, want in zip(x.shape[:0:-1], largest[::-1]) for n in (0, want - have)] for x in tensors]
-    return torch.cat([torch.nn.functional.pad(x, p) if any(p) else x for x, p in zip(tensors, padding)])
+    padded = []
+    for x in tensors:
+        padding = []                                       # (before, after) of each dimension, the last first
+        for have, want in zip(reversed(x.shape[1:]), reversed(largest)):
+            padding += [0, want - have]
+        padded.append(torch.nn.functional.pad(x, padding) if any(padding) else x)
+    return torch.cat(padded)
 
 
 # ---------------------------------------------------------------------------------------------- load and save
@@ -150,22 +167,26 @@ def stack(tensors: list[Tensor]) -> Tensor:
 
 def pick_device(device: str | None = None) -> torch.device:
     """The device asked for, else CUDA, else Apple's MPS, else the CPU."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(device)
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def load_vlm(path: str, device: str | None = None, dtype: str | None = None, text_only: bool = False) -> VLM:
-    """Load any image-text-to-text checkpoint, a folder or a hub id. dtype: bfloat16 on a GPU, float32 on the CPU.
+    """Load any image-text-to-text checkpoint, a folder or a hub id. dtype: bfloat16 on a GPU, float32 on the
+    CPU.
 
-    text_only also takes a language model without eyes (a judge needs none). Raises UserError when there is no such
-    checkpoint, or it is not a chat model of that kind.
+    text_only also takes a language model without a vision tower (a judge needs none). Raises UserError when
+    there is no such checkpoint, or it is not a chat model of that kind.
     """
     processor, device = load_processor(path, text_only), pick_device(device)
-    dtype = getattr(torch, dtype) if dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype is None:
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
     kind = AutoModelForImageTextToText if hasattr(processor, "image_processor") else AutoModelForCausalLM
     with naming(path):
-        model = kind.from_pretrained(path, dtype=dtype).to(device).eval()
+        model = kind.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
     return VLM(model, processor, *special_ids(model, processor))
 
 
@@ -180,11 +201,12 @@ def naming(path: str):
 
 
 def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
-    """AutoProcessor, also where torchvision is missing. Raises UserError like load_vlm, without reading any weights.
+    """AutoProcessor, also where torchvision is missing. Raises UserError like load_vlm, without reading any
+    weights.
 
-    Families that can watch videos want a video processor, and that one wants torchvision. We only show still images, so
-    without torchvision the family's processor is told that it has no such part. SmolVLM's wants one more package, to
-    spell out the times in a video: it never gets to.
+    Families that can watch videos want a video processor, and that one wants torchvision. We only show still
+    images, so without torchvision the family's processor is told that it has no such part. SmolVLM's wants
+    one more package, to spell out the times in a video: it never gets to.
     """
     processing_smolvlm.num2words = processing_smolvlm.num2words or str
     with naming(path):
@@ -205,10 +227,10 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
                     none = {"video_processor": None} if "video_processor" in super().get_attributes() else {}
                     return super().from_args_and_dict(args, settings | none, **kwargs)
 
-            ImagesOnly.__name__ = family.__name__                  # the name that a saved processor_config.json carries
+            ImagesOnly.__name__ = family.__name__        # the name that a saved processor_config.json carries
             processor = ImagesOnly.from_pretrained(path)
     if not text_only and not hasattr(processor, "image_processor"):
-        raise UserError(f"{path}: a language model without eyes; an image-text-to-text model is needed here")
+        raise UserError(f"{path}: a language model without a vision tower; an image-text-to-text model is needed here")
     if not getattr(processor, "chat_template", None):
         raise UserError(f"{path}: its processor has no chat template, so it cannot be asked questions")
     return processor
@@ -216,14 +238,17 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
 
 def image_tokens(processor: ProcessorMixin) -> set[str]:
     """The placeholders that stand for images and videos in this family's text, and the marks around them."""
-    names = [f"{part}_token" for part in ("image", "video", "boi", "eoi", "fake_image", "global_image", "start_image",
-                                          "context_image", "vision_start")]
-    return {token for owner in (processor, getattr(processor, "tokenizer", None)) for name in names
-            if (token := getattr(owner, name, None))}
+    tokens = set()
+    for owner in (processor, getattr(processor, "tokenizer", None)):
+        for part in ("image", "video", "boi", "eoi", "fake_image", "global_image", "start_image", "context_image",
+                     "vision_start"):
+            tokens.add(getattr(owner, f"{part}_token", None))
+    return tokens - {None, ""}
 
 
 def checkpoint_layers(model: PreTrainedModel):
-    """From now on, packed_states keeps the input of each layer only, and computes its inside again to go backward."""
+    """From now on, packed_states keeps the input of each layer only, and computes its inside again to go
+    backward."""
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.gradient_checkpointing = True
@@ -231,39 +256,43 @@ def checkpoint_layers(model: PreTrainedModel):
 
 
 def save_vlm(vlm: VLM, path: str):
-    """Write an ordinary checkpoint folder. It appears under its name only when it is whole."""
+    """Write an ordinary checkpoint folder. It appears under its name only when all of it is on the disk."""
     unfinished = Path(f"{path}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     vlm.model.save_pretrained(unfinished)
     vlm.processor.save_pretrained(unfinished)
-    if not hasattr(vlm.processor, "video_processor"):              # so that AutoProcessor, with torchvision, loads it too
-        (unfinished / "video_preprocessor_config.json").write_text(json.dumps(vlm.processor.image_processor.to_dict()))
+    if not hasattr(vlm.processor, "video_processor"):      # so that AutoProcessor, with torchvision, loads it
+        settings = json.dumps(vlm.processor.image_processor.to_dict())
+        (unfinished / "video_preprocessor_config.json").write_text(settings)
     unfinished.rename(path)
 
 
 def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list[int], list[int]]:
     """(stop_ids, banned_ids). The first stop id is the one that ends an assistant turn of the chat template.
 
-    Banned is every special token that does not end a response (image, video and turn markers, padding), and every row
-    of the embedding that the tokenizer has no text for (vocabularies are padded to round sizes).
+    Banned is every special token that does not end a response (image, video and turn markers, padding), and
+    every row of the embedding that the tokenizer has no text for (vocabularies are padded to round sizes).
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     stops = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    stops = list(dict.fromkeys([tokenizer.eos_token_id] + (stops if isinstance(stops, list) else [stops])))
+    stops = stops if isinstance(stops, list) else [stops]
+    stops = list(dict.fromkeys([tokenizer.eos_token_id, *stops]))              # each once, in this order
     turns = [{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant")]
-    end = tokenizer(render(processor, turns).rsplit("assistant", 1)[1]).input_ids            # what follows a reply
-    stops.sort(key=lambda i: end.index(i) if i in end else len(end))           # Gemma: <end_of_turn> before <eos>
+    end = tokenizer(render(processor, turns).rsplit("assistant", 1)[1]).input_ids       # what follows a reply
+    stops.sort(key=lambda i: end.index(i) if i in end else len(end))       # Gemma: <end_of_turn> before <eos>
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    named = {i for name in ("image_token_id", "video_token_id") if (i := getattr(model.config, name, None)) is not None}
+    named = {getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")} - {None}
     unused = range(len(tokenizer), model.get_output_embeddings().out_features)
     return stops, sorted((special | named | set(unused)) - set(stops))
 
 
 def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: bool = False) -> str:
-    """Chat turns, whose content is a list of image and text parts, as the text that the model's chat template makes."""
+    """Chat turns, whose content is a list of image and text parts, as the text that the model's chat template
+    makes."""
     tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None:                                          # a language model: its template wants strings
-        tokenizer, turns = processor, [{**t, "content": "".join(part["text"] for part in t["content"])} for t in turns]
+    if tokenizer is None:                                       # a language model: its template wants strings
+        tokenizer = processor
+        turns = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns]
     return tokenizer.apply_chat_template(turns, chat_template=processor.chat_template, tokenize=False,
                                          add_generation_prompt=add_generation_prompt)
 
@@ -275,9 +304,11 @@ MARK = "<image>"                                                   # where in a 
 
 
 def chat_turns(question: str, images: int, history: tuple[tuple[str, str], ...] = ()) -> list[dict]:
-    """Chat messages of earlier (question, answer) pairs and a question; {"type": "image"} stands for each image.
+    """Chat messages of earlier (question, answer) pairs and a question; {"type": "image"} stands for each
+    image.
 
-    An image stands where MARK says so; without marks all stand first. UserError when there are too many or too few.
+    An image stands where MARK says so; without marks all stand first. UserError when there are too many or
+    too few.
     """
     texts = [asked for asked, _ in history] + [question]
     marks = sum(text.count(MARK) for text in texts)
@@ -285,9 +316,15 @@ def chat_turns(question: str, images: int, history: tuple[tuple[str, str], ...] 
         raise UserError(f"the question {question[:80]!r} marks {marks} places with {MARK}, for {images} images")
     turns = []
     for i, text in enumerate(texts):
-        pieces = ([""] * images if i == 0 and not marks else []) + text.split(MARK)
-        content = [part for j, piece in enumerate(pieces) for part in
-                   [{"type": "image"}] * (j > 0) + [{"type": "text", "text": piece.strip("\n")}] * bool(piece.strip())]
+        pieces = text.split(MARK)
+        if i == 0 and marks == 0:
+            pieces = [""] * images + pieces
+        content = []
+        for j, piece in enumerate(pieces):
+            if j > 0:
+                content.append({"type": "image"})
+            if piece.strip():
+                content.append({"type": "text", "text": piece.strip("\n")})
         turns.append({"role": "user", "content": content})
         if i < len(history):
             turns.append({"role": "assistant", "content": [{"type": "text", "text": history[i][1]}]})
@@ -295,9 +332,11 @@ def chat_turns(question: str, images: int, history: tuple[tuple[str, str], ...] 
 
 
 def encode(vlm: VLM, question: str, images: list[Image.Image], history: tuple[tuple[str, str], ...] = ()) -> Prompt:
-    """Chat prompt that ends in a user's question, after the earlier turns of `history`. Images of any sizes, or none.
+    """Chat prompt that ends in a user's question, after the earlier turns of `history`. Images of any sizes,
+    or none.
 
-    Raises UserError when a text spells one of the model's image tokens: it would be counted as one more image.
+    Raises UserError when a text spells one of the model's image tokens: it would be counted as one more
+    image.
     """
     turns = chat_turns(question, len(images), history)
     for token in image_tokens(vlm.processor):
@@ -307,7 +346,8 @@ def encode(vlm: VLM, question: str, images: list[Image.Image], history: tuple[tu
     inputs = vlm.processor(text=[text], **({"images": images} if images else {}), return_tensors="pt",
                            add_special_tokens=needs_bos(vlm.tokenizer, text))
     ids = inputs.pop("input_ids")                                  # (1, P)
-    images = {name: x for name, x in inputs.items() if name not in ("attention_mask", "mm_token_type_ids", "token_type_ids")}
+    of_text = ("attention_mask", "mm_token_type_ids", "token_type_ids")
+    images = {name: x for name, x in inputs.items() if name not in of_text}
     positions = torch.arange(ids.shape[1])[None]
     if hasattr(vlm.trunk, "get_rope_index"):
         is_image = (ids == vlm.model.config.image_token_id).int()
@@ -317,14 +357,17 @@ def encode(vlm: VLM, question: str, images: list[Image.Image], history: tuple[tu
 
 
 def needs_bos(tokenizer, text: str) -> bool:
-    """Whether the tokenizer should still put its beginning-of-text token first: some chat templates have written it."""
+    """Whether the tokenizer should still put its beginning-of-text token first: some chat templates have
+    written it."""
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
-    """Responses that came as text (a teacher's, a ground truth) as tokens of this model: text, then the stop token.
+    """Responses that came as text (a teacher's, a ground truth) as tokens of this model: text, then the stop
+    token.
 
-    `split_special_tokens` reads everything as plain text, so no response can spell an image token or end its own turn.
+    `split_special_tokens` reads everything as plain text, so no response can spell an image token or end its
+    own turn.
     """
     rows = vlm.tokenizer(sum(texts, []), add_special_tokens=False, split_special_tokens=True).input_ids
     return as_outputs(texts, [torch.tensor(row + vlm.stop_ids[:1], device=vlm.device) for row in rows])
@@ -332,16 +375,18 @@ def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
 
 def as_outputs(texts: list[list[str]], rows: list[Tensor]) -> Outputs:
     """B lists of K texts, and the ids of each, as Outputs."""
-    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)   # (B * K, R)
-    return Outputs(texts, pad_sequence(rows, batch_first=True).unflatten(0, (len(texts), -1)),
-                   mask.unflatten(0, (len(texts), -1)))
+    ids = pad_sequence(rows, batch_first=True)                                               # (B K, R)
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+    return Outputs(texts, ids.unflatten(0, (len(texts), -1)), mask.unflatten(0, (len(texts), -1)))
 
 
 def images_of(trunk, prompts: list[Prompt]) -> dict[str, Tensor]:
     """The images of some prompts as one batch, in the order of the prompts, on the device of the model."""
-    names = {name for p in prompts for name in p.images}
-    images = {name: stack([p.images[name] for p in prompts if name in p.images]).to(trunk.device) for name in names}
-    return {name: x.to(trunk.dtype) if x.is_floating_point() else x for name, x in images.items()}
+    images = {}
+    for name in {name for p in prompts for name in p.images}:
+        x = stack([p.images[name] for p in prompts if name in p.images]).to(trunk.device)
+        images[name] = x.to(trunk.dtype) if x.is_floating_point() else x
+    return images
 
 
 def position_ids(positions: Tensor) -> Tensor:
@@ -354,7 +399,8 @@ def position_ids(positions: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample (the paper's values). temperature 0 is greedy; top_k 0, top_p 1, repetition_penalty 1 are off."""
+    """How to sample (the paper's values). temperature 0 is greedy; top_k 0, top_p 1, repetition_penalty 1 are
+    off."""
     temperature: float = 1.0
     top_p: float = 0.95
     top_k: int = 50
@@ -363,11 +409,12 @@ class Sampling:
 
 
 def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
-    """One token per row: logits (N, V), seen (N, V) bool marks tokens of the prompt and the response so far -> (N,).
+    """One token per row: logits (N, V), seen (N, V) bool marks tokens of the prompt and the response so far
+    -> (N,).
 
-    noise (N,) in [0, 1) says which: the token at that place of the cumulative distribution. So a response is a function
-    of its own noise, whatever else is in the batch. Filters in the order of transformers' generate: repetition penalty,
-    temperature, top-k, top-p.
+    noise (N,) in [0, 1) says which: the token at that place of the cumulative distribution. So a response is
+    a function of its own noise, whatever else is in the batch. Filters in the order of transformers'
+    generate: repetition penalty, temperature, top-k, top-p.
     """
     if sampling.repetition_penalty != 1:                           # towards less likely, whatever the sign
         penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
@@ -377,7 +424,7 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> T
     k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     probs, tokens = (logits / sampling.temperature).topk(k)        # (N, k), likeliest first
     probs = probs.softmax(-1)
-    kept = probs.cumsum(-1) - probs < sampling.top_p               # mass of the likelier tokens: the first always stays
+    kept = probs.cumsum(-1) - probs < sampling.top_p     # mass of the likelier tokens: the first always stays
     mass = (probs * kept).cumsum(-1)
     place = (mass <= noise[:, None] * mass[:, -1:]).sum(-1).minimum(kept.sum(-1) - 1)        # rounding may overshoot
     return tokens.gather(-1, place[:, None]).squeeze(-1)
@@ -385,16 +432,20 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> T
 
 def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampling, generator=None,
              slots: int | None = None, noise: Iterable[Tensor] | None = None) -> Outputs:
-    """Sample num_samples = G responses to each prompt: text, ids (B, G, R), mask (B, G, R) with the stop token in it.
+    """Sample num_samples = G responses to each prompt: text, ids (B, G, R), mask (B, G, R) with the stop
+    token in it.
 
-    A response that reaches max_new_tokens ends there, without a stop token. `generator`: a torch.Generator on the
-    device of the model, or None for the global one; or else `noise`, drawn elsewhere, as `stream` takes it. `slots`:
-    responses in progress at a time, None for all at once; what comes out does not depend on it.
+    A response that reaches max_new_tokens ends there, without a stop token. `generator`: a torch.Generator on
+    the device of the model, or None for the global one; or else `noise`, drawn elsewhere, as `stream` takes
+    it. `slots`: responses in progress at a time, None for all at once; what comes out does not depend on it.
     """
-    noise = noise or (torch.rand(num_samples, sampling.max_new_tokens, device=vlm.device, generator=generator) for _ in prompts)
-    done = dict(stream(vlm, prompts, noise, num_samples, sampling, slots or len(prompts) * num_samples))
+    if noise is None:
+        shape = (num_samples, sampling.max_new_tokens)
+        noise = (torch.rand(shape, device=vlm.device, generator=generator) for _ in prompts)
+    slots = slots or len(prompts) * num_samples
+    done = dict(stream(vlm, prompts, noise, num_samples, sampling, slots))
     rows = [done[b] for b in range(len(prompts))]
-    return as_outputs([decode(vlm, row) for row in rows], sum(rows, []))
+    return as_outputs([decode(vlm, row) for row in rows], [ids for row in rows for ids in row])
 
 
 def decode(vlm: VLM, responses: list[Tensor]) -> list[str]:
@@ -405,30 +456,33 @@ def decode(vlm: VLM, responses: list[Tensor]) -> list[str]:
 @torch.no_grad()
 def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_samples: int, sampling: Sampling,
            slots: int) -> Iterator[tuple[int, list[Tensor]]]:
-    """Sample G responses to each of any number of prompts; yields (number of the prompt, G tensors of ids), as they end.
+    """Sample G responses to each of any number of prompts; yields (number of the prompt, G tensors of ids),
+    as they end.
 
-    noise: for each prompt uniform numbers (G, max_new_tokens), one a token. Continuous batching: a response that ends
-    gives its slot to the next in line, and prompts are read only when it is their turn, so the batch stays full and
-    memory does not grow with their number. When none is left, the batch shrinks with the responses that still run.
+    noise: for each prompt uniform numbers (G, max_new_tokens), one a token. Continuous batching: a response
+    that ends gives its slot to the next in line, and prompts are read only when it is their turn, so the
+    batch stays full and memory does not grow with their number. When none is left, the batch shrinks with the
+    responses that still run.
 
-    What that saves against a call per batch that pads and repeats (B prompts of P tokens, G responses of r on average and
-    R at most): prefill B P tokens, not B G P; decode B G (r + 1), not B G R.
+    What that saves against a call per batch that pads and repeats (B prompts of P tokens, G responses of r on
+    average and R at most): prefill B P tokens, not B G P; decode B G (r + 1), not B G R.
     """
     line, G = enumerate(zip(prompts, noise)), num_samples
-    table, ready, owners, done = Slots(vlm, sampling, slots), deque(), [], {}
+    table, ready, owners, done = Slots(vlm, sampling, slots), deque(), [], defaultdict(dict)
     while True:
-        while len(owners) < slots:
-            if not ready:                                          # prefill the next prompts, once each
+        while len(owners) < slots:                                 # owners[s]: whose response slot s holds
+            if not ready:
                 block = None                                       # frees the last ones' cache
-                ahead = list(islice(line, max(1, slots // G)))
+                ahead = list(islice(line, max(1, slots // G)))     # prefill the next prompts, once each
                 if not ahead:
                     break
                 block = prefill(vlm, [prompt for _, (prompt, _) in ahead])
-                chances = torch.cat([chance for _, (_, chance) in ahead])                    # (prompts * G, R)
-                ready.extend((b, g, i * G + g) for i, (b, _) in enumerate(ahead) for g in range(G))
+                block_noise = torch.cat([own for _, (_, own) in ahead])                      # (prompts G, R)
+                for i, (b, _) in enumerate(ahead):
+                    ready.extend((b, g, i * G + g) for g in range(G))
             starting = [ready.popleft() for _ in range(min(slots - len(owners), len(ready)))]
             which = torch.tensor([i for _, _, i in starting], device=vlm.device)
-            table.start(len(owners), block, which // G, chances[which])
+            table.start(len(owners), block, which // G, block_noise[which])
             owners += [(b, g) for b, g, _ in starting]
         if not owners:
             return
@@ -436,75 +490,132 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
         for s, end in enumerate(ends):
             if end:
                 b, g = owners[s]
-                done.setdefault(b, {})[g] = table.rows["ids"][s, :end].clone()
+                done[b][g] = table.rows["ids"][s, :end].clone()
                 if len(done[b]) == G:
                     yield b, [done[b][g] for g in range(G)]
                     del done[b]
-        # the last that still run move into the slots that are free now, so that the running ones stay together
-        running = [s for s, end in enumerate(ends) if not end]
-        free = [s for s, end in enumerate(ends[:len(running)]) if end]
-        table.move(running[len(running) - len(free):], free)
-        for s, source in zip(free, running[len(running) - len(free):]):
-            owners[s] = owners[source]
-        del owners[len(running):]
+        owners = close_gaps(table, owners, ends)
 
 
-class Slots:
-    """Responses in progress, each in a slot of memory that is allocated once: the KV cache, and the state of sampling.
+def close_gaps(table, owners: list[tuple[int, int]], ends: list[int]) -> list[tuple[int, int]]:
+    """Move the last responses that still run into the slots that are free now, so that the running ones are
+    the first."""
+    running = [s for s, end in enumerate(ends) if not end]
+    free = [s for s, end in enumerate(ends[:len(running)]) if end]
+    sources = running[len(running) - len(free):]
+    table.move(sources, free)
+    for source, target in zip(sources, free):
+        owners[target] = owners[source]
+    return owners[:len(running)]
 
-    Slot s holds the keys and values of [prompt | response so far] in its first columns, without padding. A decode step is
-    then the same work on the same memory whatever the responses are at, and on CUDA it is recorded once for each number of
-    slots (halves of the whole) and replayed as a graph: a small step is otherwise spent on launching its kernels.
+
+class SlotCache:
+    """The KV cache that transformers sees in a decode step: slots in memory that is allocated once.
+
+    Slot s holds the keys and values of [prompt | response so far] in its first columns, without padding. A
+    step writes the new token's into the column `column`, (n, 1), of each of the first n slots, and attends to
+    the first `columns` columns; the mask hides what a slot does not use of them.
     """
 
-    stride = None                                                  # tokens between two looks of the host
+    def __init__(self):
+        self.keys, self.values, self.column, self.columns = [], [], None, 0  # (slots, heads, room, w) a layer
 
-    def __init__(self, vlm: VLM, sampling: Sampling, size: int):
-        self.vlm, self.sampling, self.size, self.rows, self.graphs = vlm, sampling, size, {}, {}
-        self.stride = self.stride or (1 if vlm.device.type == "cpu" else 8)
-        self.banned = torch.tensor(vlm.banned_ids, device=vlm.device, dtype=torch.long)
-        self.stops = torch.tensor(vlm.stop_ids, device=vlm.device)
+    @property
+    def room(self) -> int:
+        """How many columns there are."""
+        return self.keys[0].shape[2] if self.keys else 0
 
-    def start(self, first: int, block: dict[str, Tensor], which: Tensor, noise: Tensor):
-        """Fill the slots from `first` on, each from row which[i] of what `prefill` returned; noise (N, max_new_tokens)."""
-        N, R = noise.shape
-        room = block["key 0"].shape[2] + R                         # columns that the longest may come to need
-        none = torch.zeros_like(block["token"])
-        for name, x in (block | {"noise": noise, "ids": none.expand(-1, R + 1), "count": none, "end": none}).items():
-            cache, old = x.dim() == 4, self.rows.get(name)
-            if old is None or cache and old.shape[2] < room:       # the first prompts, or longer ones than any before
-                self.graphs.clear()                                # they write to the old memory
-                self.rows[name] = x.new_zeros(self.size, *((x.shape[1], room, x.shape[3]) if cache else x.shape[1:]))
-                if old is not None:
-                    self.rows[name][:, :, :old.shape[2]] = old
-            into = self.rows[name][first:first + N]
-            (into[:, :, :x.shape[2]] if cache else into).copy_(x if x is noise else x[which])
+    def make_room(self, slots: int, block: "Prefilled", room: int) -> bool:
+        """Allocate memory like the block's for `slots` slots, or give each more columns; whether the memory
+        has moved."""
+        if self.room >= room:
+            return False
+        for own, given in ((self.keys, block.keys), (self.values, block.values)):
+            for layer, x in enumerate(given):
+                larger = x.new_zeros(slots, x.shape[1], room, x.shape[3])
+                if layer < len(own):
+                    larger[:, :, :own[layer].shape[2]] = own[layer]
+                    own[layer] = larger
+                else:
+                    own.append(larger)
+        return True
+
+    def fill(self, first: int, block: "Prefilled", which: Tensor):
+        """Copy the rows which (N,) of the block into the slots from `first` on."""
+        for own, given in ((self.keys, block.keys), (self.values, block.values)):
+            for mine, x in zip(own, given):
+                mine[first:first + len(which), :, :x.shape[2]].copy_(x[which])
 
     def move(self, sources: list[int], targets: list[int]):
         """Copy slots over others."""
-        if sources:
-            for x in self.rows.values():
-                x[targets] = x[sources]
+        for x in (*self.keys, *self.values):
+            x[targets] = x[sources]
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
-        """What transformers' attention asks of a cache: keep (n, heads, 1, w), return (n, heads, columns, w)."""
-        column = self.rows["column"][:len(key), :, None, None].expand_as(key)
-        return tuple(self.rows[f"{name} {layer}"][:len(key)].scatter_(2, column, x)[:, :, :self.columns]
-                     for name, x in (("key", key), ("value", value)))
+        """What transformers' attention calls: keep (n, heads, 1, w), return (n, heads, columns, w)."""
+        n, at = len(key), self.column[:, :, None, None].expand_as(key)
+        keys = self.keys[layer][:n].scatter_(2, at, key)
+        values = self.values[layer][:n].scatter_(2, at, value)
+        return keys[:, :, :self.columns], values[:, :, :self.columns]
 
     def get_seq_length(self, *_) -> int:
         """Not zero: this is no prefill. (Where tokens stand is told by position_ids and the mask.)"""
         return 1
 
-    def advance(self, live: int) -> list[int]:
-        """Decode a few tokens in the first `live` slots; the length of each response that has ended, 0 for others.
 
-        Off the CPU the host looks only every `stride` tokens, as each look makes it wait for the device. What a response
-        that has ended adds till then is not read.
+class Slots:
+    """The state of sampling of responses in progress, one in each slot; their keys and values are in `cache`.
+
+    rows, each with a row a slot: token, the last one; its position (A) and column (1) in the cache; seen (V),
+    the tokens that there were; count, of tokens sampled; ids (R + 1), these tokens; noise (R); end, the
+    length once it has ended.
+
+    A decode step is the same work on the same memory whatever the responses are at. On CUDA it is recorded
+    once for each number of slots (halves of all) and replayed as a graph: a small step is otherwise spent on
+    launching its kernels.
+    """
+
+    stride = None                                                  # tokens between two looks of the host
+
+    def __init__(self, vlm: VLM, sampling: Sampling, size: int):
+        self.vlm, self.sampling, self.size = vlm, sampling, size
+        self.rows, self.cache, self.graphs = {}, SlotCache(), {}
+        self.stride = self.stride or (1 if vlm.device.type == "cpu" else 8)
+        self.banned = torch.tensor(vlm.banned_ids, device=vlm.device, dtype=torch.long)
+        self.stops = torch.tensor(vlm.stop_ids, device=vlm.device)
+
+    def start(self, first: int, block: "Prefilled", which: Tensor, noise: Tensor):
+        """Fill the slots from `first` on, each from row which[i] of the block; noise (N, max_new_tokens)."""
+        N, R = noise.shape
+        longest = block.keys[0].shape[2] + R                       # columns that the longest may come to need
+        if self.cache.make_room(self.size, block, longest):
+            self.graphs.clear()                                    # they write to the old memory
+        self.cache.fill(first, block, which)
+        zero = torch.zeros_like(block.token[which])                # (N, 1)
+        starts = {"token": block.token[which], "position": block.position[which], "column": block.column[which],
+                  "seen": block.seen[which], "noise": noise, "ids": zero.expand(-1, R + 1), "count": zero, "end": zero}
+        for name, x in starts.items():
+            if name not in self.rows:
+                self.rows[name] = x.new_zeros(self.size, *x.shape[1:])
+            self.rows[name][first:first + N].copy_(x)
+
+    def move(self, sources: list[int], targets: list[int]):
+        """Copy slots over others."""
+        if sources:
+            self.cache.move(sources, targets)
+            for x in self.rows.values():
+                x[targets] = x[sources]
+
+    def advance(self, live: int) -> list[int]:
+        """Decode a few tokens in the first `live` slots; the length of each response that has ended, 0 for
+        others.
+
+        Off the CPU the host looks only every `stride` tokens, as each look makes it wait for the device. What
+        a response that has ended adds till then is not read.
         """
-        n, self.columns = live, self.rows["key 0"].shape[2]
-        if self.stride == 1:                                       # looking is free: take just the rows and columns in use
-            self.columns = int(self.rows["column"][:live].max()) + 1
+        n, self.cache.columns = live, self.cache.room
+        if self.stride == 1:                                       # looking is free: take just what is in use
+            self.cache.columns = int(self.rows["column"][:live].max()) + 1
         else:
             n = self.size
             while n // 2 >= live:
@@ -512,14 +623,15 @@ class Slots:
         for _ in range(self.stride):
             if n in self.graphs:
                 self.graphs[n].replay()
-            else:
-                self.step(n)                                       # also the warm-up that a recording needs
-                if self.vlm.device.type == "cuda" and self.vlm.capture:
-                    self.capture(n)
+                continue
+            self.step(n)                                           # also the warm-up that a recording needs
+            if self.vlm.device.type == "cuda" and self.vlm.capture:
+                self.capture(n)
         return self.rows["end"][:live, 0].tolist()
 
     def capture(self, n: int):
-        """Record a decode step of n slots. A model that cannot be recorded is decoded as on the CPU, and that is said."""
+        """Record a decode step of n slots. A model that cannot be recorded is decoded as on the CPU, and that
+        is said."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -532,59 +644,76 @@ class Slots:
     def step(self, n: int):
         """One token in each of the first n slots, all in place and without waiting for the device."""
         r, R = {name: x[:n] for name, x in self.rows.items()}, self.sampling.max_new_tokens
-        back = r["column"] - torch.arange(self.columns, device=self.vlm.device)              # (n, columns)
+        self.cache.column = r["column"]
+        back = r["column"] - torch.arange(self.cache.columns, device=self.vlm.device)        # (n, columns)
         attention = attention_masks(self.vlm.trunk, (back >= 0)[:, None], back[:, None])
         states = self.vlm.trunk(input_ids=r["token"], position_ids=position_ids(r["position"][:, None]), use_cache=True,
-                                attention_mask=attention, past_key_values=self).last_hidden_state
-        logits = self.vlm.model.get_output_embeddings()(states[:, -1]).float().index_fill_(1, self.banned, -torch.inf)
+                                attention_mask=attention, past_key_values=self.cache).last_hidden_state   # (n, 1, d)
+        logits = self.vlm.model.get_output_embeddings()(states[:, -1]).float()               # (n, V)
+        logits = logits.index_fill_(1, self.banned, -torch.inf)
         noise = r["noise"].gather(1, r["count"].clamp(max=R - 1))
-        token = sample(logits, r["seen"], self.sampling, noise[:, 0])[:, None]
+        token = sample(logits, r["seen"], self.sampling, noise[:, 0])[:, None]               # (n, 1)
+
         r["ids"].scatter_(1, r["count"], token)
         r["seen"].scatter_(1, token, True)
         r["token"].copy_(token)
         r["position"].add_(1)
-        r["column"].add_(1).clamp_(max=self.rows["key 0"].shape[2] - 1)
+        r["column"].add_(1).clamp_(max=self.cache.room - 1)
         r["count"].add_(1)
         ended = (token == self.stops).any(1, keepdim=True) | (r["count"] == R)
         r["end"].copy_(torch.where(ended & (r["end"] == 0), r["count"], r["end"]))
         r["count"].clamp_(max=R)
 
 
-def prefill(vlm: VLM, prompts: list[Prompt]) -> dict[str, Tensor]:
-    """Read prompts once; what a slot needs to go on from each, one row a prompt: the keys and values of each layer
-    (B, heads, P, w), and the last token, its column, its position, and the tokens seen (B, V)."""
+@dataclass
+class Prefilled:
+    """What slots need to go on from B prompts of up to P tokens, one row a prompt."""
+    keys: list[Tensor]                                             # of each layer, (B, heads, P, w)
+    values: list[Tensor]
+    token: Tensor                                          # (B, 1): the last one, which has not been read yet
+    column: Tensor                                                 # (B, 1): where it stands in the cache
+    position: Tensor                                               # (B, A)
+    seen: Tensor                                                   # (B, V) bool: the tokens of the prompt
+
+
+def prefill(vlm: VLM, prompts: list[Prompt]) -> Prefilled:
+    """Read prompts once. They are padded on the right, where no real token sees it."""
     trunk, cache = vlm.trunk, DynamicCache()
-    def pad(rows):                                                 # on the right, where no real token sees it
+
+    def pad(rows):
         return pad_sequence(rows, batch_first=True).to(vlm.device)
-    ids, mask = pad([p.ids for p in prompts]), pad([torch.ones_like(p.ids, dtype=torch.bool) for p in prompts])      # (B, P)
-    positions = pad([p.positions.T for p in prompts])              # (B, P, A)
-    types = {"token_type_ids": (ids == vlm.model.config.image_token_id).long()} if sees_images_whole(trunk) else {}
+    ids = pad([p.ids for p in prompts])                                                      # (B, P)
+    mask = pad([torch.ones_like(p.ids, dtype=torch.bool) for p in prompts])
+    positions = pad([p.positions.T for p in prompts])                                        # (B, P, A)
+    types = {}
+    if sees_image_both_ways(trunk):
+        types = {"token_type_ids": (ids == vlm.model.config.image_token_id).long()}
     trunk(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(positions), use_cache=True,
           past_key_values=cache, **types, **images_of(trunk, prompts))
-    seen = torch.zeros(len(ids), vlm.model.get_output_embeddings().out_features, dtype=torch.bool, device=vlm.device)
+    vocabulary = vlm.model.get_output_embeddings().out_features
+    seen = torch.zeros(len(ids), vocabulary, dtype=torch.bool, device=vlm.device)
     seen.scatter_(1, torch.where(mask, ids, ids[:, :1]), True)     # padding is no token: the first stands in for it
-    last = mask.sum(1, keepdim=True) - 1                           # (B, 1)
-    rows = {"token": ids.gather(1, last), "column": last, "seen": seen, "position": positions[range(len(ids)), last[:, 0]]}
-    for i, layer in enumerate(cache.layers):
-        rows |= {f"key {i}": layer.keys, f"value {i}": layer.values}
-    return rows
+    last = mask.sum(1, keepdim=True) - 1                                                     # (B, 1)
+    return Prefilled([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers],
+                     ids.gather(1, last), last, positions[range(len(ids)), last[:, 0]], seen)
 
 
 # ---------------------------------------------------------------------------------------------- score
 
 
 ATTENTION = ("full_attention", "sliding_attention")                # kinds of layers that packing knows
-ROW = 128                                                          # tokens of a row that short questions share
+ROW = 128                                                         # tokens of a row that short questions share
 
 
-def sees_images_whole(trunk) -> bool:
-    """Whether a token of an image sees the later tokens of the same image, as in Gemma 3 (told by its argument)."""
+def sees_image_both_ways(trunk) -> bool:
+    """Whether a token of an image sees the later tokens of the same image, as in Gemma 3 (told by its
+    argument)."""
     return "token_type_ids" in inspect.signature(trunk.forward).parameters
 
 
 def attention_masks(trunk, visible: Tensor, back: Tensor) -> Tensor | dict[str, Tensor]:
-    """What is visible, (B, Q, L) bool, as the additive mask (B, 1, Q, L) that attention wants; where some layers see only
-    a window of so many places `back` (of the same shape), as a mask per kind of layer."""
+    """What is visible, (B, Q, L) bool, as the additive mask (B, 1, Q, L) that attention wants; where some
+    layers see only a window of so many places `back` (of the same shape), as a mask per kind of layer."""
     def additive(visible):
         mask = torch.zeros(visible.shape, dtype=trunk.dtype, device=visible.device)
         return mask.masked_fill_(~visible, torch.finfo(trunk.dtype).min)[:, None]
@@ -595,16 +724,18 @@ def attention_masks(trunk, visible: Tensor, back: Tensor) -> Tensor | dict[str, 
 
 
 def packed_mask(trunk, question: Tensor, owner: Tensor, place: Tensor, tokens: Tensor):
-    """Attention mask of packed rows. question (B, L): which question a token belongs to, -1 for padding; owner: 0 for
-    tokens of its prompt, k for tokens of its o_k; place: where the token stands in the text [prompt | o_k].
+    """Attention mask of packed rows. question (B, L): which question a token belongs to, -1 for padding;
+    owner: 0 for tokens of its prompt, k for tokens of its o_k; place: where the token stands in the text
+    [prompt | o_k].
 
-    A token sees the prompt of its question and its own response, as far as it has come. (Padding sees padding: attention
-    over nothing is not a number.) Where images are seen whole, the tokens of one image also see each other.
+    A token sees the prompt of its question and its own response, as far as it has come. (Padding sees
+    padding: attention over nothing is not a number.) Where images are seen both ways, the tokens of one image
+    also see each other.
     """
-    back = place[:, :, None] - place[:, None]                      # (B, L, L): how far the key lies behind the query
+    back = place[:, :, None] - place[:, None]               # (B, L, L): how far the key lies behind the query
     asks, seen = owner[:, :, None], owner[:, None]
     visible = (question[:, :, None] == question[:, None]) & ((asks == seen) | (seen == 0)) & (back >= 0)
-    if sees_images_whole(trunk):
+    if sees_image_both_ways(trunk):
         is_image = tokens == trunk.config.image_token_id
         starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
         run = starts.cumsum(1) * is_image
@@ -613,7 +744,8 @@ def packed_mask(trunk, question: Tensor, owner: Tensor, place: Tensor, tokens: T
 
 
 def micro_batches(sizes: list[int], budget: int) -> list[slice]:
-    """Cut questions of so many tokens each into runs of at most `budget` tokens, at least one question to a run."""
+    """Cut questions of so many tokens each into runs of at most `budget` tokens, at least one question to a
+    run."""
     cuts, total = [0], 0
     for i, size in enumerate(sizes):
         if total + size > budget and i > cuts[-1]:
@@ -629,37 +761,57 @@ def packed_sizes(prompts: list[Prompt], mask: Tensor) -> list[int]:
 
 
 def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Last-layer states of prompts and responses (B, K, R), computed in packed rows [prompt | o_1 | ... | o_K].
+    """Last-layer states of prompts and responses (B, K, R), computed in packed rows [prompt | o_1 | ... |
+    o_K].
 
-    Short questions share a row, of up to ROW tokens: a long row pads less, but every token of it is compared with every
-    other. Positions restart after the prompt for each response, so each is computed as if it were alone.
-    Returns the states of all tokens (T, d); and, for the N response tokens in the order of mask.nonzero(), their indices
-    in it (N,), and those of the tokens before them (N,), whose states predict them.
+    A prompt of tokens a b c, with responses d e and f, is the row
+
+        token             a  b  c  d  e  f
+        owner             0  0  0  1  1  2       0 the prompt, k the response o_k
+        place, position   0  1  2  3  4  3       every response begins right after the prompt
+        is seen by        a to f, b to f, c to f, d e, e, f
+        is predicted by   -  a  b  c  d  c       the prompt's last state predicts each first token
+
+    so each response is computed as if it were alone behind the prompt. Short questions share a row, of up to
+    ROW tokens: a longer row pads less, but every token of it is compared with every other.
+
+    Returns the states of all tokens (T, d); and, for the N response tokens in the order of mask.nonzero(),
+    their indices in it (N,), and those of the tokens that predict them (N,).
     """
     device, lengths, sizes = ids.device, [len(p.ids) for p in prompts], packed_sizes(prompts, mask)
     rows = [range(len(sizes))[run] for run in micro_batches(sizes, max(ROW, *sizes))]
-    L = max(sum(sizes[b] for b in row) for row in rows)
-    starts = [r * L + sum(sizes[row[0]:b]) for r, row in enumerate(rows) for b in row]       # in the flattened rows
-    start, P = torch.tensor(starts, device=device), torch.tensor(lengths, device=device)
-    b, k, r = mask.nonzero(as_tuple=True)                          # (N,) each: token r of response k to question b
-    count = mask.sum((1, 2))
-    at = start[b] + P[b] + torch.arange(len(b), device=device) - (count.cumsum(0) - count)[b]
-    before = torch.where(r == 0, start[b] + P[b] - 1, at - 1)
-    within = torch.cat([torch.arange(n, device=device) for n in lengths])                    # of the prompts' tokens
+    L = max(sum(sizes[b] for b in row) for row in rows)                                      # tokens of a row
+    starts = []                                             # where each question begins, rows laid end to end
+    for number, row in enumerate(rows):
+        starts += [number * L + sum(sizes[row[0]:b]) for b in row]
+    start, P = torch.tensor(starts, device=device), torch.tensor(lengths, device=device)     # (B,)
+
+    # where each token stands: of the prompts' first, then of the responses'
+    within = torch.cat([torch.arange(n, device=device) for n in lengths])                    # (sum of P,)
     of = torch.arange(len(prompts), device=device).repeat_interleave(P)
+    b, k, r = mask.nonzero(as_tuple=True)                     # (N,) each: token r of response k to question b
+    count = mask.sum((1, 2))
+    number = torch.arange(len(b), device=device) - (count.cumsum(0) - count)[b]          # within its question
+    at = start[b] + P[b] + number
+    before = torch.where(r == 0, start[b] + P[b] - 1, at - 1)
     everywhere = torch.cat([start[of] + within, at])
 
     def lay(prompt_tokens, response_tokens, empty=0):              # -> (rows, L, ...)
         x = response_tokens.new_full((len(rows) * L, *response_tokens.shape[1:]), empty)
         return x.index_copy(0, everywhere, torch.cat([prompt_tokens, response_tokens])).unflatten(0, (-1, L))
+
+    tokens = lay(torch.cat([p.ids for p in prompts]).to(device), ids[mask])
+    question, owner, place = lay(of, b, -1), lay(0 * of, k + 1), lay(within, P[b] + r)
+    attention = packed_mask(trunk, question, owner, place, tokens)
     positions = torch.cat([p.positions for p in prompts], dim=1).T.to(device)                # (sum of P, A)
     last = positions[P.cumsum(0) - 1]                              # (B, A): responses go on from there
-    tokens = lay(torch.cat([p.ids for p in prompts]).to(device), ids[mask])
-    attention = packed_mask(trunk, lay(of, b, -1), lay(0 * of, k + 1), lay(within, P[b] + r), tokens)
-    for layer in trunk.modules():                                  # layers checkpoint in training mode only; what is
-        layer.training = torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)   # in them stays out
-    states = trunk(input_ids=tokens, position_ids=position_ids(lay(positions, last[b] + 1 + r[:, None])), use_cache=False,
-                   attention_mask=attention, **images_of(trunk, prompts)).last_hidden_state  # (rows, L, d)
+    positions = position_ids(lay(positions, last[b] + 1 + r[:, None]))
+
+    # layers checkpoint in training mode only; what is inside of them (dropout) stays out of it
+    for layer in trunk.modules():
+        layer.training = torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)
+    states = trunk(input_ids=tokens, position_ids=positions, use_cache=False, attention_mask=attention,
+                   **images_of(trunk, prompts)).last_hidden_state                            # (rows, L, d)
     trunk.eval()
     return states.flatten(0, 1), at, before
 
@@ -667,40 +819,53 @@ def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tu
 def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float = 1.0) -> Tensor:
     """Log-probability of every response token, (B, K, R) float32, zero where padded. Differentiable.
 
-    temperature is the one the policy samples with: the ratio must compare the distributions that were sampled from.
-    (Top-k, top-p and the penalty are left out of it, as is usual: teachers' tokens may lie outside of them.)
+    temperature is the one the policy samples with: the ratio must compare the distributions that were sampled
+    from. (Top-k, top-p and the penalty are left out of it, as is usual: teachers' tokens may lie outside of
+    them.)
     """
     states, _, before = packed_states(vlm.trunk, prompts, outputs.ids, outputs.mask)
     logps = torch.zeros(outputs.mask.shape, device=states.device)
-    logps[outputs.mask] = token_logps(vlm.model.get_output_embeddings(), states[before], outputs.ids[outputs.mask], temperature)
+    head, targets = vlm.model.get_output_embeddings(), outputs.ids[outputs.mask]
+    logps[outputs.mask] = token_logps(head, states[before], targets, temperature)
     return logps
 
 
 @torch.no_grad()
 def check_packing(vlm: VLM, prompt: Prompt):
-    """Score two responses packed and as the model's own forward pass has them; UserError where the two differ.
+    """Score two responses packed and as the model's own forward pass has them; UserError where the two
+    differ.
 
-    What packing assumes of a family (what sees what, how positions count, that logits are head(states)) is checked on
-    the model at hand rather than believed: nine families are tested, and transformers has many more.
+    What packing assumes of a family (what sees what, how positions count, that logits are head(states)) is
+    checked on the model at hand rather than believed: nine families are tested, and transformers has many
+    more.
     """
-    if unknown := set(getattr(vlm.model.config.get_text_config(), "layer_types", None) or ()) - set(ATTENTION):
-        raise UserError(f"{type(vlm.model).__name__} has layers of {', '.join(sorted(unknown))}; only {' and '.join(ATTENTION)} "
-                        "can be packed, so this code cannot train it")
+    family = type(vlm.model).__name__
+    kinds = set(getattr(vlm.model.config.get_text_config(), "layer_types", None) or ())
+    if unknown := kinds - set(ATTENTION):
+        raise UserError(f"{family} has layers of {', '.join(sorted(unknown))}; only {' and '.join(ATTENTION)} can be "
+                        "packed, so this code cannot train it")
     outputs = encode_responses(vlm, [["Yes.", "It is not."]])
     packed = score(vlm, [prompt], outputs)
+    tolerance = 1e-3 if vlm.model.dtype == torch.float32 else 0.3  # bfloat16: 8 bits of a logit
     for k, mask in enumerate(outputs.mask[0]):
-        ids = torch.cat([prompt.ids.to(vlm.device), outputs.ids[0, k][mask]])[None]
-        is_image = (ids == getattr(vlm.model.config, "image_token_id", -1)).long()
-        accepted = inspect.signature(vlm.model.forward).parameters
-        types = {name: is_image for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
-        images = {name: x.to(vlm.device, vlm.model.dtype if x.is_floating_point() else x.dtype)
-                  for name, x in prompt.images.items()}
-        logits = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **types).logits.float()
-        plain = logits[0, len(prompt.ids) - 1:-1].log_softmax(-1).gather(1, outputs.ids[0, k][mask][:, None]).squeeze(1)
-        error = (plain - packed[0, k][mask]).abs().mean().item()
-        if not error < (1e-3 if vlm.model.dtype == torch.float32 else 0.3):                  # bfloat16: 8 bits of a logit
-            raise UserError(f"{type(vlm.model).__name__} reads packed responses differently from single ones (log-probs "
-                            f"differ by {error:.3g}), so this code cannot train it")
+        response = outputs.ids[0, k][mask]
+        error = (plain_logps(vlm, prompt, response) - packed[0, k][mask]).abs().mean().item()
+        if not error < tolerance:
+            raise UserError(f"{family} reads packed responses differently from single ones (log-probs differ by "
+                            f"{error:.3g}), so this code cannot train it")
+
+
+def plain_logps(vlm: VLM, prompt: Prompt, response: Tensor) -> Tensor:
+    """Log-probs of the tokens (R,) of one response, by the model's own forward pass of the prompt and it
+    alone."""
+    ids = torch.cat([prompt.ids.to(vlm.device), response])[None]                             # (1, P + R)
+    is_image = (ids == getattr(vlm.model.config, "image_token_id", -1)).long()
+    accepted = inspect.signature(vlm.model.forward).parameters
+    types = {name: is_image for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
+    images = images_of(vlm.trunk, [prompt])
+    logits = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **types).logits.float()
+    predicted = logits[0, len(prompt.ids) - 1:-1].log_softmax(-1)                            # (R, V)
+    return predicted.gather(1, response[:, None]).squeeze(1)
 
 
 def token_logps(head: torch.nn.Linear, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -709,16 +874,18 @@ def token_logps(head: torch.nn.Linear, states: Tensor, targets: Tensor, temperat
 
 
 def head_chunk(weight: Tensor) -> int:
-    """Rows of states to a chunk of logits: few that stay in a CPU's cache, many where the weights must be read anew."""
+    """Rows of states to a chunk of logits: few that stay in a CPU's cache, many where the weights must be
+    read anew."""
     return max(1, (2 ** 26 if weight.is_cuda else 2 ** 23) // len(weight))
 
 
 class TokenLogps(torch.autograd.Function):
     """The head and the softmax, head_chunk rows at a time, forward and backward.
 
-    N x V logits are the largest tensor of the whole step (2,000 tokens x 152,000 words x 4 bytes = 1.2 GB, and as much for
-    each thing made of them). Here they never exist at once: backward computes each chunk again, which is a third more work
-    for the head alone, and turns it in place into d log p[t] / d logits = (1[t] - p) / temperature.
+    N x V logits are the largest tensor of a step (2,000 tokens x 152,000 words x 4 bytes = 1.2 GB, and as
+    much for each thing made of them). Here they never exist at once: backward computes each chunk again,
+    which is a third more work for the head alone, and turns it in place into d log p[t] / d logits = (1[t] -
+    p) / temperature.
     """
 
     @staticmethod
@@ -738,13 +905,15 @@ class TokenLogps(torch.autograd.Function):
     def backward(ctx, grad):
         """grad (N,) -> the gradients of states, weight and bias."""
         states, weight, bias, targets, total = ctx.saved_tensors
-        to_states, to_weight = torch.empty_like(states), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        to_states = torch.empty_like(states)
+        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         to_bias = None if bias is None else torch.zeros_like(bias)
-        grad = grad / ctx.temperature
-        for first in range(0, len(states), size := head_chunk(weight)):
+        grad, size = grad / ctx.temperature, head_chunk(weight)
+        for first in range(0, len(states), size):
             i = slice(first, first + size)
-            d = torch.nn.functional.linear(states[i], weight, bias).float().div_(ctx.temperature)     # the logits
-            d.sub_(total[i, None]).exp_().mul_(-grad[i, None]).scatter_add_(1, targets[i, None], grad[i, None])
+            d = torch.nn.functional.linear(states[i], weight, bias).float().div_(ctx.temperature)    # logits
+            d.sub_(total[i, None]).exp_()                                                            # p
+            d.mul_(-grad[i, None]).scatter_add_(1, targets[i, None], grad[i, None])          # grad (1[t] - p)
             d = d.to(states.dtype)
             torch.mm(d, weight, out=to_states[i])
             if to_weight is not None:

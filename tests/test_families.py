@@ -84,9 +84,9 @@ def test_the_image_reaches_the_answer(vlm):
 
 def test_the_discriminator_learns_on_this_backbone(vlm):
     D = Discriminator(vlm)
-    optimizer = AdamW(D.parameters(), 1e-3)
+    optimizer = AdamW(D, 1e-3)
     texts, is_student = [["yes", "no", "There are 3.", "It is blue."]] * 3, torch.tensor([[True, True, False, False]] * 3)
-    losses = [update(D, optimizer, D.encode(texts), is_student, 60)["d_loss"] for _ in range(25)]
+    losses = [update(D, optimizer, D.encode([""] * len(texts), texts), is_student, 60)["d_loss"] for _ in range(25)]
     assert losses[-1] < losses[0] - 0.1
 
 
@@ -115,7 +115,7 @@ def test_a_ril_step_with_teachers_of_two_other_families(student, folders, tmp_pa
                "--gradient-checkpointing", "--offload", "--top-k", 0, "--top-p", 1, "--similarity", "continuous")
     assert done.returncode == 0, done.stderr[-2000:]
     row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
-    assert {f"similarity/{f}" for f in others} <= row.keys() and row["grad_norm"] > 0
+    assert {f"reward/similarity/{f}" for f in others} <= row.keys() and row["grad_norm"] > 0
 
 
 def test_a_model_that_packing_would_misread_is_refused(folders):
@@ -143,7 +143,7 @@ def test_layers_that_cannot_be_packed_are_named(folders):
 
 
 def test_checkpoints_that_cannot_be_students_are_one_sentence(folders, tmp_path):
-    """A hub id that cannot be reached, a language model without eyes, a processor without a chat template."""
+    """A hub id that cannot be reached, a language model without a vision tower, a processor without a chat template."""
     def refused(path, says):
         with pytest.raises(UserError, match=says) as error:
             load_vlm(str(path), "cpu")
@@ -155,4 +155,4 @@ def test_checkpoints_that_cannot_be_students_are_one_sentence(folders, tmp_path)
     shutil.copytree(folders["llava"], tmp_path / "blind", ignore=shutil.ignore_patterns("pr*"))
     config = json.loads((tmp_path / "blind" / "config.json").read_text())
     (tmp_path / "blind" / "config.json").write_text(json.dumps(config["text_config"]))
-    refused(tmp_path / "blind", "without eyes")
+    refused(tmp_path / "blind", "without a vision tower")

@@ -143,27 +143,31 @@ def test_mutated_predictions(tmp_path):
 
 
 def test_mutated_state_of_a_run(checkpoints, tmp_path):
-    """settings.json, and the JSON of a checkpoint: read, refused, or passed over for an older one."""
+    """stages.json, and the JSON of a checkpoint: read, refused, or passed over for an older one."""
     data, responses = lamp_files(tmp_path, 4)
     argv = ["--student", checkpoints["qwen2_5_vl"], "--data", str(data), "--collection", str(responses), "--out", str(tmp_path / "run"), "--device", "cpu"]
     args = train.parse_args(argv)
-    train.claim_folder(tmp_path / "run", args)
-    fuzz(tmp_path / "run" / "settings.json", lambda: train.claim_folder(tmp_path / "run", args), random.Random(0), COUNT // 3)
+    out = tmp_path / "run"
+
+    def stages():
+        folder = train.Folder(args)
+        folder.stage("thing", lambda path: path.write_text("made"), ("lr", "seed"), {"--data": "1"})
+    stages()
+    fuzz(out / "stages.json", stages, random.Random(0), COUNT // 3)
 
     def state():
         policy = train.load_vlm(checkpoints["qwen2_5_vl"], "cpu")
-        rng = random.Random(0)
-        return train.State(policy, None, train.AdamW(policy.model.parameters(), 1e-3), None, rng, train.Batches([1, 2], 1, rng), {})
+        return train.Run(args, train.World(), out, policy, [1, 2], None)
     one = state()
-    train.load_checkpoint(one, tmp_path / "run")
+    train.load_checkpoint(one)
     one.step = 3
-    train.save_checkpoint(one, tmp_path / "run")
+    train.save_checkpoint(one)
     again = state()
     before = [w.clone() for w in again.policy.model.parameters()]
 
     def work():
-        train.load_checkpoint(again, tmp_path / "run")
+        train.load_checkpoint(again)
         for log in again.logs.values():
             log.close()
-    fuzz(tmp_path / "run" / "checkpoint-000003" / "state.json", work, random.Random(1), COUNT // 3)
+    fuzz(out / "checkpoint-000003" / "state.json", work, random.Random(1), COUNT // 3)
     assert all((a == b).all() for a, b in zip(before, again.policy.model.parameters()))

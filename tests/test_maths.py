@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from discriminator import discriminator_loss, similarity_reward
-from train import advantages, k3_kl, policy_loss, rewards
+from discriminator import SIMILARITIES, discriminator_loss
+from train import REWARD_WEIGHTS, advantages, k3_kl, policy_loss, total_reward
 
 ALL = torch.ones(1, 4, dtype=torch.bool)
 
@@ -19,9 +19,18 @@ def test_advantage_is_not_divided_by_the_standard_deviation():
 
 def test_a_failed_judge_is_left_out_of_the_baseline():
     """A failure that becomes reward 0 would lower the mean: here 1, 1 and a failure must leave the baseline at 1."""
-    reward, valid = rewards(torch.tensor([[1.0, 0.0, 1.0]]), torch.tensor([[0.0, 1.0, math.nan]]))
+    terms = {"similarity": torch.tensor([[1.0, 0.0, 1.0]]), "answer": torch.tensor([[0.0, 1.0, math.nan]])}
+    reward, valid = total_reward(terms, REWARD_WEIGHTS)
     assert reward[0, :2].tolist() == [1, 1] and valid.tolist() == [[True, True, False]]
     assert advantages(reward, valid).tolist() == [[0, 0, 0]]
+
+
+def test_a_reward_counts_as_much_as_its_weight():
+    """A weight that is not used; a failed judge that takes a response out of its group though nobody counts it."""
+    terms = {"similarity": torch.tensor([[1.0, 0.0]]), "answer": torch.tensor([[0.0, math.nan]])}
+    reward, valid = total_reward(terms, {"similarity": 0.5, "answer": 0.0})
+    assert reward.tolist() == [[0.5, 0]] and valid.all()
+    assert total_reward(terms, {"similarity": 0.5, "answer": 2.0})[1].tolist() == [[True, False]]
 
 
 def test_advantages_follow_their_responses_when_the_group_is_permuted():
@@ -50,7 +59,7 @@ def test_dr_grpo_loss_against_numbers_worked_by_hand():
     k3 = math.log(2) - 0.5
     loss = policy_loss(logp, old, ref, A, mask, valid, eps=0.2, beta=0.1)
     assert loss.item() == pytest.approx(-(1 + 1.2 - 0.1 * k3 - 0.8) / 2, rel=1e-5)
-    loss = policy_loss(logp, old, ref, A, mask, valid, eps=0.2, beta=0.1, kind="grpo")
+    loss = policy_loss(logp, old, ref, A, mask, valid, eps=0.2, beta=0.1, mean_over_tokens=True)
     assert loss.item() == pytest.approx(-((1 + 1.2 - 0.1 * k3) / 2 - 0.8) / 2, rel=1e-5)
 
 
@@ -104,7 +113,7 @@ def test_discriminator_loss_labels_the_student_1():
 def test_similarity_reward_is_for_what_reads_like_a_teacher():
     """The reward's sign; and p = 0.5 exactly, which fools nobody."""
     p = torch.tensor([0.1, 0.5, 0.9])
-    assert similarity_reward(p).tolist() == [1, 0, 0]
-    assert similarity_reward(torch.tensor([0.1, 0.45, 0.9]), "ternary").tolist() == [1, 0.5, 0]
-    assert similarity_reward(p, "tenths").tolist() == pytest.approx([0.9, 0.5, 0.1])
-    assert similarity_reward(torch.tensor([0.123]), "continuous").tolist() == pytest.approx([0.877])
+    assert SIMILARITIES["binary"](p).tolist() == [1, 0, 0]
+    assert SIMILARITIES["ternary"](torch.tensor([0.1, 0.45, 0.9])).tolist() == [1, 0.5, 0]
+    assert SIMILARITIES["tenths"](p).tolist() == pytest.approx([0.9, 0.5, 0.1])
+    assert SIMILARITIES["continuous"](torch.tensor([0.123])).tolist() == pytest.approx([0.877])

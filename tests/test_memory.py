@@ -20,14 +20,15 @@ def test_a_bfloat16_weight_keeps_steps_of_1e_6():
     """bfloat16 has 8 bits: 0.02 + 1e-6 is 0.02. A hundred such steps must add up to 1e-4 all the same."""
     start = torch.full((64,), 0.02, dtype=torch.bfloat16)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    mine, torchs = AdamW([ours], lr=1e-5), torch.optim.AdamW([theirs], lr=1e-5, weight_decay=0.0)
+    mine = AdamW(torch.nn.ParameterList([ours]), lr=1e-5)
+    torchs = torch.optim.AdamW([theirs], lr=1e-5, weight_decay=0.0)
     for _ in range(100):
         for weight, optimizer in ((ours, mine), (theirs, torchs)):
             weight.grad = torch.ones_like(weight)
             optimizer.step()
     assert torch.equal(theirs, start)                              # the trap is real
     torch.testing.assert_close(ours.float(), start.float() - 1e-3, atol=1e-4, rtol=0)
-    assert mine.masters[0].dtype == torch.float32 and ours.grad.dtype == torch.bfloat16
+    assert mine.masters[0].dtype == torch.float32 and ours.grad is None
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -35,14 +36,15 @@ def test_adamw_in_float32_is_torchs_own(offload):
     torch.manual_seed(0)
     a, b = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
     b.load_state_dict(a.state_dict())
-    ours, theirs = AdamW(a.parameters(), 0.1, (0.9, 0.95), offload), torch.optim.AdamW(b.parameters(), 0.1, (0.9, 0.95), weight_decay=0.0)
-    for _ in range(5):
+    ours = AdamW(a, 0.1, (0.9, 0.95), offload)
+    theirs = torch.optim.AdamW(b.parameters(), 0.1, (0.9, 0.95), weight_decay=0.0)
+    for i in range(5):
         for model, optimizer in ((a, ours), (b, theirs)):
-            optimizer.zero_grad()
+            b.zero_grad()
             model(torch.ones(2, 5)).square().sum().backward()
-            for group in optimizer.param_groups:
-                group["lr"] *= 0.9
             optimizer.step()
+        ours.set_lr(0.1 * 0.9 ** i)
+        theirs.param_groups[0]["lr"] = 0.1 * 0.9 ** i
     assert torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias)
 
 
@@ -54,7 +56,7 @@ def test_micro_batches_of_discriminator_and_sft_give_the_whole_step(qwen):
     for budget in (1000, 1, 100):
         torch.manual_seed(0)
         D = Discriminator(qwen)
-        metrics = update(D, AdamW(D.parameters(), 1e-3), D.encode(texts), is_student, budget)
+        metrics = update(D, AdamW(D, 1e-3), D.encode([""] * 4, texts), is_student, budget)
         weights.append((metrics["d_loss"], D.head.weight))
     for loss, weight in weights[1:]:
         assert loss == pytest.approx(weights[0][0], rel=1e-5)
@@ -72,11 +74,13 @@ def test_frozen_weights_do_not_move_and_the_others_do(qwen):
     policy = type(qwen)(copy.deepcopy(qwen.model), qwen.processor, qwen.stop_ids, qwen.banned_ids)
     freeze(policy.model, r"visual|self_attn", "here")
     before = {name: weight.clone() for name, weight in policy.model.named_parameters()}
-    args = SimpleNamespace(token_budget=1, temperature=1.0, mu=1, beta=0.01, eps=0.2, loss="dr_grpo", offload=True)
+    args = SimpleNamespace(token_budget=1, temperature=1.0, mu=1, beta=0.01, eps=0.2, loss="dr_grpo")
     prompts = [encode(policy, "How many?", [noise_image(32, 32)])]
     outputs, valid = encode_responses(policy, [["yes", "no"]]), torch.ones(1, 2, dtype=torch.bool)
-    update_policy(policy, qwen, AdamW([w for w in policy.model.parameters()], 1e-2, offload=True), prompts, outputs,
-                  torch.tensor([[1.0, -1.0]]), valid, args, 1)
+    run = SimpleNamespace(args=args, policy=policy, reference=qwen, world=train.World(), questions=[None],
+                          optimizer=AdamW(policy.model, 1e-2, offload=True),
+                          using=lambda module: contextlib.nullcontext())
+    update_policy(run, prompts, outputs, torch.tensor([[1.0, -1.0]]), valid)
     for name, weight in policy.model.named_parameters():
         frozen = "visual" in name or "self_attn" in name
         assert torch.equal(weight, before[name]) == frozen or not frozen and "bias" in name, name
@@ -85,30 +89,8 @@ def test_frozen_weights_do_not_move_and_the_others_do(qwen):
         freeze(policy.model, "attention_head", "here")
 
 
-def test_frozen_eyes_look_once_for_policy_and_reference(qwen, monkeypatch):
-    """Image features computed again by each network and pass, or features of another micro-batch."""
-    prompts = [encode(qwen, "How many?", [noise_image(32, 32, i)]) for i in range(3)]
-    outputs, advantage = encode_responses(qwen, [["yes", "no"]] * 3), torch.tensor([[1.0, -1.0]] * 3)
-    args = SimpleNamespace(token_budget=1, temperature=1.0, mu=2, beta=0.1, eps=0.2, loss="dr_grpo", offload=False)
-
-    def update(look_once):
-        policy = type(qwen)(copy.deepcopy(qwen.model), qwen.processor, qwen.stop_ids, qwen.banned_ids)
-        freeze(policy.model, "visual", "here")
-        looks = []
-        hooks = [vlm.trunk.visual.register_forward_hook(lambda *_: looks.append(1)) for vlm in (policy, qwen)]
-        if not look_once:
-            monkeypatch.setattr(train, "frozen_eyes", lambda *_: contextlib.nullcontext())
-        update_policy(policy, qwen, AdamW(policy.model.parameters(), 1e-3), prompts, outputs, advantage,
-                      torch.ones(3, 2, dtype=torch.bool), args, 3)
-        [hook.remove() for hook in hooks]
-        return len(looks), policy.model.get_output_embeddings().weight
-    (once, weight), (always, expected) = update(True), update(False)
-    assert (once, always) == (3, 9)                                # 3 micro-batches; reference and mu = 2 passes of the policy
-    torch.testing.assert_close(weight, expected)
-
-
 def test_bfloat16_student_with_offload_and_checkpointing_learns_from_the_command_line(tmp_path, checkpoints):
-    """bfloat16 weights at a rate that bfloat16 alone would round away; the same --out without those options goes on."""
+    """bfloat16 weights at a rate that bfloat16 alone would round away; the same --out without those options resumes."""
     data, responses = lamp_files(tmp_path, 8)
     options = ["--student", checkpoints["internvl"], "--data", data, "--collection", responses, "--out", tmp_path / "out", "--device",
                "cpu", "--steps", 3, "--batch-size", 4, "--token-budget", 200, "--collect", 2, "--discriminator-steps", 1, "--max-new-tokens",
@@ -130,7 +112,7 @@ def test_the_plan_reads_no_weights_and_counts_them_right(tmp_path, checkpoints):
     model = load_vlm(checkpoints["qwen2_5_vl"], "cpu").model
     data, _ = lamp_files(tmp_path, 3)
     for options in (["--data", data], ["--offload", "--gradient-checkpointing", "--dtype", "bfloat16"]):
-        done = call("train.py", "--student", folder, "--plan", "--device", "cpu", "--out", tmp_path / "out", *options)
+        done = call("plan_memory.py", "--student", folder, "--device", "cpu", "--out", tmp_path / "out", *options)
         assert done.returncode == 0, done.stderr
         count = float(re.search(r"([\d.]+)B parameters", done.stdout).group(1))
         assert count == pytest.approx(sum(w.numel() for w in model.parameters()) / 1e9, abs=6e-4)

@@ -59,7 +59,7 @@ def test_two_processes_do_what_one_does_and_one_goes_on_where_two_were_stopped(c
     said, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and time.time() - begin < 45 and "Signal 9 (SIGKILL)" in said
     said, _ = (process := start(tmp_path, checkpoints["qwen2_5_vl"], 1, "cut", "--steps", 6)).communicate(timeout=120)
-    assert process.returncode == 0 and "going on after step" in said, said[-2000:]
+    assert process.returncode == 0 and "resuming after step" in said, said[-2000:]
     close(tmp_path / "one", tmp_path / "cut")
 
 

@@ -63,9 +63,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(checkpoints, whole, tmp
         process.communicate()
         assert not (tmp_path / "run" / "student").exists()
     last = subprocess.run(command(checkpoints["qwen2_5_vl"], "--steps", 12, "--save-every", "1m"), cwd=tmp_path, capture_output=True, text=True)
-    assert last.returncode == 0 and "going on after step" in last.stdout
+    assert last.returncode == 0 and "resuming after step" in last.stdout
     same(tmp_path, whole)
-    assert lines(tmp_path, "timings.jsonl") == 12 and not list((tmp_path / "run").glob("checkpoint-*"))
+    assert lines(tmp_path, "timings.jsonl") == 12 and [path.name for path in train.checkpoints(tmp_path / "run")] == ["checkpoint-000012"]
 
 
 def test_a_signal_saves_first(checkpoints, whole, tmp_path):
@@ -94,7 +94,7 @@ def test_a_corrupt_checkpoint_falls_back_to_the_older(checkpoints, whole, tmp_pa
     file.write_bytes(file.read_bytes()[:-100])
     again = ["--steps", 12, "--save-every", 2]
     done = subprocess.run(command(checkpoints["qwen2_5_vl"], *again), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and f"{newest.name} cannot be read" in done.stdout and "going on after step" in done.stdout
+    assert done.returncode == 0 and f"{newest.name} cannot be read" in done.stdout and "resuming after step" in done.stdout
     assert "no checkpoint at step" not in done.stdout + done.stderr               # a good one takes the bad one's place
     same(tmp_path, whole)
 
@@ -148,12 +148,12 @@ def test_a_torn_last_line_of_a_collection_is_dropped_and_said(checkpoints, lamps
 def test_signs_of_trouble_are_named():
     """A run that is going wrong for hours in silence; or a warning on a healthy one."""
     def signs(**values):
-        rows = [{"d_accuracy": 0.7, "similarity/student": 0.5, "length": 9, "cut_off": 0, "repeated": 0.1} | {
+        rows = [{"d_accuracy": 0.7, "flat/similarity": 0.5, "length": 9, "cut_off": 0, "repeated": 0.1} | {
             name: value(i) if callable(value) else value for name, value in values.items()} for i in range(train.WINDOW)]
         return train.signs_of_trouble(rows)
     assert signs() == [] and signs(d_accuracy=0.5) == [] and train.signs_of_trouble([]) == []
     assert "`d_accuracy` is near 1" in signs(d_accuracy=1.0)[0]
-    assert "at chance" in signs(d_accuracy=0.51, **{"similarity/student": 0.99})[0]
+    assert "at chance" in signs(d_accuracy=0.51, **{"flat/similarity": 0.99})[0]
     assert "`length` has doubled" in signs(length=lambda i: 5 + i, cut_off=0.5)[0]
     assert "`repeated`" in signs(repeated=0.8)[0]
 
