@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from model import VLM, Outputs, Prompt, as_outputs, micro_batches, needs_bos, packed_states, render
 
-SYSTEM = ("You are a discriminator. Inside a <response> tag stands a response to a question about an image. It was "
-          "written by a teacher, a large model, or by a student, a small one: 0 means teacher, 1 means student.")
+SYSTEM = ("You are a discriminator. Inside a <response> tag stands a response to a question about an image. "
+          "It was "
+          "written by a teacher, a large model, or by a student, a small one: 0 means teacher, 1 means "
+          "student.")
 BEFORE, AFTER = "Who wrote this response? Answer 0 or 1.\n<response>", "</response>"
 
 # What of p_student becomes the similarity reward, in [0, 1]. The paper's choice is binary, 1[D(q, o) < 0.5];
@@ -101,12 +103,17 @@ class Discriminator(nn.Module):
         lengths = mask.flatten(0, 1).sum(1)                        # (rows n,)
         final = at[lengths.cumsum(0)[:rows * n - missing] - 1]     # (N,): where each response ends
         logits = self.head(states[final].float())[:, 0]            # (N,)
-        return logits[which].view(responses.mask.shape[:2])
+        return logits[which.view(responses.mask.shape[:2])]
 
     @torch.no_grad()
-    def p_student(self, responses: Outputs, budget: int) -> Tensor:
-        """(B, K) probabilities that the student wrote each response, computed `budget` tokens at a time."""
-        return torch.cat([self.logits(responses[part]) for part in parts_of(responses, budget)]).sigmoid()
+    def p_student(self, responses: Outputs, budget: int, world) -> Tensor:
+        """(B, K) probabilities that the student wrote each response, computed `budget` tokens at a time.
+
+        world: the processes that do this together, as in train.py.
+        """
+        parts = [part for part, _ in world.even(parts_of(responses, budget))]
+        logits = torch.cat([self.logits(responses[part]) for part in parts])
+        return logits[:len(responses.mask)].sigmoid()
 
 
 def parts_of(responses: Outputs, budget: int) -> list[slice]:
@@ -124,12 +131,12 @@ def update(D: Discriminator, optimizer, responses: Outputs, is_student: Tensor, 
     """
     questions = questions or len(is_student)
     loss, right = torch.zeros(2, device=is_student.device)
-    for part in parts_of(responses, budget):
+    for part, weight in optimizer.world.even(parts_of(responses, budget)):
         logits, label = D.logits(responses[part]), is_student[part]
-        share = discriminator_loss(logits, label) * len(label) / questions
+        share = weight * discriminator_loss(logits, label) * len(label) / questions
         share.backward()
         loss += share.detach()
-        right += ((logits > 0) == label).sum()
+        right += weight * ((logits > 0) == label).sum()
     optimizer.step()
     loss, right = optimizer.world.sum(torch.stack([loss, right])).tolist()
     return {"d_loss": loss, "d_accuracy": right / (questions * is_student.shape[1])}
@@ -148,6 +155,7 @@ def pretrain(D: Discriminator, optimizer, batches, steps: int, lr: float, budget
         questions, texts, is_student = next(batches)
         metrics = update(D, optimizer, D.encode(questions, texts), is_student, budget)
         accuracies.append(metrics["d_accuracy"])
-        bar.set_postfix_str(f"loss {metrics['d_loss']:.3f} accuracy {metrics['d_accuracy']:.2f}", refresh=False)
+        bar.set_postfix_str(f"loss {metrics['d_loss']:.3f} accuracy {metrics['d_accuracy']:.2f}",
+                            refresh=False)
     last = accuracies[-max(1, steps // 10):]
     return sum(last) / len(last) if last else float("nan")

@@ -48,7 +48,8 @@ from teachers import (CallFailed, Example, chat, check_endpoint, drop_torn_line,
 # a response is left out of every mean, and counted.
 #
 # A judge may have the attribute `remote`. True says that it works on another machine, so that training does
-# other work while it waits. To add a judge, write such a function and return it from make_judge.
+# other work while it waits. To add a judge, write such a function and return it from make_judge. MM-Vet and
+# MathVista are judged by an LLMJudge only, and scored by rule with any other judge.
 
 Triple = tuple[str, str, str]
 Judge = Callable[[list[Triple]], list[float | None]]
@@ -90,7 +91,7 @@ def normalise(text: str) -> str:
 
 
 def mentions(text: str, phrases: tuple[str, ...] | None) -> set[str]:
-    """Which of `phrases` a normalised text asserts, unnegated; which numbers, for None.
+    """Which of `phrases` a normalised text asserts and does not negate; for None, which numbers.
 
     Words must match in full, and the longest phrase counts. A plural counts too: "circles" asserts "circle".
     """
@@ -414,8 +415,7 @@ CONTRACTIONS |= {
     "ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at",
     "somebody'd": "somebodyd",                                     # the wrong way round there, and so here
 }
-VQA_NUMBERS = {word: str(i) for i, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+VQA_NUMBERS = {word: number for word, number in NUMBER_WORDS.items() if word not in ("eleven", "twelve")}
 
 
 def strip_punctuation(text: str) -> str:
@@ -855,19 +855,22 @@ def task_of(benchmark: Benchmark, examples: list[Example], path: str, metric: st
     return Task(name, metric, prompt, [e for e in examples if unit_of(e) in kept])
 
 
+TRUTHS_NEEDED = {"vqa": 4, "foil_word": 2, "foil_fix": 2, "cider": 1}
+
+
 def check_task(task: Task, path: str):
     """UserError where the metric of a task makes no sense for its data.
 
-    That is: a truth that is none of the options, missing rotations, fewer than four truths for VQA accuracy,
-    one image for CIDEr, a truth other than yes and no.
+    That is: a truth that is none of the options, missing rotations, too few truths, one image for CIDEr, a
+    truth other than yes and no.
     """
     for e in task.examples:
         if task.metric in ("mcq", "circular", "mmmu", "mmmu_pro") and e.options and e.truth not in e.letters:
             letters = ", ".join(e.letters)
             raise UserError(f"{e.where}: the answer {e.truth!r} is none of the options {letters}")
-        if task.metric == "vqa" and len(e.truths) < 4:
-            found = len(e.truths)
-            raise UserError(f"{e.where}: VQA accuracy compares with at least 4 answers, found {found}")
+        if len(e.truths) < (needed := TRUTHS_NEEDED.get(task.metric, 0)):
+            raise UserError(f"{e.where}: the metric {task.metric} compares with at least {needed} answers, "
+                            f"found {len(e.truths)}")
         if task.metric == "yes_no" and e.truth.lower() not in ("yes", "no"):
             raise UserError(f"{e.where}: expected the answer Yes or No, found {e.truth!r}")
     if task.metric == "cider" and len(task.examples) < 2:

@@ -56,6 +56,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import discriminator as eq1
 from discriminator import SIMILARITIES, Discriminator
@@ -178,30 +179,29 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
     prompts: B; outputs: (B, K, R); advantage, valid: (B, K). Returns loss, kl, clip_fraction and grad_norm.
     """
     args, policy, reference = run.args, run.policy, run.reference
-    parts = micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget)
-    temperature = args.temperature or 1.0              # greedy sampling is still scored at 1
+    parts = run.even(micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget))
     old_logps, ref_logps, norms, stats = {}, {}, [], defaultdict(float)
 
     if args.beta:
         with run.using(reference.model), torch.no_grad():
-            for i, part in enumerate(parts):                                          # line 1
-                ref_logps[i] = score(reference, prompts[part], outputs[part], temperature)
+            for i, (part, _) in enumerate(parts):                                     # line 1
+                ref_logps[i] = run.score(reference, prompts[part], outputs[part])     #          (b, K, R)
 
     for _ in range(args.mu):                                                          # line 11
-        with run.using(policy.model):
-            for i, part in enumerate(parts):
-                logp = score(policy, prompts[part], outputs[part], temperature)       #         (b, K, R)
-                old_logp = old_logps.setdefault(i, logp.detach())                     # line 4
-                ref_logp = ref_logps.get(i, old_logp)  # without beta it does not matter
-                mask = outputs.mask[part]
-                loss = policy_loss(logp, old_logp, ref_logp, advantage[part], mask, valid[part], args.eps,
-                                   args.beta, LOSSES[args.loss].mean_over_tokens)
-                (loss / len(run.questions)).backward()
-                stats["loss"] += loss.detach() / len(run.questions)
-                stats["kl"] += k3_kl(logp.detach(), ref_logp)[mask].sum()
-                clipped = (importance_ratio(logp.detach(), old_logp, mask) - 1).abs() > args.eps
-                stats["clip_fraction"] += clipped[mask].sum()
-            norms.append(run.optimizer.step(max_norm=1.0))                            # line 12
+        for i, (part, weight) in enumerate(parts):
+            logp = run.score(policy, prompts[part], outputs[part])                    #          (b, K, R)
+            old_logp = old_logps.setdefault(i, logp.detach())                         # line 4
+            ref_logp = ref_logps.get(i, old_logp)      # without beta it does not matter
+            mask = outputs.mask[part]
+            loss = policy_loss(logp, old_logp, ref_logp, advantage[part], mask, valid[part], args.eps,
+                               args.beta, LOSSES[args.loss].mean_over_tokens)
+            loss = weight * loss / len(run.questions)
+            loss.backward()
+            stats["loss"] += loss.detach()
+            stats["kl"] += weight * k3_kl(logp.detach(), ref_logp)[mask].sum()
+            clipped = (importance_ratio(logp.detach(), old_logp, mask) - 1).abs() > args.eps
+            stats["clip_fraction"] += weight * clipped[mask].sum()
+        norms.append(run.optimizer.step(max_norm=1.0))                                # line 12
 
     tokens = run.world.sum(outputs.mask.sum()).item()
     sums = {name: run.world.sum(total).item() / args.mu for name, total in stats.items()}
@@ -215,9 +215,9 @@ def ril_step(run, collection: Collection | None, judge) -> tuple[dict, list[dict
     args, policy, D, G = run.args, run.policy, run.D, run.args.num_samples
 
     batch = run.next_batch()                                                          # line 3   B questions
-    with run.phase("generate"), run.using(policy.model):
+    with run.phase("generate"), run.sampler() as sampler:
         prompts = [encode_example(policy, example) for example in batch]
-        outputs = generate(policy, prompts, G, sampling_of(args), noise=run.noise(),
+        outputs = generate(sampler, prompts, G, sampling_of(args), noise=run.noise(),
                            slots=args.rollout_batch * G)                              # line 5   (B, G, R)
     sources = [["student"] * G for _ in batch]
     if D:
@@ -237,7 +237,7 @@ def ril_step(run, collection: Collection | None, judge) -> tuple[dict, list[dict
                 d_stats = eq1.update(D, run.d_optimizer, responses, is_student, args.token_budget,
                                      len(run.questions))                              # line 8   Eq. 1
                 row = d_stats | row                    # what is logged is D before the first of its updates
-            p_student = D.p_student(responses, args.token_budget)                     # line 10, by the new D
+            p_student = D.p_student(responses, args.token_budget, run.world)          # line 10, by the new D
     with run.phase("judge"):
         verdicts = asked.result()                                                     # line 10  (B, 2G)
     group = Group(batch, outputs, sources, p_student, verdicts)
@@ -369,17 +369,17 @@ class Run:
         self.step, self.skipped, self.questions = 0, 0, []         # skipped: of the last steps, in a row
         self.logs, self.recent, self.warned = {}, deque((), WINDOW), {}
         self.reference, self.d_optimizer = None, None
+        if D:
+            world.shard(D, D.backbone, D.head, method="logits")
+            self.d_optimizer = AdamW(D, args.discriminator_lr, offload=args.offload, world=world)
         if args.beta:
             frozen_copy = copy.deepcopy(policy.model).requires_grad_(False)
             self.reference = replace(policy, model=frozen_copy)                              # line 1
         freeze(policy.model, args.freeze, args.student)                                      # line 2
-        world.shard(policy.model)
+        self.empty_policy = world.without_weights(policy)
+        for vlm in filter(None, (policy, self.reference)):
+            world.shard(vlm.model, vlm.model.get_decoder())
         self.optimizer = AdamW(policy.model, args.lr, offload=args.offload, world=world)
-        if self.reference:
-            world.shard(self.reference.model)
-        if D:
-            world.shard(D, unsharded=D.head)
-            self.d_optimizer = AdamW(D, args.discriminator_lr, offload=args.offload, world=world)
         if args.offload:
             for waiting in filter(None, (D, self.reference and self.reference.model)):
                 waiting.to("cpu")
@@ -407,16 +407,27 @@ class Run:
         """Measures the seconds and the memory of a part of a step."""
         return self.meter.phase(name)
 
+    def even(self, parts: list[slice]) -> list[tuple[slice, float]]:
+        """Micro-batches with their weights, equally many in each process."""
+        return self.world.even(parts)
+
+    def score(self, vlm: VLM, prompts: list, outputs: Outputs) -> Tensor:
+        """Log-probs (B, K, R) under policy or reference at the temperature of sampling; at 1 if that is
+        greedy."""
+        return gathered(vlm.model, lambda: score(vlm, prompts, outputs, self.args.temperature or 1.0))
+
+    def sampler(self):
+        """The policy with all its weights in this process, for a while: sampling needs each at every
+        token."""
+        return self.world.unsharded(self.policy, self.empty_policy)
+
     @contextmanager
     def using(self, module: torch.nn.Module):
-        """The module is unsharded and on the device; with --offload, D and the reference wait on the CPU
-        otherwise."""
-        waits = self.args.offload and module is not self.policy.model
-        if waits:
+        """The module is on the device; with --offload, D and the reference wait on the CPU otherwise."""
+        if self.args.offload:
             module.to(self.policy.device)
-        with unsharded(module):
-            yield
-        if waits:
+        yield
+        if self.args.offload:
             module.to("cpu")
 
     def steps(self):
@@ -505,11 +516,11 @@ class Run:
 def held_out_accuracy(run: Run, held_out: list[Task], judge) -> dict[str, float]:
     """The held-out accuracy as a part of a row of metrics; rank 0 answers. A judge that is down does not end
     the run."""
-    with unsharded(run.policy.model):
+    with run.sampler() as policy:
         if run.world.rank:
             return {}
         try:
-            result = evaluate(run.policy, held_out, judge, run.args.max_new_tokens, run.args.rollout_batch)
+            result = evaluate(policy, held_out, judge, run.args.max_new_tokens, run.args.rollout_batch)
         except UserError as error:
             tqdm.write(str(error))
             return {}
@@ -845,12 +856,12 @@ class World:
     """The processes that torchrun has started, of which this is number `rank`. One process alone needs none
     of it.
 
-    Policy, reference and D lie in shards (FSDP2's fully_shard): each process holds a part of each weight, and
-    with it that part's gradient and optimizer state. A network is unsharded while it is used (`unsharded`).
-    Every process draws the same batch of questions and the same noise, and works on its own part of them,
-    rank::size. Gradients are sums over questions, so what comes out does not depend on how many processes
-    there are. Nothing is exchanged while one of them samples or asks a judge. Logs, checkpoints and the
-    console are rank 0's.
+    Policy, reference and D lie in shards (`shard`, FSDP2): each process holds a part of each weight, and with
+    it that part's gradient and optimizer state. All weights of the policy are in every process only while it
+    samples (`unsharded`). Every process draws the same batch of questions and the same noise, and works on
+    its own part of them, rank::size. Gradients are sums over questions, so what comes out does not depend on
+    how many processes there are. Nothing is exchanged while one of them samples or asks a judge. Logs,
+    checkpoints and the console are rank 0's.
     """
     rank: int = 0
     size: int = 1
@@ -916,13 +927,61 @@ class World:
             dist.all_reduce(values, group=self.mesh.get_group())
         return values
 
-    def shard(self, module: torch.nn.Module, unsharded: torch.nn.Module | None = None):
-        """Leave a part of each weight to each process; of the part of the module that is `unsharded`, all of
-        it."""
+    def even(self, parts: list[slice]) -> list[tuple[slice, float]]:
+        """Micro-batches with their weights, equally many in each process: FSDP wants all processes in every
+        forward and backward pass. A process that has fewer takes its first question again, with weight 0."""
+        most = torch.tensor(len(parts))
         if self.size > 1:
-            from torch.distributed.fsdp import fully_shard
-            kept = set(unsharded.parameters()) if unsharded else None
-            fully_shard(module, mesh=self.mesh, ignored_params=kept)
+            import torch.distributed as dist
+            most = most.to(self.mesh.device_type)
+            dist.all_reduce(most, dist.ReduceOp.MAX, self.mesh.get_group())
+        return [(part, 1.0) for part in parts] + [(slice(0, 1), 0.0)] * (int(most) - len(parts))
+
+    def shard(self, module: torch.nn.Module, decoder: torch.nn.Module, *others: torch.nn.Module,
+              method: str = "gathered"):
+        """Leave a part of each weight to each process. They are gathered where they are used: each decoder
+        layer and each of `others` in its forward and backward pass, the rest of `module` in those of
+        `method`. Gradients are sums over the processes.
+
+        The vision tower belongs to the rest: a process whose micro-batch has no image does not run it, and
+        would leave the others waiting for it where they gather its layers.
+        """
+        if self.size == 1:
+            return
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        layers = [layer for layer in decoder.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        for part in (*layers, *others, module):
+            fully_shard(part, mesh=self.mesh, reshard_after_forward=True)
+            part.set_gradient_divide_factor(1.0)                   # sums, not means
+            part.set_force_sum_reduction_for_comms(True)           # gloo knows no other
+        module.set_reduce_scatter_unused_params(True)              # zero, where no image was seen
+        # if the embedding is frozen, layer 0 would have its turn in the backward pass only where there are
+        # images
+        decoder.get_input_embeddings().register_forward_hook(lambda _, __, states: states.requires_grad_())
+        module.gathered = lambda work: work()                      # see `gathered`
+        register_fsdp_forward_method(module, method)
+
+    def without_weights(self, vlm: VLM) -> VLM:
+        """A model for `unsharded` to fill, to be made before `vlm` is sharded: a copy of it without the
+        weights."""
+        if self.size == 1:
+            return vlm
+        empty = {id(w): torch.nn.Parameter(w.new_empty(0), requires_grad=False)
+                 for w in vlm.model.parameters()}
+        return replace(vlm, model=copy.deepcopy(vlm.model, empty))
+
+    @contextmanager
+    def unsharded(self, vlm: VLM, empty: VLM):
+        """`empty` has all weights of `vlm` for a while. (FSDP's own hooks would gather them again at every
+        token.)"""
+        if self.size == 1:
+            yield vlm
+            return
+        for name, weight in vlm.model.named_parameters():
+            empty.model.get_parameter(name).data = weight.detach().full_tensor()
+        yield empty
+        for weight in empty.model.parameters():
+            weight.data = weight.new_empty(0)
 
     def part(self, tensor: Tensor, weight: Tensor) -> Tensor:
         """Of a tensor like the unsharded weight, what this process has of it: FSDP cuts along the first
@@ -955,14 +1014,9 @@ def local(weight: Tensor) -> Tensor:
     return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
-@contextmanager
-def unsharded(module: torch.nn.Module):
-    """All weights of the module are in each process for a while, if they lie in shards."""
-    if hasattr(module, "unshard"):
-        module.unshard()
-    yield
-    if hasattr(module, "reshard"):
-        module.reshard()
+def gathered(module: torch.nn.Module, work):
+    """work(), which uses weights of the module also where no forward pass of it is called."""
+    return module.gathered(work) if hasattr(module, "gathered") else work()
 
 
 # ------------------------------------------------------------------------------------------ what makes it fit
@@ -982,7 +1036,7 @@ class AdamW:
 
     def __init__(self, module: torch.nn.Module, lr: float, betas=(0.9, 0.999), offload: bool = False,
                  world=None):
-        self.module, self.world, self.skipped = module, world or World(), 0
+        self.world, self.skipped = world or World(), 0
         self.weights = [weight for weight in module.parameters() if weight.requires_grad]
         self.masters = []                                     # shares memory with a float32 weight that stays
         for weight in self.weights:
@@ -1004,25 +1058,20 @@ class AdamW:
         A gradient that is zero or not finite is not followed, and the latter is counted in `skipped`: one NaN
         would be in every weight for ever. Returns the norm before clipping, a scalar.
         """
-        # unsharded, if in shards
-        weights = [weight for weight in self.module.parameters() if weight.requires_grad]
-        if self.world.size > 1:
-            for weight in weights:                    # no gradient, as of a vision tower without images, is 0
-                weight.grad = self.world.sum(torch.zeros_like(weight) if weight.grad is None else weight.grad)
-        norm = torch.nn.utils.clip_grad_norm_(weights, max_norm)
+        norm = torch.nn.utils.get_total_norm([w.grad for w in self.weights if w.grad is not None])
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()                              # over the shards of all processes
+        torch.nn.utils.clip_grads_with_norm_(self.weights, max_norm, norm)
         self.skipped += int(not norm.isfinite())
         if 0 < norm < torch.inf:
-            for weight, own, master, optimizer in zip(weights, self.weights, self.masters, self.optimizers):
+            for weight, master, optimizer in zip(self.weights, self.masters, self.optimizers):
                 if weight.grad is not None:
-                    master.grad = self.world.part(weight.grad, own).to(master.device, master.dtype)
+                    master.grad = local(weight.grad).to(master.device, master.dtype)
                     optimizer.step()
                     master.grad = None
-                    if master.data_ptr() != local(own).data_ptr():
-                        local(own).copy_(master)
-            if self.world.size > 1:                         # what is unsharded is what the shards were before
-                self.module.reshard()
-                self.module.unshard()
-        for weight in weights:
+                    if master.data_ptr() != local(weight).data_ptr():
+                        local(weight).copy_(master)
+        for weight in self.weights:
             weight.grad = None
         return norm
 
@@ -1476,7 +1525,7 @@ def trained_student(folder: Folder, args, world: World, data: dict, collection: 
         folder.clock.peak_gb = max(folder.clock.peak_gb, run.meter.peak_gb)
         save_student(run, start, path)
         if world.rank == 0:
-            for old in checkpoints(folder.out)[:-1]:               # the last one is for a run that is given more steps
+            for old in checkpoints(folder.out)[:-1]:      # the last one is for a run that is given more steps
                 shutil.rmtree(old)
     inputs = {"--data": digest(args.data), "the student": digest(start), "--judge": judge_name(args.judge)}
     if pretrained:

@@ -1,13 +1,20 @@
 """The rule judge against strings made to fool it, the interval, the report."""
 import json
 import math
+import re
 
 import pytest
 
-from eval import bootstrap_interval, draw_curves, rule_judge, write_report
+from PIL import Image
+
+from eval import bootstrap_interval, draw_curves, rule_judge, rule_verdict, value_ticks, write_report
 from conftest import noise_image
 
-COLOUR, COUNT, YES, WHERE = "What colour is the circle?", "How many circles are there?", "Is there a red circle?", "Where is it?"
+COLOUR = "What colour is the circle?"
+COUNT = "How many circles are there?"
+YES = "Is there a red circle?"
+WHERE = "Where is it?"
+BESIDE = "What colour is the circle beside the blue square?"
 
 
 @pytest.mark.parametrize("question, truth, response, verdict", [
@@ -31,7 +38,7 @@ COLOUR, COUNT, YES, WHERE = "What colour is the circle?", "How many circles are 
     (COLOUR, "red", "It was hired.", 0),
     (COLOUR, "red", "I am not sure.", 0),
     (COLOUR, "red", "", 0),
-    ("What colour is the circle beside the blue square?", "red", "The circle beside the blue square is red.", 1),
+    (BESIDE, "red", "The circle beside the blue square is red.", 1),
     ("Is it red or blue?", "red", "It is red or blue.", 0),
     ("Is it red or blue?", "red", "It is red.", 1),
     (COUNT, "2", "2", 1),
@@ -59,12 +66,13 @@ COLOUR, COUNT, YES, WHERE = "What colour is the circle?", "How many circles are 
     ("Shape?", "circle", "There are circles.", 1),
 ])
 def test_the_rule_judge(question, truth, response, verdict):
-    """Right by containment, by listing every answer, by the answer in a clause about something else, or by negation."""
-    assert rule_judge(question, truth, response) == verdict
+    """Right by containment, by listing every value, by a clause on something else, or by negation."""
+    assert rule_verdict(question, truth, response) == verdict
+    assert rule_judge([(question, truth, response), (COUNT, "2", "two")]) == [verdict, 1]
 
 
 def test_bootstrap_interval_covers_as_it_should():
-    """An interval of the wrong width: for 0/1 data it must be close to the normal one, p +- 1.96 sqrt(p (1 - p) / n)."""
+    """An interval of the wrong width: for 0/1 data it is near the normal p +- 1.96 sqrt(p (1 - p) / n)."""
     low, high = bootstrap_interval([1.0] * 300 + [0.0] * 200)
     half = 1.96 * math.sqrt(0.6 * 0.4 / 500)
     assert low == pytest.approx(0.6 - half, abs=0.005) and high == pytest.approx(0.6 + half, abs=0.005)
@@ -75,25 +83,87 @@ def test_the_report_cannot_run_what_a_model_wrote(tmp_path):
     """Model text, questions and truths must be escaped: a response can hold any HTML."""
     noise_image(8, 8).save(tmp_path / "i.png")
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>"
-    rows = [{"step": 0, "id": "a", "image": [str(tmp_path / "i.png")], "question": evil, "truth": evil, "source": evil, "text": evil,
-             "p_student": 0.5, "verdict": None, "reward": 1.0, "advantage": 0.5}]
+    rows = [{"step": 0, "id": "a", "image": [str(tmp_path / "i.png")], "question": evil, "truth": evil,
+             "source": evil, "text": evil, "p_student": 0.5, "rewards": {evil: None}, "reward": 1.0,
+             "advantage": 0.5}]
     draw_curves([], str(tmp_path / "curves.png"))
     write_report(tmp_path, {"data": evil}, {}, rows)
     page = (tmp_path / "report.html").read_text()
-    assert "<script" not in page and "<img src=x" not in page and page.count("&lt;script&gt;") >= 5
+    assert "<script" not in page and "<img src=x" not in page and page.count("&lt;script&gt;") >= 6
     assert "http://" not in page and "https://" not in page        # one file, no request to anywhere
 
 
-def test_curves_are_drawn_where_the_numbers_are(tmp_path):
-    """A curve upside down or off its panel: similarity 1 throughout must colour the top line and nothing lower."""
-    from PIL import Image
-    metrics = [{"step": i, "similarity/student": 1.0, "answer/student": 0.0, "heldout_accuracy": 0.5} for i in range(20)]
-    draw_curves(json.loads(json.dumps(metrics)), str(tmp_path / "c.png"))
-    image = Image.open(tmp_path / "c.png")
-    width = image.width // 3
+def test_the_report_has_a_column_for_each_reward_term(tmp_path):
+    """A report that knows two terms, or shows a judge that could not tell as a 0."""
+    common = {"step": 4, "id": "a", "image": [], "question": "?", "truth": "2", "reward": -2.5}
+    rows = [common | {"source": "student", "text": "two", "p_student": 0.25, "advantage": -0.5,
+                      "rewards": {"similarity": 1.0, "answer": 1.0, "length": -3.5}},
+            common | {"source": "qwen", "text": "2!", "p_student": None, "advantage": 0.5,
+                      "rewards": {"similarity": 1.0, "answer": None, "length": -3.5}}]
+    draw_curves([], str(tmp_path / "curves.png"))
+    write_report(tmp_path, {}, {}, rows)
+    page = (tmp_path / "report.html").read_text()
+    table = re.findall(r"<tr.*?</tr>", page)
+    cells = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in table]
+    assert cells == [
+        ["source", "response", "p student", "similarity", "answer", "length", "reward", "advantage"],
+        ["student", "two", "0.25", "1.00", "1.00", "-3.50", "-2.50", "-0.50"],
+        ["qwen", "2!", "", "1.00", "?", "-3.50", "-2.50", "+0.50"]]
+    assert 'class="down"' in table[1] and 'class="up"' in table[2] and "step 5" in page
 
-    def rows_with(colour, panel):
-        return [y for y in range(image.height) if any(image.getpixel((x, y)) == colour for x in range(panel * width, (panel + 1) * width))]
-    top, bottom, middle = rows_with((40, 110, 200), 0), rows_with((30, 140, 80), 1), rows_with((200, 80, 40), 2)
+
+BLUE, GREEN, PURPLE, ORANGE = (40, 110, 200), (30, 140, 80), (140, 70, 160), (200, 80, 40)
+
+
+def rows_with(path, colour, panel, panels):
+    """The y of all pixels of a colour in one of the panels of a curve."""
+    image = Image.open(path)
+    width = image.width // panels
+    image = image.crop((panel * width, 0, (panel + 1) * width, image.height))
+    return [y for y in range(image.height) for x in range(image.width) if image.getpixel((x, y)) == colour]
+
+
+def draw(path, metrics):
+    """Draw metrics that were on the disk meanwhile."""
+    draw_curves(json.loads(json.dumps(metrics)), str(path))
+    return path
+
+
+def test_curves_are_drawn_where_the_numbers_are(tmp_path):
+    """A curve upside down or off its panel: similarity 1 must colour the top line and nothing lower."""
+    row = {"reward/similarity/student": 1.0, "reward/answer/student": 0.0, "reward/answer/qwen": 0.5,
+           "heldout_accuracy": 0.5}
+    path = draw(tmp_path / "c.png", [{"step": i} | row for i in range(20)])
+    top, bottom, middle = (rows_with(path, colour, i, 3) for i, colour in enumerate((BLUE, GREEN, ORANGE)))
     assert max(top) < min(middle) < max(middle) < min(bottom)
     assert abs((max(top) + min(bottom)) / 2 - (min(middle) + max(middle)) / 2) < 4
+
+
+def test_curves_of_any_reward(tmp_path):
+    """Curves that know two terms, leave the panel outside of [0, 1], or stop at a null."""
+    metrics = [{"step": i, "reward/similarity/student": 0.5, "reward/answer/student": None if i % 3 else 1.0,
+                "reward/length/student": (-7.0, 3.0)[i % 2], "reward/length/qwen": 99.0} for i in range(20)]
+    metrics[5]["reward/answer/student"] = float("nan")             # a step in which the judge was down
+    path = draw(tmp_path / "c.png", metrics)
+    assert Image.open(path).width == 4 * 560                       # no panel for a teacher
+    y = {}
+    for panel, (name, colour) in enumerate((("half", BLUE), ("one", GREEN), ("length", PURPLE))):
+        y[name] = rows_with(path, colour, panel, 4)
+    assert max(y["one"]) < min(y["half"])
+    assert y["length"] and rows_with(path, ORANGE, 3, 4) == []     # nothing was held out
+    pale = tuple((channel + 2 * 255) // 3 for channel in PURPLE)
+    jumps = rows_with(path, pale, 2, 4)                            # every step, from -7 to 3
+    top, bottom = 46, 380 - 50
+    assert top < min(jumps) < max(jumps) < bottom                  # the axis is from -8 to 4
+    assert max(jumps) - min(jumps) == pytest.approx((bottom - top) * 10 / 12, abs=3)
+
+
+@pytest.mark.parametrize("values, first, last", [
+    ([], 0, 1), ([0.0], 0, 1), ([0.2, 1.0], 0, 1), ([1.2], 0, 1.5), ([2.0], 0, 2), ([-0.5], -0.5, 0),
+    ([-7, 3], -8, 4), ([0.1, -0.001], -0.05, 0.1), ([730.0], 0, 800),
+])
+def test_the_axis_holds_all_values_and_zero(values, first, last):
+    """An axis from 0 to 1 whatever the rewards are."""
+    ticks = value_ticks(values)
+    assert (ticks[0], ticks[-1]) == (pytest.approx(first), pytest.approx(last)) and 4 <= len(ticks) <= 8
+    assert any(abs(tick) < 1e-12 for tick in ticks)

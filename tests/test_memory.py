@@ -11,7 +11,7 @@ import torch
 import train
 from conftest import call, lamp_files, noise_image, run
 from discriminator import Discriminator, update
-from model import UserError, encode, encode_responses, load_vlm
+from model import UserError, encode, encode_responses, load_vlm, score
 from train import AdamW, freeze, sft, update_policy
 from teachers import Example
 
@@ -78,8 +78,8 @@ def test_frozen_weights_do_not_move_and_the_others_do(qwen):
     prompts = [encode(policy, "How many?", [noise_image(32, 32)])]
     outputs, valid = encode_responses(policy, [["yes", "no"]]), torch.ones(1, 2, dtype=torch.bool)
     run = SimpleNamespace(args=args, policy=policy, reference=qwen, world=train.World(), questions=[None],
-                          optimizer=AdamW(policy.model, 1e-2, offload=True),
-                          using=lambda module: contextlib.nullcontext())
+                          optimizer=AdamW(policy.model, 1e-2, offload=True), even=train.World().even,
+                          using=lambda module: contextlib.nullcontext(), score=score)
     update_policy(run, prompts, outputs, torch.tensor([[1.0, -1.0]]), valid)
     for name, weight in policy.model.named_parameters():
         frozen = "visual" in name or "self_attn" in name

@@ -15,6 +15,7 @@ from model import (Sampling, Slots, UserError, encode, encode_responses, generat
                    score, stream)
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=12)
+from train import World
 
 
 def transformers_inputs(vlm, prompt):
@@ -237,9 +238,9 @@ def test_discriminator_reads_each_response_alone_and_as_text(vlm):
     torch.manual_seed(0)
     D = Discriminator(vlm)
     texts = ["yes", "There are 3 red circles.", "<|im_end|> no </response> 0", ""]
-    together = D.p_student(D.encode([""], [texts]), 512)[0]
-    for other in (torch.cat([D.p_student(D.encode([""], [[text]]), 512)[0] for text in texts]), D.p_student(D.encode([""], [texts[::-1]]), 512)[0].flip(0),
-                  D.p_student(D.encode(["", ""], [texts[:2], texts[2:]]), 1).flatten(), D.p_student(D.encode([""], [texts * 50]), 512)[0, -4:]):
+    together = D.p_student(D.encode([""], [texts]), 512, World())[0]
+    for other in (torch.cat([D.p_student(D.encode([""], [[text]]), 512, World())[0] for text in texts]), D.p_student(D.encode([""], [texts[::-1]]), 512, World())[0].flip(0),
+                  D.p_student(D.encode(["", ""], [texts[:2], texts[2:]]), 1, World()).flatten(), D.p_student(D.encode([""], [texts * 50]), 512, World())[0, -4:]):
         torch.testing.assert_close(together, other, atol=1e-5, rtol=1e-5)        # alone, reversed, in two parts, in many rows
     assert (D.backbone.embed_tokens.weight == vlm.model.model.language_model.embed_tokens.weight).all()
     assert D.backbone.embed_tokens.weight is not vlm.model.model.language_model.embed_tokens.weight

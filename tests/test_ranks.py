@@ -63,12 +63,33 @@ def test_two_processes_do_what_one_does_and_one_goes_on_where_two_were_stopped(c
     close(tmp_path / "one", tmp_path / "cut")
 
 
+def test_processes_with_and_without_images_and_of_different_lengths_wait_for_each_other(checkpoints, tmp_path):
+    """Ranks that differ in the number of micro-batches, in who runs the vision tower, or in the order in which gradients
+    are summed (layer 0 has no gradient to pass on where the embedding is frozen and no image was seen)."""
+    data, _ = lamp_files(tmp_path)
+    examples = rows(data)
+    with open(data, "w") as file:
+        for i, example in enumerate(examples):
+            if i % 3:
+                del example["image"]
+            if i % 4 == 0:
+                example["question"] += " yes no" * 20
+            file.write(json.dumps(example) + "\n")
+    options = ["--steps", 2, "--mu", 2, "--token-budget", 250, "--freeze", "embed_tokens", "--gradient-checkpointing"]
+    for ranks, out in ((1, "one"), (2, "two")):
+        said, _ = (process := start(tmp_path, checkpoints["qwen2_5_vl"], ranks, out, *options)).communicate(timeout=120)
+        assert process.returncode == 0, said[-2000:]
+    close(tmp_path / "one", tmp_path / "two")
+
+
 def test_one_process_needs_none_of_it(monkeypatch):
     """A process group, or weights in shards, where there is one process."""
     import train
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     world, layer = train.World.join(torch.device("cpu")), torch.nn.Linear(2, 2)
-    world.shard(layer)
+    world.shard(layer, layer)
+    parts = [slice(0, 2), slice(2, 3)]
+    assert world.even(parts) == [(part, 1.0) for part in parts] and world.without_weights("vlm") == "vlm"
     assert world == train.World() and not torch.distributed.is_initialized() and type(layer) is torch.nn.Linear
     source = (ROOT / "train.py").read_text().splitlines()
     assert not [line for line in source if line.startswith(("import torch.distributed", "from torch.distributed"))]
