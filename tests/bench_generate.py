@@ -1,14 +1,16 @@
 """Sampling: model.py's generate against transformers' own, on the same prompts, weights and response lengths.
 
-    python tests/bench_generate.py                     60M Qwen2.5-VL, prompts of 222 tokens, on the CPU or a GPU
-    python tests/bench_generate.py --full              the shape of Qwen2.5-VL-3B, bfloat16, for a GPU
+    python tests/bench_generate.py                     60M Qwen2.5-VL, prompts of 222 tokens, on the CPU or a
+    GPU python tests/bench_generate.py --full              the shape of Qwen2.5-VL-3B, bfloat16, for a GPU
 
-"batch" is 8 questions x 4 responses; "fill" is 16 responses to each of --questions, where transformers works in batches of
-4 questions (64 rows) and ours keeps 64 slots full. Response lengths are spread evenly over 8 to 64 tokens, and forced: for
-transformers by a stopping criterion, for ours by noise that is 1 where the response ends. Both sample from the 50 likeliest
-tokens, without top-p, for which transformers sorts the whole vocabulary. First, greedy tokens of both are compared. Ceilings are measured in the same run: "matrix" is the model's arithmetic (2 FLOPs a weight and
-token, what padding and repetition add not counted) over a large matrix product's rate; "copy" is the bytes that decoding
-must read (weights once a step, each response's keys and values) over a large copy's rate.
+"batch" is 8 questions x 4 responses; "fill" is 16 responses to each of --questions, where transformers works
+in batches of 4 questions (64 rows) and ours keeps 64 slots full. Response lengths are spread evenly over 8 to
+64 tokens, and forced: for transformers by a stopping criterion, for ours by noise that is 1 where the
+response ends. Both sample from the 50 likeliest tokens, without top-p, for which transformers sorts the whole
+vocabulary. First, greedy tokens of both are compared. Ceilings are measured in the same run: "matrix" is the
+model's arithmetic (2 FLOPs a weight and token, what padding and repetition add not counted) over a large
+matrix product's rate; "copy" is the bytes that decoding must read (weights once a step, each response's keys
+and values) over a large copy's rate.
 """
 import argparse
 import sys
@@ -30,7 +32,8 @@ own_sample = model.sample
 
 def sample_to_length(logits, seen, sampling, noise):
     """Where the noise is 1, the response ends: token 1 stands for a stop token, and else does not occur."""
-    token = own_sample(logits.index_fill(1, torch.tensor([1], device=logits.device), -torch.inf), seen, sampling, noise.clamp(max=0.999))
+    token = own_sample(logits.index_fill(1, torch.tensor([1], device=logits.device), -torch.inf), seen,
+                       sampling, noise.clamp(max=0.999))
     return torch.where(noise >= 1, 1, token)
 
 
@@ -53,17 +56,20 @@ def ours(vlm, prompts, G, slots, sampling):
 
 
 def theirs(vlm, prompts, G, sampling, batch, **options):
-    """transformers.generate, `batch` questions at a time; all prompts here are of one length, so nothing is padded."""
+    """transformers.generate, `batch` questions at a time; all prompts here are of one length, so nothing is
+    padded."""
     done = []
     for i in range(0, len(prompts), batch):
         part = prompts[i:i + batch]
         ids = torch.stack([p.ids for p in part]).to(vlm.device)
         images = {name: torch.cat([p.images[name] for p in part]).to(vlm.device) for name in part[0].images}
         images["pixel_values"] = images["pixel_values"].to(vlm.model.dtype)
-        lengths = torch.tensor([LENGTHS[j % 16] for j in range(i * G, (i + len(part)) * G)], device=vlm.device)
+        lengths = torch.tensor([LENGTHS[j % 16] for j in range(i * G, (i + len(part)) * G)],
+                               device=vlm.device)
         done.append(vlm.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), **images, mm_token_type_ids=(ids == vlm.model.config.image_token_id).int(),
-            num_return_sequences=G, max_new_tokens=sampling.max_new_tokens, stopping_criteria=[StopAtLength(ids.shape[1], lengths)],
+            input_ids=ids, attention_mask=torch.ones_like(ids), **images,
+            mm_token_type_ids=(ids == vlm.model.config.image_token_id).int(), num_return_sequences=G,
+            max_new_tokens=sampling.max_new_tokens, stopping_criteria=[StopAtLength(ids.shape[1], lengths)],
             suppress_tokens=[*vlm.banned_ids, *vlm.stop_ids], **options, do_sample=sampling.temperature > 0,
             **({"top_k": sampling.top_k, "top_p": sampling.top_p} if sampling.temperature else {})))
     return done
@@ -86,10 +92,13 @@ def main():
         vlm = load_vlm(str(folder), str(device), str(dtype).removeprefix("torch."))
         prompts = [encode_example(vlm, e) for e in load_examples(str(folder / "data.jsonl"))]
     vlm.stop_ids[:] = [1]
-    vlm.banned_ids[:] = [i for i in vlm.banned_ids if i < 300]     # of the words that the small tokenizer lacks, none is banned
-    P, N = len(prompts[0].ids), sum(w.numel() for w in vlm.model.get_decoder().parameters())      # tied: head included
+    # of the words that the small tokenizer lacks, none is banned
+    vlm.banned_ids[:] = [i for i in vlm.banned_ids if i < 300]
+    # tied: head included
+    P, N = len(prompts[0].ids), sum(w.numel() for w in vlm.model.get_decoder().parameters())
     product, copy = ceilings(device, dtype)
-    print(f"{N / 1e6:.0f}M weights in the decoder, prompts of {P} tokens, {product / 1e9:,.0f} GFLOP/s, {copy / 1e9:.0f} GB/s copied")
+    print(f"{N / 1e6:.0f}M weights in the decoder, prompts of {P} tokens, {product / 1e9:,.0f} GFLOP/s, "
+          f"{copy / 1e9:.0f} GB/s copied")
 
     greedy = Sampling(0, 1, 0, 1, 64)
     a, b = ours(vlm, prompts[:8], 1, 3, greedy), theirs(vlm, prompts[:8], 1, greedy, 8)[0][:, P:]
@@ -97,14 +106,16 @@ def main():
     print(f"greedy tokens the same as transformers': {sum(same)} of {len(same)} responses")
     sys.stdout.flush()
     text, rows = vlm.model.config.get_text_config(), []
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * prompts[0].ids.new_zeros(
-        (), dtype=dtype).element_size()                             # bytes of keys and values
+    width = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+    size = torch.zeros((), dtype=dtype).element_size()
+    per_token = 2 * text.num_hidden_layers * width * size          # bytes of keys and values
     for case, questions, G, slots in (("batch", 8, 4, 32), ("fill", args.questions, 16, 64)):
         part, tokens = prompts[:questions], sum(LENGTHS[j % 16] for j in range(questions * G))
         batch = slots // G
         arms = {"ours": lambda: ours(vlm, part, G, slots, sampling),
                 "transformers": lambda: theirs(vlm, part[:batch], G, sampling, batch),
-                "transformers, static cache": lambda: theirs(vlm, part[:batch], G, sampling, batch, cache_implementation="static")}
+                "transformers, static cache": lambda: theirs(vlm, part[:batch], G, sampling, batch,
+                                                             cache_implementation="static")}
         memory = {}
         for name, work in arms.items():
             give_back()
@@ -112,14 +123,15 @@ def main():
             work()
             memory[name] = peak_memory_gb(device)
         times = alternate(arms, args.rounds, device)
-        for name in arms:                                          # transformers' batches are all alike: one is timed
+        for name in arms:                                  # transformers' batches are all alike: one is timed
             share = 1 if name == "ours" else batch / questions
             rate = tokens * share / times[name]
             flops = 2 * N * (tokens + questions * P) * share / times[name] / product
             steps = (64 if case == "batch" else tokens / slots) if name == "ours" else 64
             read = steps * 2 * N * dtype.itemsize / 2 + tokens * share * (P + 18) * per_token
-            rows.append((f"{case}, {questions} x {G}", name, f"{times[name] / share:.2f}", f"{rate:.0f}", f"{rate * times['ours'] / tokens:.2f}",
-                         f"{memory[name]:.2f}", f"{flops:.0%}", f"{read / times[name] / copy:.0%}"))
+            rows.append((f"{case}, {questions} x {G}", name, f"{times[name] / share:.2f}", f"{rate:.0f}",
+                         f"{rate * times['ours'] / tokens:.2f}", f"{memory[name]:.2f}", f"{flops:.0%}",
+                         f"{read / times[name] / copy:.0%}"))
     table(("case", "code", "seconds", "tokens/s", "of ours", "peak GB", "of matrix", "of copy"), rows)
 
 

@@ -1,9 +1,10 @@
-"""kill -9 at random moments over all stages of a small toy run; each time it is started again. Prints where it was killed.
+"""kill -9 at random moments over all stages of a small toy run; each time it is started again. Prints where
+it was killed.
 
     python tests/bench_kills.py --kills 50             about ten minutes on 2 cores
 
-At the end, the student's weights, metrics.jsonl and rollouts.jsonl are compared, byte for byte, with those of a run that was
-never interrupted.
+At the end, the student's weights, metrics.jsonl and rollouts.jsonl are compared, byte for byte, with those of
+a run that was never interrupted.
 """
 import argparse
 import random
@@ -17,16 +18,20 @@ from pathlib import Path
 from shapes import table
 from conftest import ROOT  # noqa: E402
 
-SMALL = ["--out", "run", "--device", "cpu", "--teacher-steps", "40", "--sft-steps", "60", "--discriminator-steps", "10", "--steps", "60", "--collect", "2",
-         "--save-every", "3", "--eval-every", "10"]
-FILES = ("student/model.safetensors", "metrics.jsonl", "rollouts.jsonl", "discriminator.safetensors", "collection.jsonl")
-STAGES = (("data", "drawing the world"), ("teachers/qwen", "training the first teacher"), ("teachers/internvl", "training the second teacher"),
-          ("sft", "SFT of the student"), ("discriminator.safetensors", "collecting, and training the discriminator"), ("student", "the loop"),
-          ("evaluation-after.json", "evaluating"), ("", "after the end"))
+SMALL = ["--out", "run", "--device", "cpu", "--teacher-steps", "40", "--sft-steps", "60",
+         "--discriminator-steps", "10", "--steps", "60", "--collect", "2", "--save-every", "3",
+         "--eval-every", "10"]
+FILES = ("student/model.safetensors", "metrics.jsonl", "rollouts.jsonl", "discriminator.safetensors",
+         "collection.jsonl")
+STAGES = (("data", "drawing the world"), ("teachers/qwen", "training the first teacher"),
+          ("teachers/internvl", "training the second teacher"), ("sft", "SFT of the student"),
+          ("discriminator.safetensors", "collecting, and training the discriminator"),
+          ("student", "the loop"), ("evaluation-after.json", "evaluating"), ("", "after the end"))
 
 
 def start(folder):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *SMALL], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *SMALL], cwd=folder,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def main():
@@ -55,7 +60,8 @@ def main():
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                killed[next(name for mark, name in STAGES if not mark or not (cut / "run" / mark).exists())] += 1
+                killed[next(name for mark, name in STAGES if not mark
+                            or not (cut / "run" / mark).exists())] += 1
         said = start(cut).communicate()
         table(("killed while", "times"), killed.items())
         print(f"{failures} of the runs failed to go on; runs that came to their end: {hastes + 1}")

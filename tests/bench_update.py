@@ -1,11 +1,13 @@
-"""Forward and backward of Eq. 2: model.py's packed rows against one row per response with all logits, as most code has it.
+"""Forward and backward of Eq. 2: model.py's packed rows against one row per response with all logits, as most
+code has it.
 
     python tests/bench_update.py                       60M Qwen2.5-VL on the CPU or a GPU
     python tests/bench_update.py --full                the shape of Qwen2.5-VL-3B, bfloat16, for a GPU
 
-4 questions x 2G = 8 responses of 24 tokens; prompts of 221 tokens with a picture, then of 23 without, then responses of 8 to 24
-tokens; each also with a --token-budget that cuts it in micro-batches. Loss and gradient of both are compared first. "of matrix" is the model's arithmetic (6 FLOPs a
-weight and real token of the packed row, the vocabulary head on response tokens only) over the rate of a large matrix product.
+4 questions x 2G = 8 responses of 24 tokens; prompts of 221 tokens with a picture, then of 23 without, then
+responses of 8 to 24 tokens; each also with a --token-budget that cuts it in micro-batches. Loss and gradient
+of both are compared first. "of matrix" is the model's arithmetic (6 FLOPs a weight and real token of the
+packed row, the vocabulary head on response tokens only) over the rate of a large matrix product.
 """
 import argparse
 import tempfile
@@ -22,11 +24,13 @@ K, R = 8, 24
 
 
 def plain_logps(vlm, prompts, outputs):
-    """Log-probs (B, K, R) with a row per response, padded to the longest, and all logits at once; prompts of one length."""
+    """Log-probs (B, K, R) with a row per response, padded to the longest, and all logits at once; prompts of
+    one length."""
     B, R, ids = len(prompts), outputs.ids.shape[-1], outputs.ids.flatten(0, 1)
     ids = torch.cat([torch.stack([p.ids for p in prompts]).repeat_interleave(K, 0).to(vlm.device), ids], 1)
     attention = torch.nn.functional.pad(outputs.mask.flatten(0, 1), (ids.shape[1] - R, 0), value=True).long()
-    images = {name: torch.cat([p.images[name] for p in prompts for _ in range(K)]).to(vlm.device) for name in prompts[0].images}
+    images = {name: torch.cat([p.images[name] for p in prompts for _ in range(K)]).to(vlm.device)
+              for name in prompts[0].images}
     if images:
         images["pixel_values"] = images["pixel_values"].to(vlm.model.dtype)
     logits = vlm.model(input_ids=ids, attention_mask=attention, **images,
@@ -69,14 +73,16 @@ def main():
             torch.manual_seed(0)
             outputs = encode_responses(vlm, [[" yes" * (R - 2)] * K] * args.questions)
             outputs.ids.random_(5, 300)
-            if "lengths" in case:                                  # what sampling gives: padding is left out of packed rows
+            if "lengths" in case:                    # what sampling gives: padding is left out of packed rows
                 for i, mask in enumerate(outputs.mask.flatten(0, 1)):
                     mask[8 + (5 * i) % 17:] = False
             advantage = torch.randn(args.questions, K, device=device)
             gradient, losses, held = [], [], {}
             budgets = {"packed": 10 ** 9, "packed, --token-budget 500": 500}
-            arms = {name: lambda b=b: update(vlm, score, prompts, outputs, advantage, b) for name, b in budgets.items()}
-            arms["a row per response"] = lambda: update(vlm, plain_logps, prompts, outputs, advantage, 10 ** 9)
+            arms = {name: lambda b=b: update(vlm, score, prompts, outputs, advantage, b)
+                    for name, b in budgets.items()}
+            arms["a row per response"] = lambda: update(vlm, plain_logps, prompts, outputs, advantage,
+                                                        10 ** 9)
             for name, work in arms.items():
                 vlm.model.zero_grad()
                 give_back()
@@ -86,18 +92,24 @@ def main():
                 gradient.append(vlm.model.get_input_embeddings().weight.grad.clone())
             vlm.model.zero_grad()
             error = max((g - gradient[-1]).abs().max() / gradient[-1].abs().max() for g in gradient).item()
-            print(f"{case}: losses {losses}, largest difference of a gradient {error:.1e} of the largest gradient", flush=True)
+            print(f"{case}: losses {losses}, largest difference of a gradient {error:.1e} of the largest "
+                  f"gradient", flush=True)
             del gradient
-            times = alternate({name: lambda work=work: (work(), vlm.model.zero_grad()) for name, work in arms.items()}, args.rounds, device)
+            times = alternate({name: lambda work=work: (work(), vlm.model.zero_grad())
+                               for name, work in arms.items()}, args.rounds, device)
             decoder = sum(w.numel() for w in vlm.model.get_decoder().layers.parameters())
-            head, eyes = vlm.model.get_output_embeddings().weight.numel(), sum(w.numel() for w in vlm.model.model.visual.parameters())
+            head = vlm.model.get_output_embeddings().weight.numel()
+            tower = sum(w.numel() for w in vlm.model.model.visual.parameters())
             patches = sum(len(p.images["pixel_values"]) for p in prompts if p.images)
-            flops = 6 * (decoder * sum(packed_sizes(prompts, outputs.mask)) + head * outputs.mask.sum().item() + eyes * patches)
+            flops = 6 * (decoder * sum(packed_sizes(prompts, outputs.mask))
+                         + head * outputs.mask.sum().item() + tower * patches)
             for name, took in times.items():
-                rows.append((f"{case}, {args.questions} x {K}, prompt {len(prompts[0].ids)}", name, f"{took:.2f}", f"{took / times['packed']:.1f}",
-                             f"{outputs.mask.sum().item() / took:.0f}", f"{held[name]:.2f}", f"{held[name] / held['packed']:.1f}",
-                             f"{flops / took / product:.0%}"))
-    table(("case", "code", "seconds", "of packed", "response tokens/s", "peak GB", "of packed", "of matrix"), rows)
+                rows.append((f"{case}, {args.questions} x {K}, prompt {len(prompts[0].ids)}", name,
+                             f"{took:.2f}", f"{took / times['packed']:.1f}",
+                             f"{outputs.mask.sum().item() / took:.0f}", f"{held[name]:.2f}",
+                             f"{held[name] / held['packed']:.1f}", f"{flops / took / product:.0%}"))
+    table(("case", "code", "seconds", "of packed", "response tokens/s", "peak GB", "of packed", "of matrix"),
+          rows)
 
 
 if __name__ == "__main__":

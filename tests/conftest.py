@@ -16,7 +16,7 @@ import pytest  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 FAMILIES = ("qwen2_5_vl", "internvl")
-TEXTS = ["How many red circles are there? There are 3 red circles. The answer is yes, no, blue or green."] * 20
+TEXTS = 20 * ["How many red circles are there? There are 3 red circles. The answer is yes, no, blue or green."]
 
 
 @pytest.fixture(scope="session")
@@ -49,12 +49,13 @@ def prompts(vlm):
     """Four prompts in one batch: three sizes of image, two images, and none."""
     from model import encode
     a, b, c = noise_image(32, 32), noise_image(80, 48, 1), noise_image(48, 64, 2)
-    return [encode(vlm, "How many?", [a]), encode(vlm, "Is there a red circle?", [b]), encode(vlm, "yes or no?", []),
-            encode(vlm, "two", [c, a])]
+    return [encode(vlm, "How many?", [a]), encode(vlm, "Is there a red circle?", [b]),
+            encode(vlm, "yes or no?", []), encode(vlm, "two", [c, a])]
 
 
 def lamp_files(tmp_path, count=24):
-    """Data that is not the toy world: lamps that are on or off, and responses made by rule. Returns (data, collection)."""
+    """Data that is not the toy world: lamps that are on or off, and responses made by rule. Returns (data,
+    collection)."""
     rng = random.Random(0)
     with open(tmp_path / "lamps.jsonl", "w") as data, open(tmp_path / "responses.jsonl", "w") as responses:
         for i in range(count):
@@ -63,7 +64,8 @@ def lamp_files(tmp_path, count=24):
             ImageDraw.Draw(image).ellipse((5, 5, 28, 28), fill="yellow" if on else "grey")
             image.save(tmp_path / f"{i}.jpg")
             answer = "yes" if on else "no"
-            data.write(json.dumps({"id": f"lamp{i}", "image": f"{i}.jpg", "question": "Is the lamp on?", "answer": answer}) + "\n")
+            data.write(json.dumps({"id": f"lamp{i}", "image": f"{i}.jpg", "question": "Is the lamp on?",
+                                   "answer": answer}) + "\n")
             for text in (f"Looking at it, {answer}.", f"{answer}, plainly."):
                 responses.write(json.dumps({"id": f"lamp{i}", "teacher": "rule", "text": text}) + "\n")
     return tmp_path / "lamps.jsonl", tmp_path / "responses.jsonl"
@@ -76,14 +78,16 @@ def lamps(tmp_path):
 
 def run(script, *options, cwd=ROOT):
     """The real command line; returns the finished process with stdout and stderr as text."""
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, options)], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, options)], cwd=cwd,
+                          capture_output=True, text=True)
 
 
 def call(script, *options):
     """As `run`, in this process: it saves the seconds that a new one takes to import torch."""
     import importlib
     from model import run as run_main
-    main, out, err, code = importlib.import_module(script.removesuffix(".py")).main, io.StringIO(), io.StringIO(), 0
+    main, code = importlib.import_module(script.removesuffix(".py")).main, 0
+    out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, [script, *map(str, options)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -12,27 +12,39 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import families  # noqa: E402
 from conftest import TEXTS, noise_image  # noqa: E402
 
-SHAPES = {                                                         # all with the 151,936 words of the real ones
-    "60M": dict(text=dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2),
-                vision=dict(depth=4, hidden_size=384, intermediate_size=1152, num_heads=6, out_hidden_size=256)),
-    "0.3B": dict(text=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=14, num_attention_heads=12, num_key_value_heads=2),
-                 vision=dict(depth=4, hidden_size=512, intermediate_size=1536, num_heads=8, out_hidden_size=768)),
-    "3B": dict(text=dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2),
-               vision=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048))}
+SHAPES = {                                                       # all with the 151,936 words of the real ones
+    "60M": dict(text=dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4,
+                          num_key_value_heads=2),
+                vision=dict(depth=4, hidden_size=384, intermediate_size=1152, num_heads=6,
+                            out_hidden_size=256)),
+    "0.3B": dict(text=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=14,
+                           num_attention_heads=12, num_key_value_heads=2),
+                 vision=dict(depth=4, hidden_size=512, intermediate_size=1536, num_heads=8,
+                             out_hidden_size=768)),
+    "3B": dict(text=dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+                         num_attention_heads=16, num_key_value_heads=2),
+               vision=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
+                           out_hidden_size=2048))}
 
 
 def build(folder, shape, dtype=torch.float32, device="cpu"):
-    """A Qwen2.5-VL of real shape and vocabulary with random weights; the tokenizer is the tests' small one."""
+    """A Qwen2.5-VL of real shape and vocabulary with random weights; the tokenizer is the tests' small
+    one."""
     from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    families.build(folder, "qwen2_5_vl", TEXTS)                    # processor and token ids; the model is replaced
+    families.build(folder, "qwen2_5_vl", TEXTS)               # processor and token ids; the model is replaced
     config, text = Qwen2_5_VLConfig.from_pretrained(folder), SHAPES[shape]["text"]
     half = text["hidden_size"] // text["num_attention_heads"] // 2
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]}
-    ends = {name: getattr(config.text_config, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
-    config = Qwen2_5_VLConfig(text_config=text | ends | {"vocab_size": 151936, "rope_parameters": rope}, tie_word_embeddings=True,
-        vision_config=dict(patch_size=14, window_size=112, fullatt_block_indexes=[3]) | SHAPES[shape]["vision"],
-        **{name: getattr(config, name) for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")})
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [half - 2 * (half * 3 // 8),
+                                                                         half * 3 // 8, half * 3 // 8]}
+    ends = {name: getattr(config.text_config, name) for name in ("eos_token_id", "pad_token_id",
+                                                                 "bos_token_id")}
+    config = Qwen2_5_VLConfig(text_config=text | ends | {"vocab_size": 151936, "rope_parameters": rope},
+                              tie_word_embeddings=True,
+        vision_config=dict(patch_size=14, window_size=112, fullatt_block_indexes=[3])
+                              | SHAPES[shape]["vision"],
+        **{name: getattr(config, name) for name in ("image_token_id", "video_token_id",
+                                                    "vision_start_token_id", "vision_end_token_id")})
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with torch.device(device):
@@ -45,16 +57,19 @@ def build(folder, shape, dtype=torch.float32, device="cpu"):
 
 
 def data(folder, questions, tokens, image=True, words=0):
-    """Questions about 392 x 392 pictures (196 image tokens), `words` longer, and responses of rule for a collection."""
+    """Questions about 392 x 392 pictures (196 image tokens), `words` longer, and responses of rule for a
+    collection."""
     with open(folder / "data.jsonl", "w") as file, open(folder / "responses.jsonl", "w") as responses:
         for i in range(questions):
-            row = {"id": str(i), "question": "How many red circles are there?" + " yes" * words, "answer": "3"}
+            row = {"id": str(i), "question": "How many red circles are there?" + " yes" * words,
+                   "answer": "3"}
             if image:
                 noise_image(392, 392, i).save(folder / f"{i}.png")
                 row["image"] = f"{i}.png"
             file.write(json.dumps(row) + "\n")
             for k in range(4):
-                responses.write(json.dumps({"id": str(i), "teacher": "rule", "text": " yes" * (tokens - 2 - k)}) + "\n")
+                responses.write(json.dumps({"id": str(i), "teacher": "rule",
+                                            "text": " yes" * (tokens - 2 - k)}) + "\n")
 
 
 def give_back():
@@ -73,7 +88,8 @@ def seconds(work, device):
 
 
 def alternate(arms, rounds, device):
-    """Run all of {name: work} in turn, `rounds` times after one to warm up. Returns {name: median seconds}."""
+    """Run all of {name: work} in turn, `rounds` times after one to warm up. Returns {name: median
+    seconds}."""
     times = {name: [] for name in arms}
     for r in range(rounds + 1):
         for name, work in arms.items():

@@ -17,7 +17,7 @@ import pytest
 import eval as e
 from conftest import ROOT, call, noise_image, run
 from model import UserError
-from teachers import Example, load_examples, open_image
+from teachers import Example, open_image
 
 
 def b64(seed=0, size=(32, 32)):
@@ -456,11 +456,13 @@ def test_predictions_that_do_not_fit(rows, message, tmp_path):
 
 def test_a_metric_that_the_data_cannot_have(tmp_path):
     """A traceback, or an empty table, for a --metric that needs more than the data have."""
-    for make, metric, message in ((lambda f: choices("AI2D_TEST", f), "foil_word", "at least 2 answers, found 0"),
-                                  (chartqa, "cider", "at least 1 answers, found 0"),
-                                  (foil, "mcq", "FOIL has the metrics")):
+    def refused(path, metric, message):
         with pytest.raises(UserError, match=message):
-            e.tasks_of(str(make(tmp_path)), metric)
+            e.tasks_of(str(path), metric)
+    refused(choices("AI2D_TEST", tmp_path), "foil_word", "at least 2 answers, found 1")
+    mine = dump(tmp_path / "mine.json", [{"question": "?", "answer": "2"}])
+    refused(mine, "cider", "at least 1 answers, found 0")
+    refused(foil(tmp_path), "mcq", "FOIL has the metrics foil, foil_word and foil_fix, not mcq")
 
 
 def test_skip_bad_and_limit(tmp_path):

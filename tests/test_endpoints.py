@@ -19,7 +19,7 @@ import families
 from conftest import ROOT, TEXTS, call, lamp_files, run
 from eval import JUDGE_PROMPT, LLMJudge, parse_verdict
 from model import Sampling, UserError
-from teachers import KEY, CallFailed, Endpoint, ServerTeacher, chat, check_endpoint, endpoint_of, fill_collection, load_examples
+from teachers import KEY, CallFailed, Endpoint, chat, check_endpoint, endpoint_of, fill_collection, load_examples
 
 FAULTS = ("429", "500", "hang", "half", "not json", "list", "no choices", "null")
 
@@ -107,7 +107,7 @@ def test_two_hundred_responses_through_every_fault(tmp_path):
     examples, sampling = load_examples(data), Sampling(max_new_tokens=9)
     calm, hostile = Hostile(says), Hostile(says, third_goes_wrong)
     for server, name in ((calm, "calm"), (hostile, "hostile")):
-        fill_collection(str(tmp_path / name), [ServerTeacher(Endpoint("m", server.url, timeout=1, pause=0.01))], examples, 4, sampling)
+        fill_collection(str(tmp_path / name), [Endpoint("m", server.url, timeout=1, pause=0.01)], examples, 4, sampling)
     rows = [json.loads(line) for line in open(tmp_path / "hostile")]
     assert [row["id"] for row in rows] == [e.id for e in examples for _ in range(4)]
     assert len({row["text"] for row in rows}) == 200               # seeds differ within a question, pictures between
@@ -121,7 +121,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_file(tmp_path):
     """Responses that were paid for and are lost, or are asked for again; a half-written line that stops the next run."""
     data, _ = lamp_files(tmp_path, 25)
     hostile = Hostile(says, lambda n: "500" if n % 6 == 0 else None, ignores_n=True)
-    fill_collection(str(tmp_path / "whole"), [ServerTeacher(Endpoint("m", hostile.url, pause=0.01))], load_examples(data), 8, Sampling())
+    fill_collection(str(tmp_path / "whole"), [Endpoint("m", hostile.url, pause=0.01)], load_examples(data), 8, Sampling())
     hostile.calls, out = 0, tmp_path / "killed"
     hostile.reply = lambda body: (time.sleep(0.03), says(body))[1]
     options = ["--teachers", f"m@{hostile.url}", "--data", data, "--out", out, "-n", 8]
@@ -159,7 +159,7 @@ def test_a_server_that_is_down_for_good_is_given_up_in_bounded_time(tmp_path):
     with pytest.raises(CallFailed, match="HTTP 500"):
         chat(endpoint, [{"role": "user", "content": "?"}], 1, Sampling(), 0)
     with pytest.raises(UserError, match="not one of the first"):
-        fill_collection(str(tmp_path / "c"), [ServerTeacher(endpoint)], load_examples(data), 2, Sampling())
+        fill_collection(str(tmp_path / "c"), [endpoint], load_examples(data), 2, Sampling())
     assert time.time() - start < 10
 
 

@@ -11,7 +11,8 @@ import families
 from conftest import TEXTS, call, lamp_files, noise_image, run
 from discriminator import Discriminator, update
 from train import AdamW
-from model import Sampling, UserError, check_packing, checkpoint_layers, encode, encode_responses, generate, join, load_vlm, save_vlm, score
+from model import (Sampling, UserError, check_packing, checkpoint_layers, encode, encode_responses, generate, join,
+                   load_vlm, save_vlm, score)
 from test_model import transformers_inputs, unpacked
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=8)
@@ -32,14 +33,17 @@ def vlm(request, folders):
 
 @pytest.fixture(scope="session")
 def prompts(vlm):
-    """Two sizes of image, none, two images, and two images in the middle of the text after an earlier turn."""
+    """Two sizes of image, none, two images, and two images in the middle of the text after an earlier
+    turn."""
     a, b, c = noise_image(32, 32), noise_image(80, 48, 1), noise_image(48, 64, 2)
-    return [encode(vlm, "How many?", [a]), encode(vlm, "Is there a red circle?", [b]), encode(vlm, "yes or no?", []),
-            encode(vlm, "two", [c, a]), encode(vlm, "Is <image> red?", [c, b], (("First <image> is it blue?", "no"),))]
+    return [encode(vlm, "How many?", [a]), encode(vlm, "Is there a red circle?", [b]),
+            encode(vlm, "yes or no?", []), encode(vlm, "two", [c, a]),
+            encode(vlm, "Is <image> red?", [c, b], (("First <image> is it blue?", "no"),))]
 
 
 def test_generation_gives_transformers_own_tokens(vlm, prompts):
-    """Tiles stacked in the wrong order, a window or a two-way image block forgotten, positions off in the decode step."""
+    """Tiles stacked in the wrong order, a window or a two-way image block forgotten, positions off in the
+    decode step."""
     ours = generate(vlm, prompts, 2, GREEDY)
     for b, prompt in enumerate(prompts):
         theirs = vlm.model.generate(**transformers_inputs(vlm, prompt), max_new_tokens=8, do_sample=False,
@@ -52,7 +56,8 @@ def test_packed_scores_equal_one_row_per_response(vlm, prompts):
     """A response that sees its sibling, a packed row without the family's own mask or positions."""
     outputs = join([generate(vlm, prompts, 2, replace(GREEDY, temperature=1.0)),
                     encode_responses(vlm, [["yes", "There are 3 red circles. " * 4]] * 5)], dim=1)
-    torch.testing.assert_close(score(vlm, prompts, outputs), unpacked(vlm, prompts, outputs), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(score(vlm, prompts, outputs), unpacked(vlm, prompts, outputs), atol=2e-5,
+                               rtol=1e-4)
     for prompt in prompts:
         check_packing(vlm, prompt)
 
@@ -60,24 +65,28 @@ def test_packed_scores_equal_one_row_per_response(vlm, prompts):
 def test_gradient_checkpointing_changes_no_gradient(vlm, prompts):
     """Layers whose dropout comes on with training mode, a mask that the second pass does not see."""
     outputs = encode_responses(vlm, [["yes", "There are 3 red circles."]] * 5)
-    plain = torch.autograd.grad(score(vlm, prompts, outputs).sum(), vlm.model.get_input_embeddings().weight)[0]
+    plain = torch.autograd.grad(score(vlm, prompts, outputs).sum(),
+                                vlm.model.get_input_embeddings().weight)[0]
     checkpoint_layers(vlm.model)
     calls = []
     hooks = [m.mlp.register_forward_hook(lambda *_: calls.append(1)) for m in vlm.model.get_decoder().layers]
     try:
-        again = torch.autograd.grad(score(vlm, prompts, outputs).sum(), vlm.model.get_input_embeddings().weight)[0]
+        again = torch.autograd.grad(score(vlm, prompts, outputs).sum(),
+                                    vlm.model.get_input_embeddings().weight)[0]
         generate(vlm, prompts, 1, GREEDY)                          # with its cache
     finally:
         for module in vlm.model.modules():
             module.gradient_checkpointing = False
         [hook.remove() for hook in hooks]
     torch.testing.assert_close(again, plain, atol=1e-5, rtol=1e-4)
-    assert len(calls) >= 3 * len(vlm.model.get_decoder().layers) and not any(m.training for m in vlm.model.modules())
+    assert len(calls) >= 3 * len(vlm.model.get_decoder().layers) and not any(m.training
+                                                                             for m in vlm.model.modules())
 
 
 def test_the_image_reaches_the_answer(vlm):
     """Without it, the tests above would not see an image that is lost or in the wrong place."""
-    logps = [score(vlm, [encode(vlm, "How many?", [noise_image(32, 32, seed)])], encode_responses(vlm, [["There are 3."]]))
+    logps = [score(vlm, [encode(vlm, "How many?", [noise_image(32, 32, seed)])],
+                   encode_responses(vlm, [["There are 3."]]))
              for seed in (1, 2)]
     assert (logps[0] - logps[1]).abs().max() > 1e-3
 
@@ -85,15 +94,19 @@ def test_the_image_reaches_the_answer(vlm):
 def test_the_discriminator_learns_on_this_backbone(vlm):
     D = Discriminator(vlm)
     optimizer = AdamW(D, 1e-3)
-    texts, is_student = [["yes", "no", "There are 3.", "It is blue."]] * 3, torch.tensor([[True, True, False, False]] * 3)
-    losses = [update(D, optimizer, D.encode([""] * len(texts), texts), is_student, 60)["d_loss"] for _ in range(25)]
+    texts, is_student = [["yes", "no", "There are 3.", "It is blue."]] * 3, torch.tensor([[True, True, False,
+                                                                                           False]] * 3)
+    losses = [update(D, optimizer, D.encode([""] * len(texts), texts), is_student, 60)["d_loss"]
+              for _ in range(25)]
     assert losses[-1] < losses[0] - 0.1
 
 
 def test_a_reply_ends_with_the_token_that_ends_a_turn(vlm):
-    """Gemma's generation config lists <eos> first, but a turn ends in <end_of_turn>: answers would be taught to run on."""
+    """Gemma's generation config lists <eos> first, but a turn ends in <end_of_turn>: answers would be taught
+    to run on."""
     ends = vlm.tokenizer.decode(vlm.stop_ids[:1])
-    assert ends in ("<|im_end|>", "<end_of_turn>") and len(vlm.stop_ids) == (2 if ends == "<end_of_turn>" else 1)
+    assert ends in ("<|im_end|>", "<end_of_turn>") and len(vlm.stop_ids) == (2 if ends == "<end_of_turn>"
+                                                                             else 1)
 
 
 def test_saved_and_loaded_again_it_scores_the_same(vlm, prompts, tmp_path):
@@ -109,17 +122,22 @@ def test_a_ril_step_with_teachers_of_two_other_families(student, folders, tmp_pa
     data, _ = lamp_files(tmp_path, 6)
     others = [f for f in families.FAMILIES if f != student]
     others = [others[(families.FAMILIES.index(student) + i) % len(others)] for i in (1, 4)]
-    done = (run if student == "gemma3" else call)("train.py", "--student", folders[student], "--teachers", *(folders[f] for f in others), "--data", data,
-               "--eval-data", data, "--out", tmp_path / "out", "--steps", 1, "--batch-size", 4, "--token-budget", 300, "--collect", 24,
-               "--num-samples", 2, "--discriminator-steps", 1, "--max-new-tokens", 32, "--lr", 1e-3, "--device", "cpu",
-               "--gradient-checkpointing", "--offload", "--top-k", 0, "--top-p", 1, "--similarity", "continuous")
+    done = (run if student == "gemma3" else call)("train.py", "--student", folders[student], "--teachers",
+                                                  *(folders[f] for f in others), "--data", data,
+               "--eval-data", data, "--out", tmp_path / "out", "--steps", 1, "--batch-size", 4,
+                                                  "--token-budget", 300, "--collect", 24,
+               "--num-samples", 2, "--discriminator-steps", 1, "--max-new-tokens", 32, "--lr", 1e-3,
+                                                  "--device", "cpu",
+               "--gradient-checkpointing", "--offload", "--top-k", 0, "--top-p", 1, "--similarity",
+                                                  "continuous")
     assert done.returncode == 0, done.stderr[-2000:]
     row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
     assert {f"reward/similarity/{f}" for f in others} <= row.keys() and row["grad_norm"] > 0
 
 
 def test_a_model_that_packing_would_misread_is_refused(folders):
-    """A family with something we do not know of (here: logits scaled after the head) must not be trained in silence."""
+    """A family with something we do not know of (here: logits scaled after the head) must not be trained in
+    silence."""
     vlm = load_vlm(folders["llava"], "cpu")
     prompt, forward = encode(vlm, "How many?", [noise_image(32, 32)]), vlm.model.forward
 
@@ -143,7 +161,8 @@ def test_layers_that_cannot_be_packed_are_named(folders):
 
 
 def test_checkpoints_that_cannot_be_students_are_one_sentence(folders, tmp_path):
-    """A hub id that cannot be reached, a language model without a vision tower, a processor without a chat template."""
+    """A hub id that cannot be reached, a language model without a vision tower, a processor without a chat
+    template."""
     def refused(path, says):
         with pytest.raises(UserError, match=says) as error:
             load_vlm(str(path), "cpu")

@@ -1,4 +1,5 @@
-"""Run folders: what is in one was made from what its command says, or the command is refused in one sentence."""
+"""Run folders: what is in one was made from what its command says, or the command is refused in one
+sentence."""
 import json
 import shutil
 
@@ -40,14 +41,16 @@ def refused(says, *options):
 
 
 def test_data_may_move_but_not_change(copied):
-    """A row removed between two starts, which began the loop again; reordered data, which went on without a word."""
+    """A row removed between two starts, which began the loop again; reordered data, which went on without a
+    word."""
     out, options = copied
     assert call("train.py", *options, "--steps", 4, "--out", out).returncode == 0
     data = out.parent / "lamps.jsonl"
     rows = data.read_text().splitlines(keepends=True)
     for changed in (rows[:-1], rows[::-1]):
         data.write_text("".join(changed))
-        refused("collection.jsonl was made with other settings (--data ", *options, "--steps", 4, "--out", out)
+        refused("collection.jsonl was made with other settings (--data ", *options, "--steps", 4, "--out",
+                out)
 
 
 def test_teachers_and_sampling_belong_to_a_collection(copied, checkpoints):
@@ -59,7 +62,8 @@ def test_teachers_and_sampling_belong_to_a_collection(copied, checkpoints):
 
 
 def test_files_that_nobody_knows_are_not_taken_for_results(copied, tmp_path):
-    """A copied collection or discriminator; a finished folder whose record was deleted, which passed as a new run."""
+    """A copied collection or discriminator; a finished folder whose record was deleted, which passed as a new
+    run."""
     out, options = copied
     other = tmp_path / "other"
     other.mkdir()
@@ -82,7 +86,8 @@ def test_an_option_that_an_old_record_lacks_had_its_default(copied):
         record["options"].pop("reward_weights", None)
     (out / "stages.json").write_text(json.dumps(records))
     assert call("train.py", *options, "--steps", 4, "--out", out).returncode == 0
-    refused("--repetition-penalty 1.05 there", *options, "--steps", 4, "--out", out, "--repetition-penalty", 1)
+    refused("--repetition-penalty 1.05 there", *options, "--steps", 4, "--out", out, "--repetition-penalty",
+            1)
 
 
 def test_a_finished_loop_can_be_extended(copied, tmp_path):
@@ -106,7 +111,8 @@ def test_stages_that_stay_the_same_are_taken_over(copied, tmp_path):
         assert f"new/{name} is taken over" in done.stdout
         assert (tmp_path / "new" / name).read_bytes() == (out / name).read_bytes()
     assert len(open(tmp_path / "new" / "metrics.jsonl").readlines()) == 4
-    done = call("train.py", *options, "--steps", 4, "--out", tmp_path / "warm", "--from", out, "--pretrain-lr", 1e-3)
+    done = call("train.py", *options, "--steps", 4, "--out", tmp_path / "warm", "--from", out,
+                "--pretrain-lr", 1e-3)
     assert done.returncode == 0 and "warm/collection.jsonl is taken over" in done.stdout, done.stderr
     assert "warm/discriminator.safetensors is taken over" not in done.stdout
     refused("it has no stages.json", *options, "--out", tmp_path / "none", "--from", tmp_path)

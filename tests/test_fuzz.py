@@ -1,4 +1,5 @@
-"""Mutated files of every kind: each is read, or refused in one sentence. FUZZ=2000 for more of them than the default."""
+"""Mutated files of every kind: each is read, or refused in one sentence. FUZZ=2000 for more of them than the
+default."""
 import json
 import os
 import random
@@ -14,7 +15,8 @@ from model import UserError
 from teachers import Collection, load_examples
 
 COUNT = int(os.environ.get("FUZZ", 150))
-ATOMS = [None, True, 0, -1, 1e999, "", "x", "\ud83d", [], {}, [[]], {"a": None}, ["x"], 10 ** 30, "<image>", "../..", "\0", "[" * 50]
+ATOMS = [None, True, 0, -1, 1e999, "", "x", "\ud83d", [], {}, [[]], {"a": None}, ["x"], 10 ** 30, "<image>",
+         "../..", "\0", "[" * 50]
 
 
 def shaken(value, rng):
@@ -25,7 +27,8 @@ def shaken(value, rng):
             case 0:
                 return {k: v for k, v in value.items() if k != key}
             case 1:
-                return value | {rng.choice(["id", "image", "images", "question", "answers", "foil"]): rng.choice(ATOMS)}
+                return value | {rng.choice(["id", "image", "images", "question", "answers",
+                                            "foil"]): rng.choice(ATOMS)}
         return value | {key: shaken(value[key], rng)}
     if isinstance(value, list) and value and rng.random() < 0.9:
         i = rng.randrange(len(value))
@@ -50,17 +53,20 @@ def mutated(data, rng):
             i, j = sorted(rng.randrange(len(data)) for _ in range(2))
             return data[:j] + data[i:]
         case 3:
-            return data.replace(*rng.choice([(b'"', b"'"), (b"\n", b"\r"), (b"\t", b" "), (b":", b""), (b"{", b"[" * 3000), (b"e", b"\x00")]))
+            return data.replace(*rng.choice([(b'"', b"'"), (b"\n", b"\r"), (b"\t", b" "), (b":", b""),
+                                             (b"{", b"[" * 3000), (b"e", b"\x00")]))
     try:
         return json.dumps(shaken(json.loads(data), rng)).encode()
     except ValueError:
         pass
     try:
         rows = [json.loads(line) for line in data.splitlines()]
-        return "\n".join(map(json.dumps, shaken(rows, rng) if rng.random() < 0.7 else [shaken(row, rng) for row in rows])).encode()
+        return "\n".join(map(json.dumps, shaken(rows, rng) if rng.random() < 0.7
+                             else [shaken(row, rng) for row in rows])).encode()
     except (ValueError, TypeError):
         cells = data.split(b"\t")                                  # a TSV
-        cells[rng.randrange(len(cells))] = rng.choice([b"", b'"', b"['x'", b"[1, 2]", b"-1", b'"0"', b"\n", b"<image 9>"])
+        cells[rng.randrange(len(cells))] = rng.choice([b"", b'"', b"['x'", b"[1, 2]", b"-1", b'"0"', b"\n",
+                                                       b"<image 9>"])
         return b"\t".join(cells)
 
 
@@ -91,29 +97,37 @@ def fuzz(path, work, rng, count):
             survives(work)
         except Exception as error:
             rng.setstate(state)
-            pytest.fail(f"{path.name}, mutation {i}: {type(error).__name__}: {error}; {path.read_bytes()[:600]}")
+            pytest.fail(f"{path.name}, mutation {i}: {type(error).__name__}: {error}; "
+                        f"{path.read_bytes()[:600]}")
     path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("name", made.CASES)
 def test_mutated_benchmark_files(name, tmp_path):
-    """A traceback from a file that is not quite what it should be; asked, scored and reported as far as it can be read."""
+    """A traceback from a file that is not quite what it should be; asked, scored and reported as far as it
+    can be read."""
     path = made.CASES[name][0](tmp_path)
 
     def work():
         for task in e.tasks_of(str(path)):
             for x in task.examples:
                 task.asked(x)
-            e.results_table({"a": [e.score_responses(task, ["A, because 3.5 dogs"] * len(task.examples), e.rule_judge)]})
+            e.results_table({"a": [e.score_responses(task, ["A, because 3.5 dogs"] * len(task.examples),
+                                                     e.rule_judge)]})
     fuzz(path, work, random.Random(name), COUNT // 15)
 
 
 @pytest.mark.parametrize("form", ["ours", "llava", "chat"])
 def test_mutated_data_files(form, tmp_path):
     made.jpg(tmp_path, "a.jpg", "b.jpg")
-    row = {"ours": {"id": "7", "image": ["a.jpg"], "question": "How <image> many?", "answer": "2", "options": ["1", "2"], "history": [["Hello", "there"]]},
-           "llava": {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nHow?"}, {"from": "gpt", "value": "2"}]},
-           "chat": {"images": ["b.jpg"], "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]},
+    row = {"ours": {"id": "7", "image": ["a.jpg"], "question": "How <image> many?", "answer": "2",
+                    "options": ["1", "2"], "history": [["Hello", "there"]]},
+           "llava": {"id": "7", "image": "a.jpg", "conversations": [{"from": "human",
+                                                                     "value": "<image>\nHow?"},
+                                                                    {"from": "gpt", "value": "2"}]},
+           "chat": {"images": ["b.jpg"], "messages": [{"role": "user",
+                                                       "content": [{"type": "image"},
+                                                                   {"type": "text", "text": "?"}]},
                                                       {"role": "assistant", "content": "2"}]}}[form]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row | {"id": str(i)}) + "\n" for i in range(3)))
@@ -125,7 +139,8 @@ def test_mutated_images(kind, tmp_path):
     """What Pillow raises on a broken file is of many kinds."""
     made.noise_image(40, 30).save(tmp_path / "i.img", kind)
     (tmp_path / "data.jsonl").write_text('{"image": "i.img", "question": "?", "answer": "!"}\n')
-    fuzz(tmp_path / "i.img", lambda: load_examples(str(tmp_path / "data.jsonl")), random.Random(kind), COUNT // 6)
+    fuzz(tmp_path / "i.img", lambda: load_examples(str(tmp_path / "data.jsonl")), random.Random(kind),
+         COUNT // 6)
 
 
 def test_mutated_collections(tmp_path):
@@ -136,16 +151,20 @@ def test_mutated_collections(tmp_path):
 
 def test_mutated_predictions(tmp_path):
     task = e.tasks_of(str(made.choices("AI2D_TEST", tmp_path)))[0]
-    for name, contents in (("p.json", '{"0": "A", "1": "B", "2": "C"}'), ("q.json", '[{"id": 0, "text": "A"}, {"id": 1, "text": "A"}, {"id": 2, "text": "A"}]'),
+    for name, contents in (("p.json", '{"0": "A", "1": "B", "2": "C"}'),
+                           ("q.json", '[{"id": 0, "text": "A"}, {"id": 1, "text": "A"}, {"id": 2, "text": '
+                            '"A"}]'),
                            ("p.tsv", "index\tprediction\n0\tA\n1\tA\n2\tA\n")):
         (tmp_path / name).write_text(contents)
-        fuzz(tmp_path / name, lambda: e.read_predictions(str(tmp_path / name), task), random.Random(name), COUNT // 6)
+        fuzz(tmp_path / name, lambda: e.read_predictions(str(tmp_path / name), task), random.Random(name),
+             COUNT // 6)
 
 
 def test_mutated_state_of_a_run(checkpoints, tmp_path):
     """stages.json, and the JSON of a checkpoint: read, refused, or passed over for an older one."""
     data, responses = lamp_files(tmp_path, 4)
-    argv = ["--student", checkpoints["qwen2_5_vl"], "--data", str(data), "--collection", str(responses), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    argv = ["--student", checkpoints["qwen2_5_vl"], "--data", str(data), "--collection", str(responses),
+            "--out", str(tmp_path / "run"), "--device", "cpu"]
     args = train.parse_args(argv)
     out = tmp_path / "run"
 

@@ -14,11 +14,13 @@ def test_advantage_is_not_divided_by_the_standard_deviation():
     """A dr_grpo that still divides by std. By hand: rewards 2, 1, 0, 1 have mean 1 and std sqrt(1/2)."""
     reward = torch.tensor([[2.0, 1.0, 0.0, 1.0]])
     assert advantages(reward, ALL).tolist() == [[1, 0, -1, 0]]
-    assert advantages(reward, ALL, divide_by_std=True)[0, 0].item() == pytest.approx(1 / (math.sqrt(0.5) + 1e-4))
+    assert advantages(reward, ALL, divide_by_std=True)[0, 0].item() == pytest.approx(1 / (math.sqrt(0.5)
+                                                                                          + 1e-4))
 
 
 def test_a_failed_judge_is_left_out_of_the_baseline():
-    """A failure that becomes reward 0 would lower the mean: here 1, 1 and a failure must leave the baseline at 1."""
+    """A failure that becomes reward 0 would lower the mean: here 1, 1 and a failure must leave the baseline
+    at 1."""
     terms = {"similarity": torch.tensor([[1.0, 0.0, 1.0]]), "answer": torch.tensor([[0.0, 1.0, math.nan]])}
     reward, valid = total_reward(terms, REWARD_WEIGHTS)
     assert reward[0, :2].tolist() == [1, 1] and valid.tolist() == [[True, True, False]]
@@ -26,7 +28,8 @@ def test_a_failed_judge_is_left_out_of_the_baseline():
 
 
 def test_a_reward_counts_as_much_as_its_weight():
-    """A weight that is not used; a failed judge that takes a response out of its group though nobody counts it."""
+    """A weight that is not used; a failed judge that takes a response out of its group though nobody counts
+    it."""
     terms = {"similarity": torch.tensor([[1.0, 0.0]]), "answer": torch.tensor([[0.0, math.nan]])}
     reward, valid = total_reward(terms, {"similarity": 0.5, "answer": 0.0})
     assert reward.tolist() == [[0.5, 0]] and valid.all()
@@ -37,7 +40,8 @@ def test_advantages_follow_their_responses_when_the_group_is_permuted():
     """A baseline that depends on the order within the group."""
     reward, order = torch.rand(3, 8), torch.randperm(8)
     valid = torch.rand(3, 8) > 0.2
-    torch.testing.assert_close(advantages(reward, valid)[:, order], advantages(reward[:, order], valid[:, order]))
+    torch.testing.assert_close(advantages(reward, valid)[:, order],
+                               advantages(reward[:, order], valid[:, order]))
 
 
 def small_case():
@@ -49,10 +53,11 @@ def small_case():
 
 
 def test_dr_grpo_loss_against_numbers_worked_by_hand():
-    """Clipping on the wrong side, a division by length, a prompt or pad token in the loss, KL of the wrong sign.
+    """Clipping on the wrong side, a division by length, a prompt or pad token in the loss, KL of the wrong
+    sign.
 
-    Ratios are 1, 1.5 -> 1.2 (A = 1) and 0.5, which A = -1 leaves at min(-0.5, -0.8) = -0.8. k3 is 2/4 - 1 - ln(1/2)
-    = -0.5 + ln 2 on the first token, 0 on the others. Eq. 2: (1/2) [1 + 1.2 - 0.1 k3 - 0.8].
+    Ratios are 1, 1.5 -> 1.2 (A = 1) and 0.5, which A = -1 leaves at min(-0.5, -0.8) = -0.8. k3 is 2/4 - 1 -
+    ln(1/2) = -0.5 + ln 2 on the first token, 0 on the others. Eq. 2: (1/2) [1 + 1.2 - 0.1 k3 - 0.8].
     """
     logp, old, ref, A, mask = small_case()
     valid = torch.ones(1, 2, dtype=torch.bool)
@@ -76,7 +81,8 @@ def random_case(B=4, K=6, R=5):
 
 
 def test_micro_batches_add_up_to_the_whole_batch():
-    """Gradient accumulation that changes the result: a mean of means, or a normaliser taken per micro-batch."""
+    """Gradient accumulation that changes the result: a mean of means, or a normaliser taken per
+    micro-batch."""
     case = random_case()
     case[0].requires_grad_()
     whole, = torch.autograd.grad(policy_loss(*case, 0.2, 0.05), case[0])
@@ -95,7 +101,8 @@ def test_padding_and_order_within_the_group_change_nothing():
 
 
 def test_k3_is_never_negative_and_estimates_the_kl():
-    """KL estimated as logp - ref alone, which is negative half of the time. Mean over exact samples = the true KL."""
+    """KL estimated as logp - ref alone, which is negative half of the time. Mean over exact samples = the
+    true KL."""
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.4, 0.4, 0.2])
     k3 = k3_kl(p.log(), q.log())
     assert (k3 >= 0).all()
@@ -103,7 +110,8 @@ def test_k3_is_never_negative_and_estimates_the_kl():
 
 
 def test_discriminator_loss_labels_the_student_1():
-    """Labels the other way round. By hand: logits 2 (student) and -1 (teacher) are both on their right side."""
+    """Labels the other way round. By hand: logits 2 (student) and -1 (teacher) are both on their right
+    side."""
     logits, is_student = torch.tensor([[2.0, -1.0]]), torch.tensor([[True, False]])
     by_hand = -(math.log(1 / (1 + math.exp(-2))) + math.log(1 - 1 / (1 + math.exp(1))))
     assert discriminator_loss(logits, is_student).item() == pytest.approx(by_hand, rel=1e-5)

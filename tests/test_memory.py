@@ -1,4 +1,5 @@
-"""What makes real sizes fit: float32 updates of bfloat16 weights, micro-batches, offload, freezing, the plan."""
+"""What makes real sizes fit: float32 updates of bfloat16 weights, micro-batches, offload, freezing, the
+plan."""
 import contextlib
 import copy
 import re
@@ -64,7 +65,8 @@ def test_micro_batches_of_discriminator_and_sft_give_the_whole_step(qwen):
     examples, heads = [Example(str(i), (), "two", "yes " * (i + 1)) for i in range(4)], []
     for size in (10 ** 6, 1, 100):
         model = copy.deepcopy(qwen.model)
-        sft(type(qwen)(model, qwen.processor, qwen.stop_ids, qwen.banned_ids), examples, 2, 4, 1e-3, 0, "test", size)
+        sft(type(qwen)(model, qwen.processor, qwen.stop_ids, qwen.banned_ids), examples, 2, 4, 1e-3, 0,
+            "test", size)
         heads.append(model.get_output_embeddings().weight)
     torch.testing.assert_close(heads[1], heads[0], atol=2e-5, rtol=1e-3)
     torch.testing.assert_close(heads[2], heads[0], atol=2e-5, rtol=1e-3)
@@ -90,18 +92,24 @@ def test_frozen_weights_do_not_move_and_the_others_do(qwen):
 
 
 def test_bfloat16_student_with_offload_and_checkpointing_learns_from_the_command_line(tmp_path, checkpoints):
-    """bfloat16 weights at a rate that bfloat16 alone would round away; the same --out without those options resumes."""
+    """bfloat16 weights at a rate that bfloat16 alone would round away; the same --out without those options
+    resumes."""
     data, responses = lamp_files(tmp_path, 8)
-    options = ["--student", checkpoints["internvl"], "--data", data, "--collection", responses, "--out", tmp_path / "out", "--device",
-               "cpu", "--steps", 3, "--batch-size", 4, "--token-budget", 200, "--collect", 2, "--discriminator-steps", 1, "--max-new-tokens",
-               24, "--lr", 1e-5, "--dtype", "bfloat16", "--similarity", "continuous", "--freeze", "vision_tower", "--rollout-batch", 3]
+    options = ["--student", checkpoints["internvl"], "--data", data, "--collection", responses, "--out",
+               tmp_path / "out", "--device", "cpu", "--steps", 3, "--batch-size", 4, "--token-budget", 200,
+               "--collect", 2, "--discriminator-steps", 1, "--max-new-tokens", 24, "--lr", 1e-5, "--dtype",
+               "bfloat16", "--similarity", "continuous", "--freeze", "vision_tower", "--rollout-batch", 3]
     done = run("train.py", *options, "--offload", "--gradient-checkpointing")
     assert done.returncode == 0, done.stderr[-2000:]
-    before, after = load_vlm(checkpoints["internvl"], "cpu", "bfloat16").model, load_vlm(str(tmp_path / "out/student"), "cpu", "bfloat16").model
-    moved = {name for (name, a), b in zip(before.named_parameters(), after.parameters()) if not torch.equal(a, b)}
+    before, after = load_vlm(checkpoints["internvl"], "cpu",
+                             "bfloat16").model, load_vlm(str(tmp_path / "out/student"), "cpu",
+                                                         "bfloat16").model
+    moved = {name for (name, a), b in zip(before.named_parameters(), after.parameters())
+             if not torch.equal(a, b)}
     assert moved and not any("vision_tower" in name for name in moved)
-    assert call("train.py", *options).returncode == 0              # what changes no result may differ in one --out
-    assert call("train.py", *options[:-4], "--out", tmp_path / "other", "--freeze", "nothing like it").returncode == 2
+    assert call("train.py", *options).returncode == 0         # what changes no result may differ in one --out
+    assert call("train.py", *options[:-4], "--out", tmp_path / "other", "--freeze",
+                "nothing like it").returncode == 2
     assert not (tmp_path / "other").exists()
 
 
@@ -112,7 +120,8 @@ def test_the_plan_reads_no_weights_and_counts_them_right(tmp_path, checkpoints):
     model = load_vlm(checkpoints["qwen2_5_vl"], "cpu").model
     data, _ = lamp_files(tmp_path, 3)
     for options in (["--data", data], ["--offload", "--gradient-checkpointing", "--dtype", "bfloat16"]):
-        done = call("plan_memory.py", "--student", folder, "--device", "cpu", "--out", tmp_path / "out", *options)
+        done = call("plan_memory.py", "--student", folder, "--device", "cpu", "--out", tmp_path / "out",
+                    *options)
         assert done.returncode == 0, done.stderr
         count = float(re.search(r"([\d.]+)B parameters", done.stdout).group(1))
         assert count == pytest.approx(sum(w.numel() for w in model.parameters()) / 1e9, abs=6e-4)

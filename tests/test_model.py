@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 from transformers.generation.logits_process import (LogitsProcessorList, RepetitionPenaltyLogitsProcessor,
-                                                    TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+                                                    TemperatureLogitsWarper, TopKLogitsWarper,
+                                                    TopPLogitsWarper)
 
 from conftest import noise_image
 from discriminator import Discriminator
-from model import (Sampling, Slots, UserError, encode, encode_responses, generate, join, load_vlm, sample, save_vlm,
-                   score, stream)
+from model import (Sampling, Slots, UserError, encode, encode_responses, generate, join, load_vlm, sample,
+                   save_vlm, score, stream)
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=12)
 from train import World
@@ -26,12 +27,12 @@ def transformers_inputs(vlm, prompt):
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_generation_gives_transformers_own_tokens(vlm, prompts, penalty):
-    """Wrong positions after a left-padded prompt, a cache repeated in the wrong order, a mask off by one; padding that
-    counts as a token that was seen."""
+    """Wrong positions after a left-padded prompt, a cache repeated in the wrong order, a mask off by one;
+    padding that counts as a token that was seen."""
     ours = generate(vlm, prompts, 1, replace(GREEDY, repetition_penalty=penalty))
     for b, prompt in enumerate(prompts):
-        theirs = vlm.model.generate(**transformers_inputs(vlm, prompt), max_new_tokens=12, do_sample=False, repetition_penalty=penalty,
-                                    suppress_tokens=vlm.banned_ids)
+        theirs = vlm.model.generate(**transformers_inputs(vlm, prompt), max_new_tokens=12, do_sample=False,
+                                    repetition_penalty=penalty, suppress_tokens=vlm.banned_ids)
         assert ours.ids[b, 0][ours.mask[b, 0]].tolist() == theirs[0, len(prompt.ids):].tolist()
 
 
@@ -52,7 +53,8 @@ def test_rows_that_finish_early_leave_the_others_as_they_were(vlm, prompts):
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 0.5, 0, 1.3), Sampling(1.5, 1.0, 7, 1.0)])
 def test_sampled_frequencies_match_the_filtered_distribution(sampling):
-    """A filter in the wrong order or off by one token: chi-square of 20,000 draws against transformers' own warpers."""
+    """A filter in the wrong order or off by one token: chi-square of 20,000 draws against transformers' own
+    warpers."""
     torch.manual_seed(0)
     logits, prompt = 2 * torch.randn(1, 40), torch.tensor([[3, 7, 7, 11]])
     warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
@@ -64,7 +66,8 @@ def test_sampled_frequencies_match_the_filtered_distribution(sampling):
         warpers.append(TopPLogitsWarper(sampling.top_p))
     expected = 20000 * warpers(prompt, logits.clone()).softmax(-1)[0]
     seen = torch.zeros(1, 40, dtype=torch.bool).scatter_(1, prompt, True)
-    counts = sample(logits.expand(20000, -1), seen.expand(20000, -1), sampling, torch.rand(20000)).bincount(minlength=40).float()
+    counts = sample(logits.expand(20000, -1), seen.expand(20000, -1), sampling,
+                    torch.rand(20000)).bincount(minlength=40).float()
     assert (counts[expected == 0] == 0).all()                      # filtered tokens never occur
     kept = expected > 0
     chi2 = ((counts - expected)[kept].square() / expected[kept]).sum().item()
@@ -75,7 +78,8 @@ def test_sampled_frequencies_match_the_filtered_distribution(sampling):
 def test_generation_at_temperature_1_follows_the_model(qwen):
     """Sampling from anything but the model's next-token distribution, in the loop itself."""
     prompt = encode(qwen, "How many?", [noise_image(32, 32)])
-    outputs = generate(qwen, [prompt], 4000, Sampling(1.0, 1.0, 0, 1.0, max_new_tokens=1), torch.Generator().manual_seed(0))
+    outputs = generate(qwen, [prompt], 4000, Sampling(1.0, 1.0, 0, 1.0, max_new_tokens=1),
+                       torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = qwen.model(**transformers_inputs(qwen, prompt)).logits[0, -1]
     logits[qwen.banned_ids] = -torch.inf
@@ -87,7 +91,8 @@ def test_generation_at_temperature_1_follows_the_model(qwen):
 
 
 def test_banned_tokens_are_never_sampled(vlm, prompts):
-    """A policy that samples an image placeholder crashes its next forward pass. Their logits are made the largest."""
+    """A policy that samples an image placeholder crashes its next forward pass. Their logits are made the
+    largest."""
     head = vlm.model.get_output_embeddings()
     with torch.no_grad():
         saved = head.weight.clone()
@@ -101,9 +106,10 @@ def test_banned_tokens_are_never_sampled(vlm, prompts):
 
 
 def test_slots_change_no_token(vlm, prompts):
-    """Continuous batching that hands a slot on with its old cache, noise or count; a batch that a response can notice."""
+    """Continuous batching that hands a slot on with its old cache, noise or count; a batch that a response
+    can notice."""
     sampling = Sampling(max_new_tokens=11)
-    stops = torch.arange(20, 60).tolist()                          # random weights stop by chance: responses of many lengths
+    stops = torch.arange(20, 60).tolist()           # random weights stop by chance: responses of many lengths
     ours = replace(vlm, stop_ids=vlm.stop_ids + [i for i in stops if i not in vlm.banned_ids])
     noise = [torch.rand(5, 11, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     expected = [plain_loop(ours, prompt, rows, sampling) for prompt, rows in zip(prompts, noise)]
@@ -133,8 +139,8 @@ def plain_loop(vlm, prompt, noise, sampling):
 
 
 def test_what_a_response_adds_after_its_end_is_not_read(vlm, prompts, monkeypatch):
-    """Off the CPU the host looks every few tokens only, at numbers of slots that are halves of the whole: the same code is run
-    here as there, without recording it, and must give the same tokens."""
+    """Off the CPU the host looks every few tokens only, at numbers of slots that are halves of the whole: the
+    same code is run here as there, without recording it, and must give the same tokens."""
     sampling = Sampling(max_new_tokens=11)
     noise = [torch.rand(3, 11, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     ours = replace(vlm, stop_ids=vlm.stop_ids + [i for i in range(20, 60) if i not in vlm.banned_ids])
@@ -167,9 +173,11 @@ def gradients(vlm, logps, weights):
 
 
 def test_packed_scores_and_gradients_equal_one_row_per_response(vlm, prompts):
-    """Responses that see their siblings, positions that run on, prompt or pad tokens in the score, a shift by one."""
+    """Responses that see their siblings, positions that run on, prompt or pad tokens in the score, a shift by
+    one."""
     outputs = generate(vlm, prompts, 3, Sampling(max_new_tokens=9), torch.Generator().manual_seed(0))
-    outputs = join([outputs, encode_responses(vlm, [["yes", "There are 3 red circles."]] * 4)], dim=1)   # different lengths
+    # different lengths
+    outputs = join([outputs, encode_responses(vlm, [["yes", "There are 3 red circles."]] * 4)], dim=1)
     weights = torch.randn(outputs.mask.shape)
     packed, reference = score(vlm, prompts, outputs), unpacked(vlm, prompts, outputs)
     assert ((packed - reference).abs() / reference.abs().clamp(min=1)).max() < 1e-5
@@ -182,7 +190,8 @@ def test_log_probs_in_chunks_equal_autograds_own(monkeypatch, bias):
     """Chunks of the head that lose or repeat a token; a hand-written gradient that is wrong."""
     import model
     torch.manual_seed(0)
-    head, states, targets = torch.nn.Linear(16, 60, bias), torch.randn(50, 16, requires_grad=True), torch.randint(60, (50,))
+    head, states = torch.nn.Linear(16, 60, bias), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(60, (50,))
     weights, inputs = torch.randn(50), [states, *head.parameters()]
     plain = (head(states) / 0.7).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     expected = torch.autograd.grad((plain * weights).sum(), inputs)
@@ -192,11 +201,14 @@ def test_log_probs_in_chunks_equal_autograds_own(monkeypatch, bias):
         torch.testing.assert_close(ours, plain)
         torch.testing.assert_close(torch.autograd.grad((ours * weights).sum(), inputs), expected)
     head.weight.requires_grad_(False)                              # --freeze lm_head
-    torch.testing.assert_close(torch.autograd.grad((model.token_logps(head, states, targets, 0.7) * weights).sum(), states)[0], expected[0])
+    torch.testing.assert_close(torch.autograd.grad((model.token_logps(head, states, targets,
+                                                                      0.7) * weights).sum(), states)[0],
+                               expected[0])
 
 
 def test_teacher_text_never_becomes_an_image_or_a_turn(vlm, prompts):
-    """Teacher text that spells special tokens must stay text: no placeholder, no early stop, and it decodes to itself."""
+    """Teacher text that spells special tokens must stay text: no placeholder, no early stop, and it decodes
+    to itself."""
     text = "see <|image_pad|> <IMG_CONTEXT> <img> <|im_end|> <|im_start|>user"
     outputs = encode_responses(vlm, [[text], ["yes"]])
     ids = outputs.ids[0, 0][outputs.mask[0, 0]]
@@ -224,7 +236,8 @@ def test_the_toy_families_have_different_tokenizers(checkpoints):
 def test_saved_folder_loads_unchanged_with_transformers_alone(vlm, prompts, tmp_path):
     """A checkpoint that only our own loader understands."""
     save_vlm(vlm, str(tmp_path / "saved"))
-    theirs, missing = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    theirs, missing = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved",
+                                                                  output_loading_info=True)
     assert not missing["missing_keys"] and not missing["unexpected_keys"]
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(value, vlm.model.state_dict()[name])
@@ -234,25 +247,31 @@ def test_saved_folder_loads_unchanged_with_transformers_alone(vlm, prompts, tmp_
 
 
 def test_discriminator_reads_each_response_alone_and_as_text(vlm):
-    """p_student that depends on the other responses in the row, on padding, or on tags that a response spells."""
+    """p_student that depends on the other responses in the row, on padding, or on tags that a response
+    spells."""
     torch.manual_seed(0)
     D = Discriminator(vlm)
     texts = ["yes", "There are 3 red circles.", "<|im_end|> no </response> 0", ""]
     together = D.p_student(D.encode([""], [texts]), 512, World())[0]
-    for other in (torch.cat([D.p_student(D.encode([""], [[text]]), 512, World())[0] for text in texts]), D.p_student(D.encode([""], [texts[::-1]]), 512, World())[0].flip(0),
-                  D.p_student(D.encode(["", ""], [texts[:2], texts[2:]]), 1, World()).flatten(), D.p_student(D.encode([""], [texts * 50]), 512, World())[0, -4:]):
-        torch.testing.assert_close(together, other, atol=1e-5, rtol=1e-5)        # alone, reversed, in two parts, in many rows
+    for other in (torch.cat([D.p_student(D.encode([""], [[text]]), 512, World())[0] for text in texts]),
+                  D.p_student(D.encode([""], [texts[::-1]]), 512, World())[0].flip(0),
+                  D.p_student(D.encode(["", ""], [texts[:2], texts[2:]]), 1, World()).flatten(),
+                  D.p_student(D.encode([""], [texts * 50]), 512, World())[0, -4:]):
+        # alone, reversed, in two parts, in many rows
+        torch.testing.assert_close(together, other, atol=1e-5, rtol=1e-5)
     assert (D.backbone.embed_tokens.weight == vlm.model.model.language_model.embed_tokens.weight).all()
     assert D.backbone.embed_tokens.weight is not vlm.model.model.language_model.embed_tokens.weight
 
 
 def test_outputs_join_keeps_text_ids_and_mask_together(qwen):
-    a, b = encode_responses(qwen, [["yes"], ["no"]]), encode_responses(qwen, [["There are 3"], ["blue circles"]])
+    a, b = encode_responses(qwen, [["yes"], ["no"]]), encode_responses(qwen,
+                                                                       [["There are 3"], ["blue circles"]])
     both = join([a, b], dim=1)
     assert both.text == [["yes", "There are 3"], ["no", "blue circles"]]
     for row, texts in enumerate(both.text):
         for k, text in enumerate(texts):
-            assert qwen.tokenizer.decode(both.ids[row, k][both.mask[row, k]], skip_special_tokens=True) == text
+            assert qwen.tokenizer.decode(both.ids[row, k][both.mask[row, k]],
+                                         skip_special_tokens=True) == text
 
 
 def test_a_missing_checkpoint_is_one_sentence():

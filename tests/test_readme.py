@@ -24,18 +24,21 @@ def test_the_line_counts_in_the_file_map_are_right():
 def test_every_option_in_the_readmes_commands_exists():
     """A command that fails when it is pasted: unknown scripts or options."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "python " in line]
+    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()
+                if "python " in line]
     assert len(commands) >= 6
     for command in commands:
         words = shlex.split(command[command.index("python "):].split("#")[0].split("&&")[0])
-        script = "".join((ROOT / name).read_text(encoding="utf-8") for name in (words[1], "teachers.py", "tests/bench_generate.py"))
+        script = "".join((ROOT / name).read_text(encoding="utf-8")
+                         for name in (words[1], "teachers.py", "tests/bench_generate.py"))
         for word in words[2:]:
             if word.startswith("-"):
                 assert f'"{word}"' in script, (command, word)
 
 
 def test_every_logged_metric_is_explained():
-    source = (ROOT / "train.py").read_text(encoding="utf-8") + (ROOT / "discriminator.py").read_text(encoding="utf-8")
-    for name in ("similarity/", "answer/", "d_accuracy", "d_loss", "kl", "clip_fraction", "equal_groups", "length", "cut_off",
-                 "grad_norm", "judge/failed", "tokens_per_second", "seconds/", "memory_gb/", "heldout_accuracy", "loss"):
+    source = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("train.py", "discriminator.py"))
+    for name in ("similarity/", "answer/", "d_accuracy", "d_loss", "kl", "clip_fraction", "equal_groups",
+                 "length", "cut_off", "grad_norm", "judge/failed", "tokens_per_second", "seconds/",
+                 "memory_gb/", "heldout_accuracy", "loss"):
         assert name in source and f"`{name}" in README, name

@@ -1,4 +1,5 @@
-"""Runs that are killed, stopped, starved of disk or fed with what is not a number: what they lose, which is nothing."""
+"""Runs that are killed, stopped, starved of disk or fed with what is not a number: what they lose, which is
+nothing."""
 import json
 import shutil
 import signal
@@ -12,22 +13,26 @@ import torch
 import train
 from conftest import ROOT, call, lamp_files, run
 
-LOOP = ["--device", "cpu", "--batch-size", "4", "--discriminator-steps", "2", "--num-samples", "2", "--max-new-tokens", "24", "--eval-every", "4",
-        "--log-every", "2", "--collect", "2", "--rollout-batch", "4"]
+LOOP = ["--device", "cpu", "--batch-size", "4", "--discriminator-steps", "2", "--num-samples", "2",
+        "--max-new-tokens", "24", "--eval-every", "4", "--log-every", "2", "--collect", "2",
+        "--rollout-batch", "4"]
 COMPARED = ("metrics.jsonl", "rollouts.jsonl", "student/model.safetensors", "discriminator.safetensors")
 
 
 def command(checkpoint, *options):
-    return [sys.executable, str(ROOT / "train.py"), "--student", checkpoint, "--data", "lamps.jsonl", "--eval-data", "lamps.jsonl", "--collection",
-            "responses.jsonl", "--out", "run", *LOOP, *map(str, options)]
+    return [sys.executable, str(ROOT / "train.py"), "--student", checkpoint, "--data", "lamps.jsonl",
+            "--eval-data", "lamps.jsonl", "--collection", "responses.jsonl", "--out", "run", *LOOP,
+            *map(str, options)]
 
 
 @pytest.fixture(scope="module")
 def whole(checkpoints, tmp_path_factory):
-    """A run of 12 steps that nothing happened to. Paths are relative, so that runs in other folders say the same."""
+    """A run of 12 steps that nothing happened to. Paths are relative, so that runs in other folders say the
+    same."""
     folder = tmp_path_factory.mktemp("whole")
     lamp_files(folder)
-    subprocess.run(command(checkpoints["qwen2_5_vl"], "--steps", 12), cwd=folder, check=True, capture_output=True)
+    subprocess.run(command(checkpoints["qwen2_5_vl"], "--steps", 12), cwd=folder, check=True,
+                   capture_output=True)
     return folder
 
 
@@ -37,8 +42,8 @@ def same(folder, other):
 
 
 def started(checkpoints, folder, *options):
-    return subprocess.Popen(command(checkpoints["qwen2_5_vl"], "--steps", 12, "--save-every", 2, *options), cwd=folder, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command(checkpoints["qwen2_5_vl"], "--steps", 12, "--save-every", 2, *options),
+                            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(condition, seconds=60):
@@ -54,18 +59,21 @@ def lines(folder, name="metrics.jsonl"):
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(checkpoints, whole, tmp_path):
-    """A step repeated or left out, a draw or a moment of Adam forgotten: then the bytes differ from the uninterrupted run's."""
+    """A step repeated or left out, a draw or a moment of Adam forgotten: then the bytes differ from the
+    uninterrupted run's."""
     lamp_files(tmp_path)
-    for steps in (1, 5, 8):                                        # before the first checkpoint, and between two
+    for steps in (1, 5, 8):                                     # before the first checkpoint, and between two
         process = started(checkpoints, tmp_path)
         wait_for(lambda: lines(tmp_path) >= steps)
         process.kill()
         process.communicate()
         assert not (tmp_path / "run" / "student").exists()
-    last = subprocess.run(command(checkpoints["qwen2_5_vl"], "--steps", 12, "--save-every", "1m"), cwd=tmp_path, capture_output=True, text=True)
+    last = subprocess.run(command(checkpoints["qwen2_5_vl"], "--steps", 12, "--save-every", "1m"),
+                          cwd=tmp_path, capture_output=True, text=True)
     assert last.returncode == 0 and "resuming after step" in last.stdout
     same(tmp_path, whole)
-    assert lines(tmp_path, "timings.jsonl") == 12 and [path.name for path in train.checkpoints(tmp_path / "run")] == ["checkpoint-000012"]
+    assert lines(tmp_path, "timings.jsonl") == 12
+    assert [path.name for path in train.checkpoints(tmp_path / "run")] == ["checkpoint-000012"]
 
 
 def test_a_signal_saves_first(checkpoints, whole, tmp_path):
@@ -76,9 +84,11 @@ def test_a_signal_saves_first(checkpoints, whole, tmp_path):
         wait_for(lambda: lines(tmp_path) >= steps)
         process.send_signal(number)
         said, _ = process.communicate()
-        assert process.returncode == 128 + number and "Traceback" not in said and "finishing this step" in said
+        assert process.returncode == 128 + number
+        assert "Traceback" not in said and "finishing this step" in said
         assert train.checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{lines(tmp_path):06}"
-    subprocess.run(command(checkpoints["qwen2_5_vl"], "--steps", 12), cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(command(checkpoints["qwen2_5_vl"], "--steps", 12), cwd=tmp_path, check=True,
+                   capture_output=True)
     same(tmp_path, whole)
 
 
@@ -93,9 +103,11 @@ def test_a_corrupt_checkpoint_falls_back_to_the_older(checkpoints, whole, tmp_pa
     file = newest / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     again = ["--steps", 12, "--save-every", 2]
-    done = subprocess.run(command(checkpoints["qwen2_5_vl"], *again), cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and f"{newest.name} cannot be read" in done.stdout and "resuming after step" in done.stdout
-    assert "no checkpoint at step" not in done.stdout + done.stderr               # a good one takes the bad one's place
+    done = subprocess.run(command(checkpoints["qwen2_5_vl"], *again), cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and f"{newest.name} cannot be read" in done.stdout
+    assert "resuming after step" in done.stdout
+    assert "no checkpoint at step" not in done.stdout + done.stderr     # a good one takes the bad one's place
     same(tmp_path, whole)
 
 
@@ -113,30 +125,35 @@ def test_a_gradient_that_is_no_number_is_not_followed(checkpoints, lamps, tmp_pa
     """One NaN and every weight is NaN for ever after."""
     data, responses = lamps
     broken_losses(monkeypatch, {2, 3})
-    done = call("train.py", "--student", checkpoints["qwen2_5_vl"], "--data", data, "--collection", responses, "--out", tmp_path / "run", *LOOP,
-                "--steps", 6, "--token-budget", 100000)
+    done = call("train.py", "--student", checkpoints["qwen2_5_vl"], "--data", data, "--collection", responses,
+                "--out", tmp_path / "run", *LOOP, "--steps", 6, "--token-budget", 100000)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert [row["skipped_updates"] for row in rows] == [0, 0, 1, 1, 0, 0]
-    assert all(torch.isfinite(w).all() for w in train.load_vlm(str(tmp_path / "run" / "student"), "cpu").model.parameters())
+    assert all(torch.isfinite(w).all() for w in train.load_vlm(str(tmp_path / "run" / "student"),
+                                                               "cpu").model.parameters())
 
 
 def test_five_bad_gradients_in_a_row_end_the_run(checkpoints, lamps, tmp_path, monkeypatch):
     """A run of days that learns nothing any more; or one that saves what went wrong over what was right."""
     data, responses = lamps
     broken_losses(monkeypatch, set(range(3, 100)))
-    done = call("train.py", "--student", checkpoints["qwen2_5_vl"], "--data", data, "--collection", responses, "--out", tmp_path / "run", *LOOP,
-                "--steps", 20, "--token-budget", 100000, "--save-every", "2")
-    assert done.returncode == 2 and "not finite in 5 steps in a row" in done.stderr and done.stderr.strip().count("\n") < 3
+    done = call("train.py", "--student", checkpoints["qwen2_5_vl"], "--data", data, "--collection", responses,
+                "--out", tmp_path / "run", *LOOP, "--steps", 20, "--token-budget", 100000, "--save-every",
+                "2")
+    assert done.returncode == 2 and "not finite in 5 steps in a row" in done.stderr
+    assert done.stderr.strip().count("\n") < 3
     assert train.checkpoints(tmp_path / "run")[-1].name == "checkpoint-000006"
 
 
 def test_a_torn_last_line_of_a_collection_is_dropped_and_said(checkpoints, lamps, tmp_path):
-    """A whole collection refused for the half line that a killed writer left; or a bad line in the middle overlooked."""
+    """A whole collection refused for the half line that a killed writer left; or a bad line in the middle
+    overlooked."""
     data, responses = lamps
     with open(responses, "a") as file:
         file.write('{"id": "lamp0", "teacher": "ru')
-    options = ["--student", checkpoints["qwen2_5_vl"], "--data", data, "--collection", responses, "--out", tmp_path / "run", *LOOP, "--steps", 1]
+    options = ["--student", checkpoints["qwen2_5_vl"], "--data", data, "--collection", responses, "--out",
+               tmp_path / "run", *LOOP, "--steps", 1]
     done = call("train.py", *options)
     assert done.returncode == 0 and "the last line was not finished and is left out" in done.stdout
     with open(responses, "a") as file:
@@ -149,7 +166,8 @@ def test_signs_of_trouble_are_named():
     """A run that is going wrong for hours in silence; or a warning on a healthy one."""
     def signs(**values):
         rows = [{"d_accuracy": 0.7, "flat/similarity": 0.5, "length": 9, "cut_off": 0, "repeated": 0.1} | {
-            name: value(i) if callable(value) else value for name, value in values.items()} for i in range(train.WINDOW)]
+            name: value(i) if callable(value) else value for name, value in values.items()}
+                for i in range(train.WINDOW)]
         return train.signs_of_trouble(rows)
     assert signs() == [] and signs(d_accuracy=0.5) == [] and train.signs_of_trouble([]) == []
     assert "`d_accuracy` is near 1" in signs(d_accuracy=1.0)[0]
@@ -163,7 +181,8 @@ def small_disk(tmp_path):
     """A disk of 4 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder],
+                      capture_output=True).returncode:
         pytest.skip("needs the right to mount")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
@@ -173,17 +192,21 @@ def test_a_full_disk_is_said_and_loses_nothing(checkpoints, lamps, tmp_path, sma
     """A traceback; a checkpoint that cannot be written and takes the older one with it."""
     data, responses = lamps
     (small_disk / "filler").write_bytes(b"x" * (3 * 2 ** 20 + 900_000))
-    options = ["--student", checkpoints["qwen2_5_vl"], "--data", data, "--collection", responses, "--out", small_disk / "run", *LOOP, "--steps", 4]
+    options = ["--student", checkpoints["qwen2_5_vl"], "--data", data, "--collection", responses, "--out",
+               small_disk / "run", *LOOP, "--steps", 4]
     full = run("train.py", *options)
-    assert full.returncode == 2 and "Traceback" not in full.stderr and "cannot be written" in full.stderr, full.stderr[-500:]
+    assert full.returncode == 2, full.stderr[-500:]
+    assert "Traceback" not in full.stderr and "cannot be written" in full.stderr, full.stderr[-500:]
     (small_disk / "filler").unlink()
     shutil.rmtree(small_disk / "run", ignore_errors=True)
-    room = run("train.py", *options, "--save-every", "1")         # the discriminator fits, a checkpoint of 4 MB does not
+    # the discriminator fits, a checkpoint of 4 MB does not
+    room = run("train.py", *options, "--save-every", "1")
     assert "no checkpoint at step 1" in room.stderr + room.stdout and "Traceback" not in room.stderr
 
 
 def test_a_read_only_disk_is_said(checkpoints, lamps, small_disk):
     """A traceback after the data was read and the models were loaded."""
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    done = run("train.py", "--student", checkpoints["qwen2_5_vl"], "--data", lamps[0], "--collection", lamps[1], "--out", small_disk / "run", *LOOP)
+    done = run("train.py", "--student", checkpoints["qwen2_5_vl"], "--data", lamps[0], "--collection",
+               lamps[1], "--out", small_disk / "run", *LOOP)
     assert done.returncode == 2 and "cannot be written" in done.stderr and done.stderr.count("\n") == 1

@@ -14,7 +14,7 @@ from PIL import Image
 from conftest import call, lamp_files, noise_image
 from model import Sampling, UserError, chat_turns, encode_responses, image_tokens
 from teachers import (Collection, Example, draw_scene, drop_torn_line, draw_toy_world, fill_collection, load_examples, open_image,
-                      make_teacher, questions_about, select)
+                      questions_about, select)
 
 
 def write(path, *rows):
@@ -119,7 +119,7 @@ def test_an_interrupted_fill_goes_on_to_the_same_file(tmp_path, checkpoints):
     sampling = Sampling(max_new_tokens=5)
 
     def fill(path):
-        fill_collection(str(path), [make_teacher(checkpoints["qwen2_5_vl"], "cpu", slots=2 * 3)], examples, 3, sampling, seed=1)
+        fill_collection(str(path), [checkpoints["qwen2_5_vl"]], examples, 3, sampling, seed=1, batch_size=2, device="cpu")
     fill(whole)
     lines = whole.read_text().splitlines(keepends=True)
     assert len(lines) == 18
@@ -282,7 +282,7 @@ def test_overlong_responses_are_left_out_and_counted(tmp_path, qwen):
 def test_a_teacher_may_not_be_called_student(tmp_path, checkpoints):
     """Its responses would be taken for the student's: D would learn nothing, or that the teachers are the student."""
     with pytest.raises(UserError, match="student"):
-        fill_collection(str(tmp_path / "c"), [make_teacher("runs/big/student")], [Example("0", (), "q", "a")], 1, Sampling())
+        fill_collection(str(tmp_path / "c"), ["runs/big/student"], [Example("0", (), "q", "a")], 1, Sampling())
     with pytest.raises(UserError, match="c2:1"):
         Collection(write(tmp_path / "c2", {"id": "0", "teacher": "student", "text": "a"}), [Example("0", (), "q", "a")])
 

@@ -7,8 +7,8 @@ from transformers import AutoModelForImageTextToText
 
 from conftest import call, run
 
-FAST = ["--device", "cpu", "--batch-size", "4", "--steps", "3", "--discriminator-steps", "2", "--num-samples", "2",
-        "--max-new-tokens", "12", "--eval-every", "2", "--log-every", "1", "--collect", "2"]
+FAST = ["--device", "cpu", "--batch-size", "4", "--steps", "3", "--discriminator-steps", "2", "--num-samples",
+        "2", "--max-new-tokens", "12", "--eval-every", "2", "--log-every", "1", "--collect", "2"]
 METRICS = {"step", "loss", "kl", "clip_fraction", "grad_norm", "judge/failed", "length", "cut_off",
            "repeated", "skipped_updates", "flat/total", "reward/answer/student"}
 
@@ -28,21 +28,26 @@ def finished(tmp_path_factory):
 
 def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
     out, done = finished
-    names = {"student", "sft", "data", "teachers", "collection.jsonl", "metrics.jsonl", "timings.jsonl", "rollouts.jsonl", "curves.png",
-             "report.html", "stages.json", "checkpoint-000003", "discriminator.safetensors", "evaluation-before.json", "evaluation-after.json"}
+    names = {"student", "sft", "data", "teachers", "collection.jsonl", "metrics.jsonl", "timings.jsonl",
+             "rollouts.jsonl", "curves.png", "report.html", "stages.json", "checkpoint-000003",
+             "discriminator.safetensors", "evaluation-before.json", "evaluation-after.json"}
     assert {path.name for path in out.iterdir()} == names
     metrics = rows_of(out / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2]
-    wanted = METRICS | {f"reward/{m}/{source}" for m in ("similarity", "answer") for source in ("student", "qwen", "internvl")}
+    wanted = METRICS | {f"reward/{m}/{source}" for m in ("similarity", "answer")
+                        for source in ("student", "qwen", "internvl")}
     wanted |= {"d_loss", "d_accuracy"}
     assert all(wanted <= row.keys() for row in metrics) and "heldout_accuracy" in metrics[0]
-    wanted = {f"{m}/{p}" for m in ("seconds", "memory_gb") for p in ("generate", "discriminator", "judge", "update")} | {"tokens_per_second"}
+    wanted = {f"{m}/{p}" for m in ("seconds", "memory_gb") for p in ("generate", "discriminator", "judge",
+                                                                     "update")} | {"tokens_per_second"}
     assert all(wanted <= row.keys() for row in rows_of(out / "timings.jsonl"))
     rollouts = rows_of(out / "rollouts.jsonl")
-    assert {"question", "image", "source", "text", "p_student", "rewards", "reward", "advantage"} <= rollouts[0].keys()
+    assert {"question", "image", "source", "text", "p_student", "rewards", "reward",
+            "advantage"} <= rollouts[0].keys()
     assert {row["source"] for row in rollouts} == {"student", "qwen", "internvl"}
-    for row in rollouts:                                           # the reward that was logged is Algorithm 2's
-        assert row["reward"] == (row["p_student"] < 0.5) + row["rewards"]["answer"] or abs(row["p_student"] - 0.5) < 1e-3
+    for row in rollouts:                                         # the reward that was logged is Algorithm 2's
+        by_hand = (row["p_student"] < 0.5) + row["rewards"]["answer"]
+        assert row["reward"] == by_hand or abs(row["p_student"] - 0.5) < 1e-3
     group = rollouts[:4]
     assert sum(row["advantage"] for row in group) == pytest.approx(0, abs=1e-3)
     assert "before" in done.stdout and "after" in done.stdout
@@ -53,21 +58,25 @@ def test_a_second_run_repeats_nothing_and_other_settings_are_refused(finished):
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     again = call("train.py", "--out", out, *FAST, "--teacher-steps", 40, "--sft-steps", 20)
-    assert again.returncode == 0 and {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+    assert again.returncode == 0 and {path: path.stat().st_mtime_ns
+                                      for path in out.rglob("*.safetensors")} == before
     other = call("train.py", "--out", out, *FAST, "--teacher-steps", 40, "--sft-steps", 20, "--lr", 0.5)
     assert other.returncode == 2 and "--lr 0.0004 there, 0.5 here" in other.stderr
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
 
 
 def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
-    """A seed that is not used everywhere: the loop again from the same stages must give the same weights and rollouts."""
+    """A seed that is not used everywhere: the loop again from the same stages must give the same weights and
+    rollouts."""
     out, _ = finished
     for part in ("collection.jsonl", "discriminator.safetensors"):
         records = json.loads((out / "stages.json").read_text())
         assert records.pop(part)["finished"]
-    shutil.copytree(out, tmp_path / "earlier", ignore=shutil.ignore_patterns("collection.jsonl", "disc*", "student"))
+    shutil.copytree(out, tmp_path / "earlier", ignore=shutil.ignore_patterns("collection.jsonl", "disc*",
+                                                                             "student"))
     (tmp_path / "earlier" / "stages.json").write_text(json.dumps(records))
-    done = call("train.py", "--from", tmp_path / "earlier", "--out", tmp_path / "again", *FAST, "--teacher-steps", 40, "--sft-steps", 20)
+    done = call("train.py", "--from", tmp_path / "earlier", "--out", tmp_path / "again", *FAST,
+                "--teacher-steps", 40, "--sft-steps", 20)
     assert done.returncode == 0, done.stderr
     for name in ("collection.jsonl", "student/model.safetensors", "discriminator.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
@@ -76,24 +85,28 @@ def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
 
 
 def test_data_that_is_not_the_toy_world(lamps, tmp_path):
-    """The same command on anyone's images and a collection written by rule; then from the checkpoint it left."""
+    """The same command on anyone's images and a collection written by rule; then from the checkpoint it
+    left."""
     data, responses = lamps
-    first = run("train.py", "--out", tmp_path / "first", "--data", data, "--sft-data", data, "--eval-data", data,
-                "--collection", responses, "--sft-steps", 3, *FAST)
+    first = run("train.py", "--out", tmp_path / "first", "--data", data, "--sft-data", data, "--eval-data",
+                data, "--collection", responses, "--sft-steps", 3, *FAST)
     assert first.returncode == 0, first.stderr
     assert {row["source"] for row in rows_of(tmp_path / "first" / "rollouts.jsonl")} == {"student", "rule"}
-    second = run("train.py", "--student", tmp_path / "first" / "student", "--out", tmp_path / "second", "--data", data,
-                 "--collection", responses, "--loss", "grpo", "--mu", 2, "--token-budget", 300, "--similarity", "tenths", *FAST)
+    second = run("train.py", "--student", tmp_path / "first" / "student", "--out", tmp_path / "second",
+                 "--data", data, "--collection", responses, "--loss", "grpo", "--mu", 2, "--token-budget",
+                 300, "--similarity", "tenths", *FAST)
     assert second.returncode == 0, second.stderr
-    assert (tmp_path / "second" / "report.html").exists() and not (tmp_path / "second" / "evaluation-after.json").exists()
-    scored = run("eval.py", "--model", tmp_path / "second" / "student", "--data", data, "--max-new-tokens", 4, "--out",
-                 tmp_path / "scored", "--device", "cpu")
+    assert (tmp_path / "second" / "report.html").exists()
+    assert not (tmp_path / "second" / "evaluation-after.json").exists()
+    scored = run("eval.py", "--model", tmp_path / "second" / "student", "--data", data, "--max-new-tokens", 4,
+                 "--out", tmp_path / "scored", "--device", "cpu")
     assert scored.returncode == 0 and "lamps (judge)" in scored.stdout, scored.stderr
     assert len(rows_of(tmp_path / "scored" / "student" / "lamps.jsonl")) == 1 + 24
 
 
-@pytest.mark.parametrize("options", [["--algorithm", "rl"], ["--freeze-discriminator"], ["--reward-weights", "answer=0"],
-                                     ["--no-teacher-rollouts"], ["--beta", "0"]])
+@pytest.mark.parametrize("options", [["--algorithm", "rl"], ["--freeze-discriminator"],
+                                     ["--reward-weights", "answer=0"], ["--no-teacher-rollouts"],
+                                     ["--beta", "0"]])
 def test_every_ablation_runs(finished, tmp_path, options):
     out, _ = finished
     done = call("train.py", "--student", out / "sft", "--data", out / "data" / "train.jsonl", "--collection",
@@ -113,8 +126,9 @@ def test_every_ablation_runs(finished, tmp_path, options):
 
 def test_collecting_alone(finished, tmp_path):
     out, _ = finished
-    done = run("teachers.py", "--teachers", out / "teachers" / "qwen", out / "teachers" / "internvl", "--data",
-               out / "data" / "heldout.jsonl", "--out", tmp_path / "c.jsonl", "-n", 1, "--max-new-tokens", 2, "--device", "cpu")
+    done = run("teachers.py", "--teachers", out / "teachers" / "qwen", out / "teachers" / "internvl",
+               "--data", out / "data" / "heldout.jsonl", "--out", tmp_path / "c.jsonl", "-n", 1,
+               "--max-new-tokens", 2, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert len(rows_of(tmp_path / "c.jsonl")) == 1000
 
@@ -136,7 +150,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(lamps, tmp_path, checkpoints)
     assert (done.returncode, done.stderr) == (2, f"error: {tmp_path / 'no.jsonl'}: no such file\n")
     fails("--data", data, "--collection", tmp_path / "no.jsonl", says="no such file", out=out)
     fails("--data", data, says="--teachers", out=out)
-    fails("--student", tmp_path / "no", "--data", data, "--collection", responses, says="not an image-text-to-text", out=out)
+    fails("--student", tmp_path / "no", "--data", data, "--collection", responses,
+          says="not an image-text-to-text", out=out)
     fails("--lerning-rate", 1, says="unrecognized", out=out)
     fails("--steps", "many", says="invalid int", out=out)
     fails("--freeze", "(visual", says="not a regular expression", out=out)
