@@ -581,9 +581,9 @@ def mmmu_score(e: Example, text: str) -> float | None:
     if e.options:
         return mcq_score(e, text)
     conclusions = mmmu_conclusions(text)
-    numbers = {round(number_in(match), 2) for match in re.findall(NUMBER, conclusions)}
     for truth in e.truths or (e.truth,):
         if re.fullmatch(NUMBER, truth.strip()):
+            numbers = {round(number_in(match), 2) for match in re.findall(NUMBER, conclusions)}
             right = round(number_in(truth), 2) in numbers
         else:
             right = re.search(rf"(?<!\w){re.escape(truth.strip().lower())}(?!\w)", conclusions)
