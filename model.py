@@ -36,7 +36,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor,
+                          AutoTokenizer,
                           DynamicCache, PreTrainedModel, ProcessorMixin)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -50,7 +51,8 @@ class UserError(Exception):
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-DISK_FULL_WORDS = "No space left|Read-only|Disk quota|Permission"    # safetensors has the reason in its text only
+# safetensors has the reason in its text only
+DISK_FULL_WORDS = "No space left|Read-only|Disk quota|Permission"
 
 
 def run(main):
@@ -230,7 +232,8 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
             ImagesOnly.__name__ = family.__name__        # the name that a saved processor_config.json carries
             processor = ImagesOnly.from_pretrained(path)
     if not text_only and not hasattr(processor, "image_processor"):
-        raise UserError(f"{path}: a language model without a vision tower; an image-text-to-text model is needed here")
+        raise UserError(f"{path}: a language model without a vision tower; an image-text-to-text model is "
+                        f"needed here")
     if not getattr(processor, "chat_template", None):
         raise UserError(f"{path}: its processor has no chat template, so it cannot be asked questions")
     return processor
@@ -240,7 +243,8 @@ def image_tokens(processor: ProcessorMixin) -> set[str]:
     """The placeholders that stand for images and videos in this family's text, and the marks around them."""
     tokens = set()
     for owner in (processor, getattr(processor, "tokenizer", None)):
-        for part in ("image", "video", "boi", "eoi", "fake_image", "global_image", "start_image", "context_image",
+        for part in ("image", "video", "boi", "eoi", "fake_image", "global_image", "start_image",
+                     "context_image",
                      "vision_start"):
             tokens.add(getattr(owner, f"{part}_token", None))
     return tokens - {None, ""}
@@ -313,7 +317,8 @@ def chat_turns(question: str, images: int, history: tuple[tuple[str, str], ...] 
     texts = [asked for asked, _ in history] + [question]
     marks = sum(text.count(MARK) for text in texts)
     if marks not in (0, images):
-        raise UserError(f"the question {question[:80]!r} marks {marks} places with {MARK}, for {images} images")
+        raise UserError(f"the question {question[:80]!r} marks {marks} places with {MARK}, for {images} "
+                        f"images")
     turns = []
     for i, text in enumerate(texts):
         pieces = text.split(MARK)
@@ -331,7 +336,8 @@ def chat_turns(question: str, images: int, history: tuple[tuple[str, str], ...] 
     return turns
 
 
-def encode(vlm: VLM, question: str, images: list[Image.Image], history: tuple[tuple[str, str], ...] = ()) -> Prompt:
+def encode(vlm: VLM, question: str, images: list[Image.Image],
+           history: tuple[tuple[str, str], ...] = ()) -> Prompt:
     """Chat prompt that ends in a user's question, after the earlier turns of `history`. Images of any sizes,
     or none.
 
@@ -341,7 +347,8 @@ def encode(vlm: VLM, question: str, images: list[Image.Image], history: tuple[tu
     turns = chat_turns(question, len(images), history)
     for token in image_tokens(vlm.processor):
         if any(token in part.get("text", "") for turn in turns for part in turn["content"]):
-            raise UserError(f"the question {question[:80]!r} spells {token}, which this model reads as an image")
+            raise UserError(f"the question {question[:80]!r} spells {token}, which this model reads as an "
+                            f"image")
     text = render(vlm.processor, turns, add_generation_prompt=True)
     inputs = vlm.processor(text=[text], **({"images": images} if images else {}), return_tensors="pt",
                            add_special_tokens=needs_bos(vlm.tokenizer, text))
@@ -351,7 +358,8 @@ def encode(vlm: VLM, question: str, images: list[Image.Image], history: tuple[tu
     positions = torch.arange(ids.shape[1])[None]
     if hasattr(vlm.trunk, "get_rope_index"):
         is_image = (ids == vlm.model.config.image_token_id).int()
-        positions = vlm.trunk.get_rope_index(ids, mm_token_type_ids=is_image, attention_mask=torch.ones_like(ids),
+        positions = vlm.trunk.get_rope_index(ids, mm_token_type_ids=is_image,
+                                             attention_mask=torch.ones_like(ids),
                                              image_grid_thw=images.get("image_grid_thw"))[0][:, 0]
     return Prompt(ids[0], images, positions)
 
@@ -417,7 +425,8 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> T
     generate: repetition penalty, temperature, top-k, top-p.
     """
     if sampling.repetition_penalty != 1:                           # towards less likely, whatever the sign
-        penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+        penalised = torch.where(logits > 0, logits / sampling.repetition_penalty,
+                                logits * sampling.repetition_penalty)
         logits = torch.where(seen, penalised, logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -426,7 +435,8 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> T
     probs = probs.softmax(-1)
     kept = probs.cumsum(-1) - probs < sampling.top_p     # mass of the likelier tokens: the first always stays
     mass = (probs * kept).cumsum(-1)
-    place = (mass <= noise[:, None] * mass[:, -1:]).sum(-1).minimum(kept.sum(-1) - 1)        # rounding may overshoot
+    # rounding may overshoot
+    place = (mass <= noise[:, None] * mass[:, -1:]).sum(-1).minimum(kept.sum(-1) - 1)
     return tokens.gather(-1, place[:, None]).squeeze(-1)
 
 
@@ -592,8 +602,10 @@ class Slots:
             self.graphs.clear()                                    # they write to the old memory
         self.cache.fill(first, block, which)
         zero = torch.zeros_like(block.token[which])                # (N, 1)
-        starts = {"token": block.token[which], "position": block.position[which], "column": block.column[which],
-                  "seen": block.seen[which], "noise": noise, "ids": zero.expand(-1, R + 1), "count": zero, "end": zero}
+        starts = {"token": block.token[which], "position": block.position[which],
+                  "column": block.column[which],
+                  "seen": block.seen[which], "noise": noise, "ids": zero.expand(-1, R + 1), "count": zero,
+                  "end": zero}
         for name, x in starts.items():
             if name not in self.rows:
                 self.rows[name] = x.new_zeros(self.size, *x.shape[1:])
@@ -639,7 +651,8 @@ class Slots:
             self.graphs[n] = graph
         except RuntimeError as error:
             self.vlm.capture = False
-            print(f"{type(self.vlm.model).__name__} is decoded without CUDA graphs: {str(error).splitlines()[0]}")
+            print(f"{type(self.vlm.model).__name__} is decoded without CUDA graphs: "
+                  f"{str(error).splitlines()[0]}")
 
     def step(self, n: int):
         """One token in each of the first n slots, all in place and without waiting for the device."""
@@ -647,8 +660,10 @@ class Slots:
         self.cache.column = r["column"]
         back = r["column"] - torch.arange(self.cache.columns, device=self.vlm.device)        # (n, columns)
         attention = attention_masks(self.vlm.trunk, (back >= 0)[:, None], back[:, None])
-        states = self.vlm.trunk(input_ids=r["token"], position_ids=position_ids(r["position"][:, None]), use_cache=True,
-                                attention_mask=attention, past_key_values=self.cache).last_hidden_state   # (n, 1, d)
+        states = self.vlm.trunk(input_ids=r["token"], position_ids=position_ids(r["position"][:, None]),
+                                use_cache=True,
+                                # (n, 1, d)
+                                attention_mask=attention, past_key_values=self.cache).last_hidden_state
         logits = self.vlm.model.get_output_embeddings()(states[:, -1]).float()               # (n, V)
         logits = logits.index_fill_(1, self.banned, -torch.inf)
         noise = r["noise"].gather(1, r["count"].clamp(max=R - 1))
@@ -692,7 +707,8 @@ def prefill(vlm: VLM, prompts: list[Prompt]) -> Prefilled:
           past_key_values=cache, **types, **images_of(trunk, prompts))
     vocabulary = vlm.model.get_output_embeddings().out_features
     seen = torch.zeros(len(ids), vocabulary, dtype=torch.bool, device=vlm.device)
-    seen.scatter_(1, torch.where(mask, ids, ids[:, :1]), True)     # padding is no token: the first stands in for it
+    # padding is no token: the first stands in for it
+    seen.scatter_(1, torch.where(mask, ids, ids[:, :1]), True)
     last = mask.sum(1, keepdim=True) - 1                                                     # (B, 1)
     return Prefilled([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers],
                      ids.gather(1, last), last, positions[range(len(ids)), last[:, 0]], seen)
@@ -842,7 +858,8 @@ def check_packing(vlm: VLM, prompt: Prompt):
     family = type(vlm.model).__name__
     kinds = set(getattr(vlm.model.config.get_text_config(), "layer_types", None) or ())
     if unknown := kinds - set(ATTENTION):
-        raise UserError(f"{family} has layers of {', '.join(sorted(unknown))}; only {' and '.join(ATTENTION)} can be "
+        raise UserError(f"{family} has layers of {', '.join(sorted(unknown))}; only "
+                        f"{' and '.join(ATTENTION)} can be "
                         "packed, so this code cannot train it")
     outputs = encode_responses(vlm, [["Yes.", "It is not."]])
     packed = score(vlm, [prompt], outputs)
@@ -851,7 +868,8 @@ def check_packing(vlm: VLM, prompt: Prompt):
         response = outputs.ids[0, k][mask]
         error = (plain_logps(vlm, prompt, response) - packed[0, k][mask]).abs().mean().item()
         if not error < tolerance:
-            raise UserError(f"{family} reads packed responses differently from single ones (log-probs differ by "
+            raise UserError(f"{family} reads packed responses differently from single ones (log-probs "
+                            f"differ by "
                             f"{error:.3g}), so this code cannot train it")
 
 

@@ -1,16 +1,20 @@
-"""What is asked, and what good answers look like: examples, teachers, the collection of their responses, the toy world.
+"""What is asked, and what good answers look like: examples, teachers, and the collection of their responses.
 
-RIL reads nothing of a teacher but its text. So every teacher answers every question N times *before* training, the
-responses are kept in one JSONL file (the collection, line 6 of Algorithm 2 draws from it), and no teacher is in memory
-while the student learns. Their tokenizers, image encoders and families may all differ from the student's.
+RIL reads nothing of a teacher but its text. So every teacher answers every question N times *before*
+training. The responses are kept in one JSONL file, the collection, and line 6 of Algorithm 2 draws from it.
+No teacher is in memory while the student learns, and its tokenizer, image encoder and family may all differ
+from the student's.
 
     python teachers.py --teachers runs/toy/teachers/qwen runs/toy/teachers/internvl \
         --data runs/toy/data/train.jsonl --out collection.jsonl -n 16
-    python teachers.py --teachers big-model@http://localhost:8000/v1 --data train.jsonl --out collection.jsonl -n 16
+    python teachers.py --teachers big-model@http://localhost:8000/v1 \
+        --data train.jsonl --out collection.jsonl -n 16
     python teachers.py --select 40000 --student DIR --data llava.json --out train.jsonl
 
-In order: the data formats, models behind a URL, the collection, the choice of examples, and the toy world: coloured shapes
-on a 2 x 2 grid, drawn with Pillow, written to disk and read back by the same reader as anyone's data.
+The first third of the file is what RIL needs: examples, teachers, the collection, and the choice of examples.
+The rest is machinery: the readers of data files and images, the client of servers, the toy world and its tiny
+models, and the command line. The toy world is coloured shapes on a 2 x 2 grid, drawn with Pillow. It is
+written to disk and read back by the same reader as anyone's data.
 """
 import argparse
 import ast
@@ -24,56 +28,55 @@ import os
 import random
 import re
 import struct
-import threading
 import time
 import urllib.error
 import urllib.request
 import zlib
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict, deque
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
+from typing import Iterable, Iterator, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, GenerationConfig, InternVLConfig, Qwen2_5_VLConfig, Qwen2Tokenizer
+from transformers import (AutoModelForImageTextToText, GenerationConfig, InternVLConfig, Qwen2_5_VLConfig,
+                          Qwen2Tokenizer)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from model import (MARK, VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, encode_responses, load_vlm, run, score,
-                   stream, write_atomic)
+from model import (MARK, VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, encode_responses,
+                   load_processor, load_vlm, run, score, stream, write_atomic)
 
-# ---------------------------------------------------------------------------------------------- examples
+# -------------------------------------------------------------------------------- examples
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question about some images (often one, possibly none) and its truth, the true answer. `where` is "file:line".
+    """One question about some images (often one, possibly none), and its truth, which is the true answer.
 
-    Images stand where the question marks them with `<image>`, else before it. options have letters by their place; "" is
-    none. history: earlier (question, answer) turns. The rest is of benchmarks: truths, where several are right (VQA's ten,
-    the references of a caption, FOIL's wrong and right word); group, what is scored together (a caption and its foils);
-    kind, of answer; pixels, of all its images.
+    Images stand where the question marks them with `<image>`, else before it. The fields from `truths` on are
+    used by benchmarks.
     """
     id: str
-    images: tuple[str, ...]
+    images: tuple[str, ...]                        # paths of files
     question: str
     truth: str
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()                  # the first has the letter A; "" is no option
     category: str = ""
-    where: str = ""
-    history: tuple[tuple[str, str], ...] = ()
+    where: str = ""                                # "file:line", for error messages
+    history: tuple[tuple[str, str], ...] = ()      # earlier (question, reply) turns
     hint: str = ""
-    truths: tuple[str, ...] = ()
-    group: str = ""
+    truths: tuple[str, ...] = ()                   # VQA's ten, a caption's references, FOIL's two words
+    group: str = ""                                # is scored together, as a caption and its foils
     split: str = ""
-    kind: str = ""
-    pixels: int = 0
+    kind: str = ""                                 # "dialogue", "caption", "foil" or an answer_type
+    pixels: int = 0                                # of all its images
 
     @property
     def letters(self) -> dict[str, str]:
@@ -82,38 +85,435 @@ class Example:
 
     @property
     def text(self) -> str:
-        """The question as it is asked, with its hint and its options, if any, as lettered lines."""
-        return "\n".join([f"Hint: {self.hint}"] * bool(self.hint) + [self.question]
-                         + [f"{letter}. {option}" for letter, option in self.letters.items()])
+        """The question as it is asked: with its hint, and its options as lettered lines."""
+        lines = [f"Hint: {self.hint}"] if self.hint else []
+        lines.append(self.question)
+        lines += [f"{letter}. {option}" for letter, option in self.letters.items()]
+        return "\n".join(lines)
 
     @property
     def dialogue(self) -> str:
-        """The question as a judge should see it: with the turns before it."""
-        return "\n".join([f"{question}\n{answer}" for question, answer in self.history] + [self.text])
+        """The question as a judge sees it: with the turns before it."""
+        return "\n".join([f"{question}\n{reply}" for question, reply in self.history] + [self.text])
 
 
-def read_jsonl(path: str, torn: bool = False):
-    """Yield (where, row) for each line of a JSONL file; UserError naming file and line for one that is not an object.
+def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
+    """Read examples and open every image once, so that errors are known before any work is done.
 
-    torn: a last line that is none, and has no end, was never finished by its writer; it is left out, and that is said.
+    A file is JSONL or a JSON list in three forms: ours, {"id", "image", "question", "answer", "options",
+    "category"}; LLaVA's, {"id", "image", "conversations"}; and chat, {"messages", "images"}. Or it is the
+    file of a benchmark: VLMEvalKit's TSV, captions in COCO's form (NoCaps, VizWiz, FOIL), VizWiz-VQA, MM-Vet.
+    Images are paths relative to the file's folder, or to `images` in it. Raises UserError, naming file and
+    line, for a bad row, a missing or unreadable image, or a repeated id. With skip_bad, rows with such images
+    are left out and counted on the console.
+    """
+    examples = []
+    ids = Counter()
+    for where, parsed in read_examples(path):
+        for example in parsed:
+            check_example(example, where)
+            ids[example.id] += 1
+            if ids[example.id] > 1 and example.kind != "dialogue":
+                raise UserError(f"{where}: the id {example.id!r} was used before; ids must be unique within "
+                                "a file")
+            if ids[example.id] > 1:                # common in LLaVA's files
+                example = replace(example, id=f"{example.id}#{ids[example.id]}")
+            examples.append(example)
+    examples = check_images(examples, path, skip_bad)
+    if not examples:
+        raise UserError(f"{path}: no examples in it")
+    return examples
+
+
+def encode_example(vlm: VLM, example: Example) -> Prompt:
+    """The example as a prompt of this model; UserError, naming file and line, where it cannot be one.
+
+    The first 512 MB of prompts are kept: epochs over a small set of pictures should not open each every time.
+    """
+    if example in vlm.prompts:
+        return vlm.prompts[example]
+    images = [open_image(path, example.where) for path in example.images]
+    try:
+        prompt = encode(vlm, example.text, images, example.history)
+    except UserError as error:
+        raise UserError(f"{example.where}: {error}") from error
+    vlm.room -= prompt.ids.nbytes + sum(x.nbytes for x in prompt.images.values())
+    if vlm.room > 0:
+        vlm.prompts[example] = prompt
+    return prompt
+
+
+# -------------------------------------------------------------------------------- teachers
+
+
+class Teacher(Protocol):
+    """What fill_collection needs of a teacher. Any object with these three will do; two kinds follow.
+
+    A teacher that is neither a server nor a checkpoint, for example a program, is a class of about ten lines.
+    """
+    name: str                                      # what the collection and the logs call it
+
+    def check(self):
+        """Raise UserError unless it can be asked. It must be cheap: this is called before any work."""
+
+    def ask(self, todo: list[tuple[Example, int]], num: int, sampling: Sampling,
+            seed: int) -> Iterable[tuple[Example, list[tuple[str, bool]]]]:
+        """Yield (example, [(text, finished), ...]) as responses come, in any order and any portions.
+
+        todo: pairs (example, have), where `have` responses are there already; those numbered have to num - 1
+        are asked for. The responses to an example are saved before the next ones are asked for. A teacher
+        that yields fewer leaves the rest to another run. finished: False for a text that a token limit cut
+        off. Responses should depend on the seed, the example and their number alone: then they do not depend
+        on interruptions.
+        """
+
+
+@dataclass
+class ServerTeacher:
+    """A model behind a URL; see Endpoint."""
+    endpoint: "Endpoint"
+
+    @property
+    def name(self) -> str:
+        return Path(self.endpoint.model).name
+
+    def check(self):
+        check_endpoint(self.endpoint)
+
+    def ask(self, todo, num, sampling, seed):
+        """Asks endpoint.workers examples at a time. Calls that fail for good are counted and left out."""
+        waiting = deque(todo)
+        running = {}                               # call in progress -> the example and the responses it has
+        failures = []
+        succeeded = False
+        messages_for = lru_cache(self.endpoint.workers)(example_messages)       # pictures are encoded once
+
+        def call(example, have):
+            call_seed = zlib.crc32(f"{seed} {self.name} {example.id} {have}".encode())
+            try:
+                return chat(self.endpoint, messages_for(example), num - have, sampling, call_seed)
+            except CallFailed as error:
+                failures.append(error)
+                return []
+
+        with ThreadPoolExecutor(self.endpoint.workers) as pool:
+            while waiting or running:
+                while waiting and len(running) < self.endpoint.workers:
+                    example, have = waiting.popleft()
+                    running[pool.submit(call, example, have)] = example, have
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    example, have = running.pop(future)
+                    replies = future.result()
+                    if replies:
+                        succeeded = True
+                        yield example, replies
+                    if 0 < len(replies) < num - have:      # a server may give fewer than it is asked for
+                        waiting.appendleft((example, have + len(replies)))
+                if not succeeded and len(failures) >= self.endpoint.workers:
+                    waiting.clear()                # nothing ever came back, so the rest is not tried
+        if failures and not succeeded:
+            raise UserError(f"{self.name}: not one of the first calls went well; the last: {failures[-1]}")
+        if failures:
+            tqdm.write(f"{self.name}: {len(failures)} calls failed; the last: {failures[-1]}")
+
+
+def example_messages(example: Example) -> list[dict]:
+    """An example as an endpoint wants it."""
+    images = [open_image(path, example.where) for path in example.images]
+    return messages_of(chat_turns(example.text, len(images), example.history), images)
+
+
+@dataclass
+class CheckpointTeacher:
+    """A folder or hub id, with device and dtype as in load_vlm. slots: responses sampled at a time."""
+    path: str
+    device: str | None = None
+    dtype: str | None = None
+    slots: int = 64
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    def check(self):
+        load_processor(self.path)
+
+    def ask(self, todo, num, sampling, seed):
+        """Samples all `num` responses to an example, whose noise is drawn together, and yields what it lacks.
+
+        The model is loaded here, so that it is freed after the last response.
+        """
+        vlm = load_vlm(self.path, self.device, self.dtype)
+
+        def noise(example):                        # its own numbers, whatever else is asked with it
+            example_seed = zlib.crc32(f"{seed} {self.name} {example.id}".encode())
+            generator = torch.Generator(vlm.device).manual_seed(example_seed)
+            return torch.rand(num, sampling.max_new_tokens, device=vlm.device, generator=generator)
+
+        prompts = (encode_example(vlm, example) for example, _ in todo)
+        noises = (noise(example) for example, _ in todo)
+        for i, responses in stream(vlm, prompts, noises, num, sampling, self.slots):
+            example, have = todo[i]
+            finished = [ids[-1].item() in vlm.stop_ids for ids in responses]
+            yield example, list(zip(decode(vlm, responses), finished))[have:]
+
+
+def make_teacher(name: str, device: str | None = None, dtype: str | None = None, slots: int = 64) -> Teacher:
+    """The teacher that a string means: a model on a server for "model@base_url", else a checkpoint."""
+    endpoint = endpoint_of(name)
+    if endpoint:
+        return ServerTeacher(endpoint)
+    return CheckpointTeacher(name, device, dtype, slots)
+
+
+# -------------------------------------------------------------------------------- the collection
+
+
+class Collection:
+    """The saved responses: `responses[example id][teacher]` is a list of texts."""
+
+    def __init__(self, path: str, examples: list[Example], forbidden: set[str] = frozenset(), tokenizer=None,
+                 longest: int = 0):
+        """Read a collection for these examples. A row is {"id", "teacher", "text"}, and may say "finished".
+
+        Some responses are left out and counted. `unfinished` counts those that are empty or were cut off by a
+        token limit ("finished": false). `overlong` counts those of more than `longest` tokens by the
+        student's tokenizer, which the student could never say in full. `examples` are those that have a
+        response left. Raises UserError when an example has no row at all, when no response is left, and when
+        a response spells one of the `forbidden` image tokens of the student.
+        """
+        self.responses = defaultdict(lambda: defaultdict(list))
+        self.unfinished = 0
+        self.overlong = 0
+        named = set()
+        for where, row in read_jsonl(path, torn=True):
+            text = row.get("text")
+            teacher = str(row.get("teacher", "teacher"))
+            if not isinstance(text, str) or "id" not in row or not is_text(text) or teacher == "student":
+                raise UserError(f'{where}: expected a response {{"id": ..., "teacher": ..., "text": ...}}, '
+                                'by no "student"')
+            spelt = [token for token in forbidden if token in text]
+            if spelt:
+                raise UserError(f"{where}: the response spells {spelt[0]}, which the student reads as an "
+                                "image")
+            named.add(str(row["id"]))
+            finished = row.get("finished", True)
+            overlong = tokenizer is not None and too_long(tokenizer, text, longest)
+            if not finished:
+                self.unfinished += 1
+            if overlong:
+                self.overlong += 1
+            if finished and not overlong:
+                self.responses[str(row["id"])][teacher].append(text)
+        for example in examples:
+            if example.id not in named:
+                raise UserError(f"{path}: no response for the question {example.id!r} of {example.where}")
+        self.examples = [example for example in examples if example.id in self.responses]
+        if not self.examples:
+            raise UserError(f"{path}: no response in it is finished and of less than {longest} tokens")
+
+    def draw(self, examples: list[Example], num: int, rng: random.Random) -> list[list[tuple[str, str]]]:
+        """Line 6 of Algorithm 2: num pairs (teacher, text) per example, spread evenly over its teachers.
+
+        Which teachers get the odd ones is drawn. No response is repeated while the teacher's others last.
+        """
+        drawn = []
+        for example in examples:
+            by_teacher = self.responses[example.id]
+            order = rng.sample(sorted(by_teacher), len(by_teacher))
+            bags = {teacher: [] for teacher in order}              # its responses, shuffled, not yet drawn
+            pairs = []
+            for i in range(num):
+                teacher = order[i % len(order)]                    # taking turns is as even as it gets
+                if not bags[teacher]:
+                    bags[teacher] = rng.sample(by_teacher[teacher], len(by_teacher[teacher]))
+                pairs.append((teacher, bags[teacher].pop()))
+            drawn.append(pairs)
+        return drawn
+
+
+def too_long(tokenizer, text: str, longest: int) -> bool:
+    """Whether a text and the stop token after it are more than `longest` tokens."""
+    if len(text.encode()) < longest:               # a token is at least a byte, so there is no need to count
+        return False
+    return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids) >= longest
+
+
+def fill_collection(path: str, teachers: list[Teacher], examples: list[Example], num: int, sampling: Sampling,
+                    seed: int = 0):
+    """Bring the file to `num` responses of each teacher to each example, sampled with `sampling`.
+
+    Responses are appended as they come. What is there already under the same example, teacher and sampling
+    settings is kept, so an interrupted fill resumes where it stopped; a last line that was not finished is
+    dropped. Responses have seeds of their own: they come out the same whether or not there was a stop, from a
+    server only if it honours seeds. Raises UserError when two teachers have one name or one is called
+    "student", and when one cannot be asked.
+    """
+    names = [teacher.name for teacher in teachers]
+    if len(set(names)) < len(names) or "student" in names:
+        raise UserError(f"the teachers are called {', '.join(names)}; rename a folder, so that their "
+                        "responses can be told apart, and from the student's")
+    settings = asdict(sampling)
+    have = count_responses(path, settings)
+    todo = {}
+    for name in names:
+        todo[name] = [(e, have[name, e.id]) for e in examples if have[name, e.id] < num]
+    teachers = [teacher for teacher in teachers if todo[teacher.name]]
+    for teacher in teachers:                       # all, before the first does any work
+        teacher.check()
+    for teacher in teachers:
+        responses = teacher.ask(todo[teacher.name], num, sampling, seed)
+        append_responses(path, teacher.name, responses, todo[teacher.name], num, settings)
+    if Path(path).exists():
+        sort_collection(path, names, examples)
+
+
+def count_responses(path: str, settings: dict) -> Counter:
+    """How many responses the file holds by (teacher, example id), sampled with these settings."""
+    if not Path(path).exists():
+        return Counter()
+    drop_torn_line(path)
+    return Counter((row.get("teacher"), row.get("id")) for _, row in read_jsonl(path)
+                   if row.get("sampling") == settings)
+
+
+def append_responses(path: str, name: str, responses: Iterable[tuple[Example, list[tuple[str, bool]]]],
+                     todo: list[tuple[Example, int]], num: int, settings: dict):
+    """Append a teacher's responses to the file as they come, and say how many questions still lack some."""
+    lacking = {example.id: num - have for example, have in todo}
+    with (open(path, "a", encoding="utf-8") as file,
+          tqdm(desc=f"responses of {name}", total=sum(lacking.values()), unit="response") as progress):
+        for example, replies in responses:
+            for text, finished in replies:
+                row = {"id": example.id, "teacher": name, "text": text, "finished": finished,
+                       "sampling": settings}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()                           # on disk before the teacher is asked for more
+            lacking[example.id] -= len(replies)
+            progress.update(len(replies))
+    short = sum(number > 0 for number in lacking.values())
+    if short:
+        tqdm.write(f"{name}: {short} questions still lack responses; run again to ask for them")
+
+
+def drop_torn_line(path: str):
+    """Cut half a line off the end of a file of JSON lines: a writer that was killed may have left it."""
+    with open(path, "rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        tail = b""
+        while len(tail) < size and b"\n" not in tail:
+            start = max(0, size - len(tail) - 2 ** 16)
+            file.seek(start)
+            tail = file.read(size - len(tail) - start) + tail
+        last = tail[tail.rfind(b"\n") + 1:]
+        try:
+            json.loads(last or b"0")
+        except ValueError:
+            file.truncate(size - len(last))
+            return
+        if last:                                   # it is complete, and only lacks its end
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+
+
+def sort_collection(path: str, names: list[str], examples: list[Example]):
+    """Sort the file by teacher, then example: servers reply in any order. Rows of other teachers go first."""
+    teacher_place = {name: i for i, name in enumerate(names)}
+    example_place = {example.id: i for i, example in enumerate(examples)}
+
+    def place(line):
+        row = json.loads(line)
+        return teacher_place.get(row.get("teacher"), -1), example_place.get(row.get("id"), -1)
+    lines = [line for line in Path(path).read_bytes().splitlines(keepends=True) if line.strip()]
+    in_order = sorted(lines, key=place)
+    if in_order != lines:
+        write_atomic(path, b"".join(in_order))
+
+
+# -------------------------------------------------------------------------------- which examples
+
+
+def select(vlm: VLM, examples: list[Example], num: int, longest: int, seed: int,
+           batch_size: int = 16) -> list[Example]:
+    """Choose `num` examples to train on, as the paper picks its 40K, by length and by log-probability.
+
+    Examples whose truth has more than `longest` tokens are dropped, and counted on the console. Of the
+    others, `num` are drawn without replacement, one after the other, each time with chances in proportion to
+    w = 1 - exp(mean log-prob of the truth's tokens under the student). What the student would say anyway
+    teaches it nothing, and what it finds impossible, which may be a wrong label, counts no more than what it
+    finds hard. The paper names the two steps, overlong filtering and log-probability sampling, and gives no
+    formula: the weight is ours. Returned in the order of the file.
+    """
+    short = [e for e in examples if len(encode_responses(vlm, [[e.truth]]).ids[0, 0]) <= longest]
+    print(f"{len(examples) - len(short)} of {len(examples)} examples dropped: answers of more than {longest} "
+          "tokens")
+    rng = random.Random(seed)
+    keys = []
+    for i in tqdm(range(0, len(short), batch_size), desc="log-probs", unit="batch"):
+        batch = short[i:i + batch_size]
+        outputs = encode_responses(vlm, [[e.truth] for e in batch])                  # ids, mask (B, 1, R)
+        with torch.no_grad():
+            logps = score(vlm, [encode_example(vlm, e) for e in batch], outputs)     # (B, 1, R)
+        means = logps.sum((1, 2)) / outputs.mask.sum((1, 2))                         # (B,)
+        for mean in means.tolist():
+            weight = max(1e-9, -math.expm1(mean))
+            # the `num` largest log w + Gumbel noise are such a draw without replacement
+            keys.append(math.log(weight) - math.log(-math.log(rng.random())))
+    chosen = set(sorted(range(len(short)), key=lambda i: -keys[i])[:num])
+    return [e for i, e in enumerate(short) if i in chosen]
+
+
+def write_examples(examples: list[Example], path: str):
+    """Write examples as JSONL that load_examples reads back; image paths are relative to the file."""
+    with open(path, "w", encoding="utf-8") as file:
+        for e in examples:
+            images = [os.path.relpath(image, Path(path).parent) for image in e.images]
+            row = {"id": e.id, "image": images, "question": e.question, "answer": e.truth,
+                   "options": e.options, "category": e.category, "history": e.history}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# -------------------------------------------------------------------------------- reading data files
+
+# The rest of this file is machinery, to be skipped on a first reading.
+
+
+def read_json(path: str):
+    """The contents of a JSON file; UserError where it is none."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def read_jsonl(path: str, torn: bool = False) -> Iterator[tuple[str, dict]]:
+    """Yield (where, row) for each line of a JSONL file; UserError, naming the line, where it is no object.
+
+    torn: the writer may have been killed in the middle of the last line. If that line has no end and is not
+    JSON, it is left out, and that is said.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    with open(path, "rb") as file:                                 # bytes: what is not UTF-8 is then a bad line, named
+    with open(path, "rb") as file:                 # bytes: what is not UTF-8 is then a bad line with a number
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
+            if not line.strip():
+                continue
             try:
-                row = json.loads(line) if line.strip() else None
+                row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 if torn and not line.endswith(b"\n"):
                     print(f"{where}: the last line was not finished and is left out")
                     return
                 raise UserError(f"{where}: not JSON ({error})") from error
-            if row is None and not line.strip():
-                continue
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: expected an object in braces, found {str(row)[:40]}")
-            yield where, row
+            yield where, as_object(where, row)
+
+
+def as_object(where: str, row) -> dict:
+    """The row, which must be a JSON object."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object in braces, found {str(row)[:40]}")
+    return row
 
 
 @contextmanager
@@ -125,74 +525,130 @@ def malformed(where: str):
         raise UserError(f"{where}: in no known form ({type(error).__name__}: {error})") from error
 
 
-def read_json(path: str):
-    """The contents of a JSON file."""
-    try:
-        return json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-
-
-def read_examples(path: str):
-    """Yield (where, examples) of a data file, row by row, in whichever of the formats it is: told by what is in it."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    with open(path, "rb") as file:                                 # a file of JSON lines is not read whole
-        first = file.readline().removeprefix(b"\xef\xbb\xbf").strip()
-    whole, rows = {}, None
-    if first and first[:1] not in b"{[":
-        if b"\t" not in first:
-            raise UserError(f"{path}: in no known format; expected JSON lines, a JSON list or object, or a TSV with a header")
-        yield from tsv_examples(path)
-        return
-    if first.startswith(b"["):
-        rows = ((f"{path}: item {number}", row) for number, row in enumerate(read_json(path), 1))
-    elif first:
-        with suppress(ValueError, RecursionError, UserError):                    # an object on one line or on many; else lines of JSON
-            whole = json.loads(first) if first.endswith(b"}") else read_json(path)
-    if isinstance(whole.get("images"), list) and ("annotations" in whole or "info" in whole):
-        yield from coco_examples(path, whole)
-        return
-    if whole and all(isinstance(row, dict) and "question" in row for row in whole.values()):
-        rows = ((f"{path}: item {name}", row | {"id": name}) for name, row in whole.items())
-    rows = rows or read_jsonl(path)
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object in braces, found {str(row)[:40]}")
-        with malformed(where):
-            examples = examples_of(path, where, row)
-        yield where, examples
-
-
 def is_text(value: str) -> bool:
     """Whether a string can be written as UTF-8: JSON can hold the half of an emoji, which cannot."""
     return not re.search("[\ud800-\udfff]", value)
 
 
+def read_examples(path: str) -> Iterator[tuple[str, list[Example]]]:
+    """Yield (where, examples) for each row of a data file. What is in the file tells which format it has."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    with open(path, "rb") as file:                 # one line, as a file of JSON lines may be large
+        first = file.readline().removeprefix(b"\xef\xbb\xbf").strip()
+    if first and not first.startswith((b"{", b"[")):
+        if b"\t" not in first:
+            raise UserError(f"{path}: in no known format; expected JSON lines, a JSON list or object, or a "
+                            "TSV with a header")
+        yield from tsv_examples(path)
+        return
+    contents = {}
+    if first.startswith(b"{"):                     # an object on one line or many, or JSON lines
+        with suppress(ValueError, RecursionError, UserError):
+            contents = json.loads(first) if first.endswith(b"}") else read_json(path)
+    if isinstance(contents.get("images"), list) and ("annotations" in contents or "info" in contents):
+        yield from coco_examples(path, contents)
+        return
+    for where, row in json_rows(path, first, contents):
+        row = as_object(where, row)
+        with malformed(where):
+            examples = examples_of(path, where, row)
+        yield where, examples
+
+
+def json_rows(path: str, first: bytes, contents: dict) -> Iterable[tuple[str, dict]]:
+    """Pairs (where, row) of a JSON list, of MM-Vet's object of questions by id, or of JSON lines."""
+    if first.startswith(b"["):
+        return ((f"{path}: item {number}", row) for number, row in enumerate(read_json(path), 1))
+    if contents and all(isinstance(row, dict) and "question" in row for row in contents.values()):
+        return ((f"{path}: item {name}", row | {"id": name}) for name, row in contents.items())
+    return read_jsonl(path)
+
+
+def examples_of(path: str, where: str, row: dict) -> list[Example]:
+    """A row of a JSON file as examples: one, or one for each reply in a dialogue.
+
+    Beside our own form, a row may be LLaVA's, chat messages, VizWiz-VQA's (ten truths, and the image's name
+    for an id) or MM-Vet's (in version 2 the question interleaves texts and names of images, between <IMG>).
+    """
+    name = str(row.get("id", where.rsplit(":", 1)[1].removeprefix(" item ")))
+    if "conversations" in row or "messages" in row:
+        return dialogue_examples(path, where, row, name)
+    if "question" not in row:
+        raise UserError(f'{where}: in no known format; expected "question" and "answer", or "conversations", '
+                        'or "messages"')
+    question = row["question"]
+    images = strings(row, "image", where) + strings(row, "imagename", where)
+    truth = row.get("answer")
+    truths = row.get("answers") or []
+    category = row.get("category", "")
+    if "capability" in row:                        # MM-Vet
+        pieces = question.split("<IMG>")
+        images += [piece for piece in pieces if is_image_name(piece)]
+        question = "".join(MARK if is_image_name(piece) else piece for piece in pieces)
+        category = ",".join(row["capability"])
+    if "answer_type" in row or truths:             # VizWiz-VQA
+        truths = [str(given.get("answer")) if isinstance(given, dict) else str(given) for given in truths]
+        if not truth:
+            truth = truths[0] if truths else None
+        category = row.get("answer_type", category)
+        name = str(row.get("id", images[0] if images else name))
+    return [Example(name, tuple(image_path(path, image) for image in images), question, truth,
+                    tuple(strings(row, "options", where)), str(category), where,
+                    tuple((str(asked), str(said)) for asked, said in row.get("history") or ()),
+                    truths=tuple(truths), split=str(row.get("split", "")))]
+
+
+def is_image_name(text: str) -> bool:
+    return text.endswith((".jpg", ".jpeg", ".png"))
+
+
 def strings(row: dict, name: str, where: str) -> list[str]:
-    """row[name] as a list of strings; nothing, or where it is an image a single string, will do too."""
+    """row[name] as a list of strings; nothing will do too, and where it is an image, a single string."""
     value = row.get(name) or []
-    value = [value] if isinstance(value, str) and name.startswith("image") else value
+    if isinstance(value, str) and name.startswith("image"):
+        value = [value]
     if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
         raise UserError(f'{where}: expected a list of strings as "{name}", found {value!r}')
     return value
 
 
-def dialogue(row: dict, where: str) -> tuple[list[tuple[str, str]], list[str]]:
-    """(user, assistant) texts and image paths of a row in LLaVA's form ("conversations") or the chat form ("messages").
+def image_path(path: str, image: str) -> str:
+    """The file of an image that a data file names: beside that file, or in the folder `images` beside it."""
+    beside = Path(path).parent / image
+    inside = Path(path).parent / "images" / image
+    return str(inside if not beside.exists() and inside.exists() else beside)
 
-    A system turn goes before the first question. Image parts become `<image>` marks in the text.
+
+def dialogue_examples(path: str, where: str, row: dict, name: str) -> list[Example]:
+    """One example for each reply in a dialogue; its history holds the turns before."""
+    turns, images = dialogue_turns(row, where)
+    marked = any(MARK in question for question, _ in turns)
+    examples = []
+    for i, (question, reply) in enumerate(turns):
+        shown = images
+        if marked:                                 # images of later turns are not yet shown
+            shown = images[:sum(text.count(MARK) for text, _ in turns[:i + 1])]
+        examples.append(Example(name if len(turns) == 1 else f"{name}-{i + 1}",
+                                tuple(image_path(path, image) for image in shown), question, reply, (),
+                                str(row.get("category", "")), where, tuple(turns[:i]), kind="dialogue"))
+    return examples
+
+
+def dialogue_turns(row: dict, where: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """The (question, reply) turns and the image paths of a row in LLaVA's form or the chat form.
+
+    LLaVA's has "conversations", the chat form "messages". A system turn goes before the first question. Image
+    parts become `<image>` marks in the text.
     """
-    turns, images, system = [], strings(row, "image", where) + strings(row, "images", where), ""
+    images = strings(row, "image", where) + strings(row, "images", where)
+    turns = []
+    system = ""
     for turn in row.get("conversations") or row["messages"]:
-        role, content = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content") or ""
+        role = turn.get("from") or turn.get("role")
+        content = turn.get("value") or turn.get("content") or ""
         if isinstance(content, list):
-            for part in content:
-                if part.get("type") != "text":
-                    link = part.get("image_url")
-                    path = part.get("image") or part.get("path") or part.get("url") or (
-                        link.get("url") if isinstance(link, dict) else link)
-                    images += [path] if path else []
+            images += [path for path in map(path_of_part, content) if path]
             content = "".join(part["text"] if part.get("type") == "text" else MARK for part in content)
         if role == "system":
             system = content + "\n"
@@ -202,67 +658,45 @@ def dialogue(row: dict, where: str) -> tuple[list[tuple[str, str]], list[str]]:
         elif role in ("gpt", "assistant") and turns and len(turns[-1]) == 1:
             turns[-1] += (content,)
         else:
-            raise UserError(f"{where}: expected questions and answers in turn, found {role!r} as turn {2 * len(turns) + 1}")
+            raise UserError(f"{where}: expected questions and answers in turn, found {role!r} as turn "
+                            f"{2 * len(turns) + 1}")
     turns = [turn for turn in turns if len(turn) == 2]
     if not turns:
         raise UserError(f"{where}: no question with an answer in it")
     return turns, images
 
 
-def found(path: str, image: str) -> str:
-    """An image that a data file names: beside the file, or in the folder `images` beside it."""
-    folder = Path(path).parent
-    inside = folder / "images" / image
-    return str(inside if not (folder / image).exists() and inside.exists() else folder / image)
+def path_of_part(part: dict) -> str | None:
+    """The path that a part of a chat message's content holds, if it is an image and holds one."""
+    if part.get("type") == "text":
+        return None
+    link = part.get("image_url")
+    if isinstance(link, dict):
+        link = link.get("url")
+    return part.get("image") or part.get("path") or part.get("url") or link
 
 
-def examples_of(path: str, where: str, row: dict) -> list[Example]:
-    """A row of a JSON file as examples: one, or one for each answer of a dialogue.
+def read_tsv(path: str) -> Iterator[tuple[str, dict[str, str], int]]:
+    """Yield (where, row, offset) of a tab-separated file with a header.
 
-    Beside our own form, that is LLaVA's, chat messages, VizWiz-VQA's (ten answers, and the image's name for an id) and
-    MM-Vet's (in version 2 the question interleaves texts and names of images, between <IMG>).
+    row: the cells by column; offset: the byte at which the row begins. Cells may hold images, tabs and line
+    breaks, so they are left to the csv module.
     """
-    name = str(row.get("id", where.rsplit(":", 1)[1].removeprefix(" item ")))
-    if "conversations" in row or "messages" in row:
-        (turns, images), examples = dialogue(row, where), []
-        for i, (question, answer) in enumerate(turns):
-            marks = sum(text.count(MARK) for text, _ in turns[:i + 1])      # images of later turns are not yet shown
-            shown = images[:marks] if any(MARK in text for text, _ in turns) else images
-            examples.append(Example(name if len(turns) == 1 else f"{name}-{i + 1}", tuple(found(path, x) for x in shown),
-                                    question, answer, (), str(row.get("category", "")), where, tuple(turns[:i]), kind="dialogue"))
-        return examples
-    if "question" not in row:
-        raise UserError(f'{where}: in no known format; expected "question" and "answer", or "conversations", or "messages"')
-    question, images = row["question"], strings(row, "image", where) + strings(row, "imagename", where)
-    answers, answer, category = row.get("answers") or [], row.get("answer"), row.get("category", "")
-    if "capability" in row:                                        # MM-Vet
-        pieces = question.split("<IMG>")
-        images += [piece for piece in pieces if piece.endswith((".jpg", ".jpeg", ".png"))]
-        question = "".join(MARK if piece.endswith((".jpg", ".jpeg", ".png")) else piece for piece in pieces)
-        category = ",".join(row["capability"])
-    if "answer_type" in row or answers:                            # VizWiz-VQA
-        answers = [str(given.get("answer")) if isinstance(given, dict) else str(given) for given in answers]
-        answer, category = answer or (answers or [None])[0], row.get("answer_type", category)
-        name = str(row.get("id", images[0] if images else name))
-    return [Example(name, tuple(found(path, image) for image in images), question, answer, tuple(strings(row, "options", where)),
-                    str(category), where, tuple((str(asked), str(said)) for asked, said in row.get("history") or ()),
-                    truths=tuple(answers), split=str(row.get("split", "")))]
-
-
-def read_tsv(path: str):
-    """Yield (where, row, offset) of a tab-separated file with a header: cells as strings by column, and the byte at which
-    the row begins. Cells may hold images, tabs and line breaks, so this is the csv module's work."""
     csv.field_size_limit(2 ** 31 - 1)
-    consumed, number = 0, 0
+    consumed = 0                                   # bytes
+    number = 0                                     # lines
+    header = None
     with open(path, "rb") as file:
         def lines():
             nonlocal consumed, number
             for line in file:
-                consumed, number = consumed + len(line), number + 1
+                consumed += len(line)
+                number += 1
                 yield line.decode("utf-8")
-        reader, header = csv.reader(lines(), delimiter="\t", strict=True), None
+        reader = csv.reader(lines(), delimiter="\t", strict=True)
         while True:
-            where, offset = f"{path}:{number + 1}", consumed
+            where = f"{path}:{number + 1}"
+            offset = consumed
             try:
                 cells = next(reader)
             except StopIteration:
@@ -274,37 +708,48 @@ def read_tsv(path: str):
             elif len(cells) == len(header):
                 yield where, dict(zip(header, cells)), offset
             elif cells:
-                raise UserError(f"{where}: expected {len(header)} cells, one for each column, found {len(cells)}")
+                raise UserError(f"{where}: expected {len(header)} cells, one for each column, found "
+                                f"{len(cells)}")
 
 
 def listed(cell: str) -> list[str]:
-    """A cell that may be a Python list of strings, as one: [a] is a, and anything else is itself."""
+    """The strings in a cell: [] for an empty one, the parts of a Python list, else the cell itself."""
+    if not cell:
+        return []
     if not (cell.startswith("[") and cell.endswith("]")):
-        return [cell] * bool(cell)
+        return [cell]
     try:
         return [str(part) for part in ast.literal_eval(cell)]
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return [cell]                                              # "[sic]" is a text like any other
+        return [cell]                              # "[sic]" is a text like any other
 
 
-def tsv_examples(path: str):
-    """Yield (where, [example]) of a VLMEvalKit TSV. An image is base64 in the cell `image`, or a list of several; or the
-    `index` of another row, which holds it; or a file, in `image_path`. It stays in the file until it is looked at, and is
-    called FILE#offset.column.number meanwhile."""
-    own, rows, without = {}, [], 0
+def tsv_examples(path: str) -> Iterator[tuple[str, list[Example]]]:
+    """Yield (where, [example]) of a VLMEvalKit TSV.
+
+    The cell `image` holds an image in base64, or a list of several, or the `index` of another row, which
+    holds it. Else a file is named in `image_path`. An image in a cell stays in the file until it is looked
+    at. Meanwhile its path is FILE#offset.number: the byte at which the row begins, and its place in the cell.
+    """
+    stored = {}                                    # index of a row -> the paths of the images in its cell
+    rows = []
+    without = 0
     for where, row, offset in read_tsv(path):
         if "index" not in row or "question" not in row and "image" not in row:
-            raise UserError(f"{path}: in no known format; a TSV has at least the columns index, image and question")
-        cell, name = row.pop("image", ""), row["index"]
-        if len(cell) > 64:
-            own[name] = [f"{path}#{offset}.{k}" for k in range(len(listed(cell)))]
-        rows.append((where, row, cell if len(cell) <= 64 else name))
+            raise UserError(f"{path}: in no known format; a TSV has at least the columns index, image and "
+                            "question")
+        target = row.pop("image", "")
+        if len(target) > 64:                       # it is an image, not an index
+            stored[row["index"]] = [f"{path}#{offset}.{k}" for k in range(len(listed(target)))]
+            target = row["index"]
+        rows.append((where, row, target))
     for where, row, target in rows:
-        files = [found(path, name) for name in listed(row.get("image_path", ""))]
-        if target and target not in own:
+        files = [image_path(path, name) for name in listed(row.get("image_path", ""))]
+        if target and target not in stored:
             raise UserError(f"{where}: its image is that of the row with index {target}, which holds none")
-        if not (images := own.get(target, files)):
-            without += 1                                           # as upstream: every question is about an image
+        images = stored.get(target, files)
+        if not images:                             # as upstream: every question is about an image
+            without += 1
             continue
         with malformed(where):
             example = tsv_example(where, row, images)
@@ -314,101 +759,119 @@ def tsv_examples(path: str):
 
 
 def tsv_example(where: str, row: dict[str, str], images: list[str]) -> Example:
-    """A row of a VLMEvalKit TSV. Columns A, B, ... are options, and exist where they are not empty (pandas, upstream, also
-    drops options that read None or NA). MathVista's choices are options too, its answer then a letter."""
+    """A row of a VLMEvalKit TSV. Columns A, B, ... are options, and exist where they are not empty.
+
+    Upstream's pandas also drops options that read None or NA. MathVista's choices are options too; its truth
+    is then turned into a letter.
+    """
     options = [row.get(chr(65 + i), "") for i in range(26)]
-    answers, kind = listed(row.get("answers") or row.get("answer", "")), row.get("answer_type", "")
-    answer = answers[0] if row.get("answers") and answers else row.get("answer", "")
+    kind = row.get("answer_type", "")
+    truths = listed(row.get("answers") or row.get("answer", ""))
+    truth = truths[0] if row.get("answers") and truths else row.get("answer", "")
     if row.get("question_type") == "multi_choice":
-        options, kind = options if any(options) else listed(row.get("choices", "")), "multi_choice"
-        if answer not in (given := {chr(65 + i): option for i, option in enumerate(options)}) and answer in given.values():
-            answer = next(letter for letter, option in given.items() if option == answer)
-    options = options[:max((i + 1 for i, option in enumerate(options) if option), default=0)]
-    texts, tags = [row.get("hint", ""), row.get("question", ""), *options], re.compile(r"<image (\d)>")
-    if order := [int(tag) for text in texts for tag in tags.findall(text)]:                  # MMMU says where images stand
+        kind = "multi_choice"
+        if not any(options):
+            options = listed(row.get("choices", ""))
+        letters = [chr(65 + i) for i in range(len(options))]
+        if truth and truth not in letters and truth in options:
+            truth = letters[options.index(truth)]
+    while options and not options[-1]:
+        options.pop()
+    texts = [row.get("hint", ""), row.get("question", ""), *options]
+    tag = re.compile(r"<image (\d)>")
+    order = [int(number) for text in texts for number in tag.findall(text)]
+    if order:                                      # MMMU says where its images stand
         if not all(1 <= k <= len(images) for k in order):
             raise UserError(f"{where}: it speaks of <image {max(order)}>, and has {len(images)} images")
-        images, texts = [images[k - 1] for k in order], [tags.sub(MARK, text) for text in texts]
+        images = [images[k - 1] for k in order]
+        texts = [tag.sub(MARK, text) for text in texts]
     category = ";".join(filter(None, (row.get("l2-category"), row.get("category"))))
-    return Example(row["index"], tuple(images), texts[1], answer, tuple(texts[2:]), category, where, hint=texts[0],
-                   truths=tuple(answers), group=row.get("g_index", ""), split=row.get("split", ""), kind=kind)
+    return Example(row["index"], tuple(images), texts[1], truth, tuple(texts[2:]), category, where,
+                   hint=texts[0], truths=tuple(truths), group=row.get("g_index", ""),
+                   split=row.get("split", ""), kind=kind)
 
 
-def coco_examples(path: str, whole: dict):
-    """Yield (where, [example]) of captions in COCO's form: of each image that has any, with its captions as answers; for
-    FOIL, which has foils among them, of each caption. VizWiz's rejected and precanned captions are left out."""
-    images, captions, foil = {}, defaultdict(list), False
-    if not isinstance(whole.get("annotations"), list):
-        raise UserError(f"{path}: images without captions (a test split?), so there is nothing to compare with")
+def coco_examples(path: str, contents: dict) -> Iterator[tuple[str, list[Example]]]:
+    """Yield (where, examples) of captions in COCO's form.
+
+    There is one example for each image that has captions, which are its truths. FOIL has foils among its
+    captions: there each caption is an example. VizWiz's rejected and precanned captions are left out.
+    """
+    if not isinstance(contents.get("annotations"), list):
+        raise UserError(f"{path}: images without captions (a test split?), so there is nothing to compare "
+                        "with")
     with malformed(f"{path}: images"):
-        files = {image["id"]: found(path, image["file_name"]) for image in whole["images"]}
-        images = {image["id"]: image for image in whole["images"]}
-    for number, row in enumerate(whole["annotations"], 1):
-        with malformed(where := f"{path}: annotation {number}"):
-            if row["image_id"] not in images or not isinstance(row["caption"], str):
+        files = {image["id"]: image_path(path, image["file_name"]) for image in contents["images"]}
+        domains = {image["id"]: str(image.get("domain", "")) for image in contents["images"]}
+    captions = defaultdict(list)                   # by image; for FOIL, by the caption that was foiled
+    foil = False
+    for number, row in enumerate(contents["annotations"], 1):
+        where = f"{path}: annotation {number}"
+        with malformed(where):
+            if row["image_id"] not in files or not isinstance(row["caption"], str):
                 raise ValueError("expected a caption, and the image_id of one of the images")
-            foil |= "foil" in row
+            foil = foil or "foil" in row
             if not row.get("is_rejected") and not row.get("is_precanned"):
                 captions[row["id"] if foil else row["image_id"]].append((where, row))
     for key, rows in captions.items():
-        where, row = rows[0]
-        if not foil:
+        where = rows[0][0]
+        if foil:
+            with malformed(where):
+                group = foil_group(str(key), rows, files)
+            yield where, group
+        else:
             texts = tuple(row["caption"] for _, row in rows)
-            yield where, [Example(str(key), (files[key],), "", texts[0], (), str(images[key].get("domain", "")), where,
+            yield where, [Example(str(key), (files[key],), "", texts[0], (), domains[key], where,
                                   truths=texts, kind="caption")]
-            continue
-        with malformed(where):
-            rows.sort(key=lambda pair: pair[1]["foil"])
-            if [row["foil"] for _, row in rows].count(False) != 1:
-                raise ValueError(f"expected one true caption, \"foil\": false, among the {len(rows)} with id {key}")
-            group = [Example(f"{key}-{k}", (files[row["image_id"]],), row["caption"], "No" if k else "Yes", (),
-                             "foil" if k else "original", where, truths=(str(row["foil_word"]), str(row["target_word"])),
-                             group=str(key), kind="foil") for k, (where, row) in enumerate(rows)]
-        yield where, group
-    if not foil and len(images) > len(captions):
-        print(f"{path}: {len(images) - len(captions)} of {len(images)} images have no captions and are left out")
+    if not foil and len(files) > len(captions):
+        print(f"{path}: {len(files) - len(captions)} of {len(files)} images have no captions and are left "
+              "out")
 
 
-def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
-    """Read examples, and look at every image once, so that what is wrong is known before any work is done.
+def foil_group(key: str, rows: list[tuple[str, dict]], files: dict) -> list[Example]:
+    """FOIL's true caption, first, and its foils, each as the question whether it is true."""
+    rows = sorted(rows, key=lambda pair: pair[1]["foil"])
+    if [row["foil"] for _, row in rows].count(False) != 1:
+        raise ValueError(f"expected one true caption, \"foil\": false, among the {len(rows)} with id {key}")
+    group = []
+    for k, (where, row) in enumerate(rows):
+        truth, category = ("No", "foil") if k else ("Yes", "original")
+        words = (str(row["foil_word"]), str(row["target_word"]))
+        group.append(Example(f"{key}-{k}", (files[row["image_id"]],), row["caption"], truth, (), category,
+                             where, truths=words, group=key, kind="foil"))
+    return group
 
-    JSONL or a JSON list in three forms: ours, {"id", "image", "question", "answer", "options", "category"}; LLaVA's,
-    {"id", "image", "conversations"}; and chat, {"messages", "images"}. And the files of benchmarks: VLMEvalKit's TSV,
-    captions in COCO's form (NoCaps, VizWiz, FOIL), VizWiz-VQA, MM-Vet. Images are paths relative to the file's folder or
-    to `images` in it. UserError naming file and line for a bad row, a missing or unreadable image, or a repeated id;
-    with skip_bad, rows with such images are left out, and counted on the console.
+
+def check_example(example: Example, where: str):
+    """UserError unless question and truth are texts, and the question marks as many images as there are."""
+    fields = {"question": example.question, "answer": example.truth}
+    if example.kind == "caption":                  # has no question
+        del fields["question"]
+    for name, value in fields.items():
+        if (not isinstance(value, str) or not value.replace(MARK, "").strip()
+                or not is_text(example.dialogue + value)):
+            hint = " (a test split?)" if name == "answer" and not value else ""
+            raise UserError(f'{where}: expected a non-empty string as "{name}", found {value!r}{hint}')
+    try:
+        chat_turns(example.text, len(example.images), example.history)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+# -------------------------------------------------------------------------------- reading images
+
+
+def check_images(examples: list[Example], path: str, skip_bad: bool) -> list[Example]:
+    """Open every image once, in threads, and note the sizes in the examples.
+
+    Raises UserError on the first bad image. With skip_bad, examples that have one are left out and counted.
     """
-    examples, ids = [], defaultdict(int)
-    for where, parsed in read_examples(path):
-        for example in parsed:
-            for name, value in (("question", example.question), ("answer", example.truth)):
-                if name == "question" and example.kind == "caption":
-                    continue
-                if not isinstance(value, str) or not value.replace(MARK, "").strip() or not is_text(example.dialogue + value):
-                    raise UserError(f'{where}: expected a non-empty string as "{name}", found {value!r}'
-                                    + " (a test split?)" * (name == "answer" and not value))
-            try:
-                chat_turns(example.text, len(example.images), example.history)        # do marks and images agree?
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from error
-            ids[example.id] += 1
-            if ids[example.id] > 1 and example.kind != "dialogue":
-                raise UserError(f"{where}: the id {example.id!r} was used before; ids must be unique within a file")
-            if ids[example.id] > 1:                                # common in LLaVA's files
-                example = Example(**vars(example) | {"id": f"{example.id}#{ids[example.id]}"})
-            examples.append(example)
-    examples = with_whole_images(examples, path, skip_bad)
-    if not examples:
-        raise UserError(f"{path}: no examples in it")
-    return examples
-
-
-def with_whole_images(examples: list[Example], path: str, skip_bad: bool) -> list[Example]:
-    """Open every image once, in threads; UserError on the first bad one, or with skip_bad the examples without any."""
-    wheres, bad, pixels = {}, {}, {}
-    for e in examples:
-        for image in e.images:
-            wheres.setdefault(image, e.where)
+    wheres = {}                                    # image -> the first row that names it
+    for example in examples:
+        for image in example.images:
+            wheres.setdefault(image, example.where)
+    pixels = {}
+    bad = {}
 
     def look(image):
         try:
@@ -422,32 +885,36 @@ def with_whole_images(examples: list[Example], path: str, skip_bad: bool) -> lis
         first = next(bad[image] for image in wheres if image in bad)
         if not skip_bad:
             raise first
-        whole = [e for e in examples if not bad.keys() & set(e.images)]
-        print(f"{path}: {len(examples) - len(whole)} of {len(examples)} examples skipped for {len(bad)} bad images, "
-              f"the first: {first}")
-        examples = whole
-    return [replace(e, pixels=sum(pixels[image] for image in e.images)) for e in examples]
+        kept = [example for example in examples if not bad.keys() & set(example.images)]
+        print(f"{path}: {len(examples) - len(kept)} of {len(examples)} examples skipped for {len(bad)} bad "
+              f"images, the first: {first}")
+        examples = kept
+    return [replace(example, pixels=sum(pixels[image] for image in example.images)) for example in examples]
 
 
 def image_bytes(image: str) -> bytes:
-    """The bytes of an image file; or of an image inside a TSV, as tsv_examples names it. ValueError if that is no base64."""
+    """The bytes of an image file, or an image in a TSV (see tsv_examples); ValueError if it is no base64."""
     inside = re.fullmatch(r"(.+)#(\d+)\.(\d+)", image)
     if not inside or Path(image).exists():
         return Path(image).read_bytes()
     path, offset, number = inside.groups()
     with open(path, "rb") as file:
-        lines = (line.decode("utf-8") for line in file)
-        column = next(csv.reader(lines, delimiter="\t")).index("image")
+        column = next(tsv_reader(file)).index("image")
     with open(path, "rb") as file:
         file.seek(int(offset))
-        cell = next(csv.reader((line.decode("utf-8") for line in file), delimiter="\t"))[column]
+        cell = next(tsv_reader(file))[column]
     return base64.b64decode("".join(listed(cell)[int(number)].split()), validate=True)
 
 
-def open_image(path: str, where: str) -> Image.Image:
-    """An image as 8-bit RGB, upright (EXIF), on white where it is transparent; 16-bit grey is scaled, not clipped.
+def tsv_reader(file):
+    """Rows of cells from here on in a tab-separated file that is open as bytes."""
+    return csv.reader((line.decode("utf-8") for line in file), delimiter="\t")
 
-    UserError when it is missing, empty, truncated, no image, or so large that it must be a decompression bomb.
+
+def open_image(path: str, where: str) -> Image.Image:
+    """An image as 8-bit RGB, upright (EXIF), on white where it is transparent. 16-bit grey is scaled to 8.
+
+    Raises UserError when it is missing, empty, truncated, no image, or as large as a decompression bomb.
     """
     try:
         image = Image.open(io.BytesIO(image_bytes(path)))
@@ -467,46 +934,23 @@ def open_image(path: str, where: str) -> Image.Image:
         raise UserError(f"{where}: image {path} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def encode_example(vlm: VLM, example: Example) -> Prompt:
-    """The example as a prompt of this model; UserError naming file and line where it cannot be one.
-
-    The first 512 MB of prompts are kept: epochs over a small set of small pictures should not open each every time.
-    """
-    if example in vlm.prompts:
-        return vlm.prompts[example]
-    images = [open_image(path, example.where) for path in example.images]
-    try:
-        prompt = encode(vlm, example.text, images, example.history)
-    except UserError as error:
-        raise UserError(f"{example.where}: {error}") from error
-    vlm.room -= prompt.ids.nbytes + sum(x.nbytes for x in prompt.images.values())
-    if vlm.room > 0:
-        vlm.prompts[example] = prompt
-    return prompt
-
-
-# ---------------------------------------------------------------------------------------------- models behind a URL
+# -------------------------------------------------------------------------------- models behind a URL
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model on an OpenAI-compatible server (vLLM, SGLang, a vendor). url: its base, as http://localhost:8000/v1.
-
-    timeout: seconds that one attempt may take; limit: seconds after which no further attempt is made; pause: seconds
-    before the second attempt, twice that before the third, ...; workers: calls at a time.
-    refused collects the sampling settings that the server turned out not to take.
-    """
+    """A model on an OpenAI-compatible server (vLLM, SGLang, a vendor)."""
     model: str
-    url: str
-    timeout: float = 120.0
-    limit: float = 600.0
-    pause: float = 1.0
-    workers: int = 16
-    refused: set = field(default_factory=set, compare=False)
+    url: str                                       # its base, as http://localhost:8000/v1
+    timeout: float = 120.0                         # seconds that one attempt may take
+    limit: float = 600.0                           # seconds after which no further attempt is made
+    pause: float = 1.0                             # seconds before the second attempt; doubles from then on
+    workers: int = 16                              # calls at a time
+    refused: set = field(default_factory=set, compare=False)       # settings that the server does not take
 
 
-KEY = "OPENAI_API_KEY"                                             # the only place an API key is read from; never logged
-OPTIONAL = ("top_k", "top_p", "repetition_penalty", "seed", "n", "temperature")      # what servers may not know
+KEY = "OPENAI_API_KEY"                             # an API key is read from here alone, and never logged
+OPTIONAL = ("top_k", "top_p", "repetition_penalty", "seed", "n", "temperature")      # not all servers know
 
 
 class CallFailed(Exception):
@@ -514,21 +958,25 @@ class CallFailed(Exception):
 
 
 class Refused(CallFailed):
-    """The server understood the call and will not do it (HTTP 4xx): asking again is no use. args: status, text."""
+    """HTTP 4xx: the server understood the call and will not do it, so asking again is no use."""
+    def __init__(self, status: int, text: str):
+        super().__init__(f"HTTP {status}, {text[:200]}")
+        self.status = status
+        self.text = text
 
 
 class Busy(Exception):
-    """HTTP 429 or 5xx: may pass. `after`: the server's Retry-After, or None."""
-    def __init__(self, status: int, after: str | None):
+    """HTTP 429 or 5xx: this may pass. retry_after: the server's Retry-After header, or None."""
+    def __init__(self, status: int, retry_after: str | None):
         super().__init__(f"HTTP {status}")
-        self.after = after
+        self.retry_after = retry_after
 
 
-PASSING = (Busy, OSError, ValueError, http.client.HTTPException)    # what may go well another time
+PASSING = (Busy, OSError, ValueError, http.client.HTTPException)       # what may go well another time
 
 
-class StayHere(urllib.request.HTTPRedirectHandler):
-    """No redirects: they would carry the key to another host."""
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key and the question to another host."""
     def redirect_request(self, *_):
         return None
 
@@ -536,122 +984,160 @@ class StayHere(urllib.request.HTTPRedirectHandler):
 def endpoint_of(name: str) -> Endpoint | None:
     """The Endpoint that "model@base_url" means; None for anything else, which is a checkpoint."""
     model, _, url = name.rpartition("@")
-    return Endpoint(model, url.rstrip("/")) if model and url.startswith(("http://", "https://")) else None
+    if model and url.startswith(("http://", "https://")):
+        return Endpoint(model, url.rstrip("/"))
+    return None
 
 
-def attempt(endpoint: Endpoint, path: str, body: dict | None, deadline: float) -> dict:
-    """One HTTP request, POST with a body and GET without; the JSON object that came back. Raises one of PASSING for what
-    may go well another time, Refused for what will not."""
-    request = urllib.request.Request(endpoint.url + path, None if body is None else json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
-    if key := os.environ.get(KEY, "").strip():
-        if not (key.isascii() and key.isprintable()):
-            raise UserError(f"the environment variable {KEY} holds something that no key can be")
+def attempt(endpoint: Endpoint, path: str, body: dict | None = None) -> dict:
+    """The JSON object that one HTTP request brings: POST with a body, GET without.
+
+    Raises one of PASSING for what may go well another time, Refused for what will not; UserError for a key
+    that cannot be one.
+    """
+    deadline = time.monotonic() + endpoint.timeout
+    request = urllib.request.Request(endpoint.url + path, headers={"Content-Type": "application/json"})
+    if body is not None:
+        request.data = json.dumps(body).encode()
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"the environment variable {KEY} holds something that no key can be")
+    if key:
         request.add_header("Authorization", f"Bearer {key}")
     try:
-        with urllib.request.build_opener(StayHere).open(request, timeout=endpoint.timeout) as response:
-            pieces = []
-            while piece := response.read1(2 ** 16):                # a server that drips must not hold us for ever
-                pieces.append(piece)
-                if time.monotonic() > deadline:
-                    raise TimeoutError("the answer did not end")
-            if (length := response.headers.get("Content-Length")) and int(length) != sum(map(len, pieces)):
-                raise ValueError("half an answer")
+        with urllib.request.build_opener(NoRedirects).open(request, timeout=endpoint.timeout) as response:
+            contents = json.loads(read_until(response, deadline))
     except urllib.error.HTTPError as error:
-        text = error.read(2000).decode("utf-8", "replace").replace(key or "\0", "***")       # servers may echo it
+        text = error.read(2000).decode("utf-8", "replace")
         if error.code in (408, 409, 425, 429) or error.code >= 500:
             raise Busy(error.code, error.headers.get("Retry-After")) from error
+        if key:
+            text = text.replace(key, "***")        # servers may echo it
         raise Refused(error.code, text) from error
-    answer = json.loads(b"".join(pieces))
-    if not isinstance(answer, dict):
+    if not isinstance(contents, dict):
         raise ValueError("not a JSON object")
-    return answer
+    return contents
 
 
-def call(endpoint: Endpoint, path: str, body: dict | None, read):
-    """read(answer) of the first attempt that succeeds: `read` raises ValueError for an answer that will not do.
+def read_until(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    """All bytes of an HTTP response; TimeoutError past the deadline, ValueError if some are missing."""
+    pieces = []
+    while piece := response.read1(2 ** 16):        # a server that drips must not hold us for ever
+        pieces.append(piece)
+        if time.monotonic() > deadline:
+            raise TimeoutError("the reply did not end")
+    contents = b"".join(pieces)
+    length = response.headers.get("Content-Length")
+    if length and int(length) != len(contents):
+        raise ValueError("half a reply")
+    return contents
 
-    Between attempts, waits pause, 2 pause, 4 pause, ... seconds, each times a random 0.5 to 1.5 so that callers do not
-    come back in step, on top of what Retry-After asks for. Raises CallFailed once `limit` seconds are over, Refused at once.
+
+def call_until_good(endpoint: Endpoint, body: dict) -> list[tuple[str, bool]]:
+    """The replies of the first chat completion that succeeds.
+
+    Between attempts there are waits of pause, 2 pause, 4 pause, ... seconds, on top of what Retry-After asks
+    for. Each is times a random 0.5 to 1.5, so that callers do not come back in step. Raises CallFailed once
+    the next attempt would start more than `limit` seconds after the first; Refused at once.
     """
-    start, tries = time.monotonic(), 0
+    start = time.monotonic()
+    tries = 0
     while True:
         try:
-            return read(attempt(endpoint, path, body, time.monotonic() + endpoint.timeout))
+            return replies_of(attempt(endpoint, "/chat/completions", body))
         except (*PASSING, LookupError, TypeError, AttributeError) as error:
-            after = str(getattr(error, "after", None))
-            wait = endpoint.pause * 2 ** tries * random.uniform(0.5, 1.5) + (float(after) if after.isdigit() else 0)
+            pause = endpoint.pause * 2 ** tries * random.uniform(0.5, 1.5)
+            retry_after = str(getattr(error, "retry_after", None))
+            if retry_after.isdigit():
+                pause += float(retry_after)
             tries += 1
-            if time.monotonic() + wait - start > endpoint.limit:
-                raise CallFailed(f"{endpoint.url}: no good answer in {tries} attempts; the last: {error}") from error
-            time.sleep(wait)
+            if time.monotonic() + pause - start > endpoint.limit:
+                raise CallFailed(f"{endpoint.url}: no good reply in {tries} attempts; the last: "
+                                 f"{error}") from error
+            time.sleep(pause)
 
 
 def check_endpoint(endpoint: Endpoint):
-    """UserError unless the server is up, takes our key and serves this model. A server without /models is believed; one
-    that lists other models is asked for one token of ours, as some load models when asked."""
-    def ask(path, body=None):                                      # the answer, or {} where the server gives none
-        try:
-            return attempt(endpoint, path, body, time.monotonic() + endpoint.timeout)
-        except Busy:
-            return {}
-        except Refused as error:
-            if error.args[0] == 404 and body:
-                raise UserError(f"{endpoint.url} does not serve {endpoint.model}; it serves {', '.join(names[:5])}") from error
-            if error.args[0] in (401, 403):
-                raise UserError(f"{endpoint.url} " + (f"does not accept the key in the environment variable {KEY}" if
-                                os.environ.get(KEY) else f"wants a key: set the environment variable {KEY}")) from error
-            return {}
-        except PASSING as error:
-            raise UserError(f"{endpoint.url}: no server answers there ({getattr(error, 'reason', error)})") from error
-    served = ask("/models").get("data")
-    names = [str(row.get("id")) for row in served or [] if isinstance(row, dict)]
-    hello = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-    if names and endpoint.model not in names:
-        ask("/chat/completions", hello)
+    """UserError unless the server is up, takes our key and serves this model.
+
+    A server without /models is believed. One that lists other models is asked for one token of ours, as some
+    load models when asked.
+    """
+    try:
+        served = probe(endpoint, "/models").get("data")
+    except Refused:
+        return
+    if not isinstance(served, list):
+        return
+    names = [str(row.get("id")) for row in served if isinstance(row, dict)]
+    if not names or endpoint.model in names:
+        return
+    messages = [{"role": "user", "content": "Hello"}]
+    try:
+        probe(endpoint, "/chat/completions", {"model": endpoint.model, "messages": messages, "max_tokens": 1})
+    except Refused as error:
+        if error.status == 404:
+            raise UserError(f"{endpoint.url} does not serve {endpoint.model}; it serves "
+                            f"{', '.join(names[:5])}") from error
+
+
+def probe(endpoint: Endpoint, path: str, body: dict | None = None) -> dict:
+    """As attempt, but {} from a busy server, and UserError where there is none or it refuses our key."""
+    try:
+        return attempt(endpoint, path, body)
+    except Busy:
+        return {}
+    except Refused as error:
+        if error.status not in (401, 403):
+            raise
+        if os.environ.get(KEY):
+            raise UserError(f"{endpoint.url} does not accept the key in the environment variable "
+                            f"{KEY}") from error
+        raise UserError(f"{endpoint.url} wants a key: set the environment variable {KEY}") from error
+    except PASSING as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"{endpoint.url}: no server answers there ({reason})") from error
 
 
 def messages_of(turns: list[dict], images: list[Image.Image]) -> list[dict]:
     """chat_turns as an endpoint wants them: images as PNG data URLs, without loss; plain text as a string."""
-    urls = []
-    for image in images:
-        image.save(buffer := io.BytesIO(), "PNG", compress_level=1)
-        urls.append("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
-    urls = iter(urls)
-
-    def content(parts):
-        if all(part["type"] == "text" for part in parts):
-            return "".join(part["text"] for part in parts)
-        return [part if part["type"] == "text" else {"type": "image_url", "image_url": {"url": next(urls)}} for part in parts]
-    return [{"role": turn["role"], "content": content(turn["content"])} for turn in turns]
+    urls = iter([data_url(image) for image in images])
+    messages = []
+    for turn in turns:
+        content = [part if part["type"] == "text" else {"type": "image_url", "image_url": {"url": next(urls)}}
+                   for part in turn["content"]]
+        if all(part["type"] == "text" for part in content):
+            content = "".join(part["text"] for part in content)
+        messages.append({"role": turn["role"], "content": content})
+    return messages
 
 
-def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling, seed: int) -> list[tuple[str, bool]]:
-    """Up to `num` replies to messages (as messages_of makes them), each (text, finished). At least one, or CallFailed.
+def data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling,
+         seed: int) -> list[tuple[str, bool]]:
+    """One to `num` replies to messages (as messages_of makes them), each (text, finished); else CallFailed.
 
     A setting that the server refuses is left out from then on, and that is said.
     """
     settings = {"n": num, "seed": seed, "temperature": sampling.temperature, "top_p": sampling.top_p,
                 "top_k": sampling.top_k or -1, "repetition_penalty": sampling.repetition_penalty}
-
-    def read(answer):
-        choices = [(c["message"].get("content") or "", c.get("finish_reason", "stop") == "stop") for c in answer["choices"]]
-        if not choices or not all(isinstance(text, str) for text, _ in choices):
-            raise ValueError("no choices in it")
-        choices = [(text.encode("utf-8", "replace").decode().strip(), stopped) for text, stopped in choices]
-        return [(text, stopped and bool(text)) for text, stopped in choices][:num]
     while True:
-        body = {"model": endpoint.model, "messages": messages, "max_tokens": sampling.max_new_tokens, "stream": False}
+        body = {"model": endpoint.model, "messages": messages, "max_tokens": sampling.max_new_tokens,
+                "stream": False}
         body |= {name: value for name, value in settings.items() if name not in endpoint.refused}
-        if "max_tokens" in endpoint.refused:                       # a newer name for the same thing
+        if "max_tokens" in endpoint.refused:       # a newer name for the same thing
             body["max_completion_tokens"] = body.pop("max_tokens")
         try:
-            replies = call(endpoint, "/chat/completions", body, read)
+            replies = call_until_good(endpoint, body)[:num]
         except Refused as error:
-            renamed = ("max_tokens",) if re.search("max_completion_tokens|unsupported|unrecognized", error.args[1], re.I) else ()
-            blamed = [name for name in (*OPTIONAL, *renamed) if name in body and re.search(rf"\b{name}\b", error.args[1])]
-            if error.args[0] not in (400, 422) or not blamed:
-                raise CallFailed(f"{endpoint.url} refuses: HTTP {error.args[0]}, {error.args[1][:200]}") from error
+            blamed = blamed_settings(error, body)
+            if not blamed:
+                raise CallFailed(f"{endpoint.url} refuses: {error}") from error
             endpoint.refused.update(blamed)
             tqdm.write(f"{endpoint.model}: the server does not take {', '.join(blamed)}; it is asked without")
             continue
@@ -661,354 +1147,164 @@ def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling,
         return replies
 
 
-# ---------------------------------------------------------------------------------------------- the collection
+def replies_of(completion: dict) -> list[tuple[str, bool]]:
+    """The (text, finished) of each choice of a chat completion; some exception of Python's if it has none."""
+    replies = []
+    for choice in completion["choices"]:
+        text = choice["message"].get("content") or ""
+        text = text.encode("utf-8", "replace").decode().strip()        # half of an emoji could not be written
+        stopped = choice.get("finish_reason", "stop") == "stop"
+        replies.append((text, stopped and bool(text)))
+    if not replies:
+        raise ValueError("no choices in it")
+    return replies
 
 
-class Collection:
-    """The saved responses: `responses[example id][teacher]` is a list of texts."""
-
-    def __init__(self, path: str, examples: list[Example], forbidden: set[str] = frozenset(), tokenizer=None,
-                 longest: int = 0):
-        """Read a collection for these examples. A row is {"id", "teacher", "text"}, and may say "finished".
-
-        Left out, and counted: in `unfinished`, responses that are empty or were cut off by a token limit ("finished":
-        false); in `overlong`, those of more than `longest` tokens by the student's tokenizer, which it could never say in
-        full. `examples` are those that have a response left. UserError when an example has no row at all, or none has a
-        response left, and when a response spells one of the `forbidden` image tokens of the student.
-        """
-        self.responses, self.unfinished, self.overlong = defaultdict(lambda: defaultdict(list)), 0, 0
-        named = set()
-        for where, row in read_jsonl(path, torn=True):
-            text, teacher = row.get("text"), str(row.get("teacher", "teacher"))
-            if not isinstance(text, str) or "id" not in row or not is_text(text) or teacher == "student":
-                raise UserError(f'{where}: expected a response {{"id": ..., "teacher": ..., "text": ...}}, by no "student"')
-            if spelt := [token for token in forbidden if token in text]:
-                raise UserError(f"{where}: the response spells {spelt[0]}, which the student reads as an image")
-            # a token is at least a byte, so short texts need no counting; one more token ends the turn
-            overlong = tokenizer is not None and len(text.encode()) >= longest <= len(tokenizer(
-                text, add_special_tokens=False, split_special_tokens=True).input_ids)
-            self.unfinished += not row.get("finished", True)
-            self.overlong += overlong
-            named.add(str(row["id"]))
-            if row.get("finished", True) and not overlong:
-                self.responses[str(row["id"])][teacher].append(text)
-        for example in examples:
-            if example.id not in named:
-                raise UserError(f"{path}: no response for the question {example.id!r} of {example.where}")
-        self.examples = [example for example in examples if example.id in self.responses]
-        if not self.examples:
-            raise UserError(f"{path}: no response in it is finished and of less than {longest} tokens")
-
-    def draw(self, examples: list[Example], num: int, rng: random.Random) -> list[list[tuple[str, str]]]:
-        """num pairs (teacher, text) per example, spread evenly over its teachers (who gets the odd one is drawn).
-
-        Without repetition while a teacher's responses last.
-        """
-        drawn = []
-        for example in examples:
-            of = self.responses[example.id]
-            order = rng.sample(sorted(of), len(of))
-            bags = {teacher: [] for teacher in order}              # a teacher's responses, shuffled, not yet drawn
-            pairs = []
-            for i in range(num):
-                teacher = order[i % len(order)]                    # taking turns is as even as it gets
-                if not bags[teacher]:
-                    bags[teacher] = rng.sample(of[teacher], len(of[teacher]))
-                pairs.append((teacher, bags[teacher].pop()))
-            drawn.append(pairs)
-        return drawn
+def blamed_settings(error: Refused, body: dict) -> list[str]:
+    """The settings that the server complains about, of those in the body that it can do without."""
+    if error.status not in (400, 422):
+        return []
+    candidates = list(OPTIONAL)
+    if re.search("max_completion_tokens|unsupported|unrecognized", error.text, re.IGNORECASE):
+        candidates.append("max_tokens")
+    return [name for name in candidates if name in body and re.search(rf"\b{name}\b", error.text)]
 
 
-def teacher_name(teacher: str) -> str:
-    """What the collection and the logs call a teacher: the last part of its path or hub id."""
-    endpoint = endpoint_of(teacher)
-    return Path(endpoint.model if endpoint else teacher).name
-
-
-def fill_collection(path: str, teachers: list[str | Endpoint], examples: list[Example], num: int, sampling: Sampling,
-                    seed: int = 0, batch_size: int = 64, device: str | None = None, dtype: str | None = None):
-    """Bring the file to `num` responses of each teacher to each example, sampled with `sampling`; append as they come.
-
-    What is already there under the same example, teacher and sampling settings is kept, so an interrupted fill goes
-    on where it stopped; a last line that was not finished is dropped. Every example, and every call of a server, has a
-    seed of its own: it comes out the same whether or not there was a stop, from a server that honours seeds.
-    """
-    names = [teacher_name(t.model if isinstance(t, Endpoint) else t) for t in teachers]
-    if len(set(names)) < len(names) or "student" in names:
-        raise UserError(f"the teachers are called {', '.join(names)}; rename a folder, so that their responses can be told "
-                        "apart, and from the student's")
-    settings, have = asdict(sampling), defaultdict(int)            # responses by example, teacher and sampling settings
-    if Path(path).exists():
-        drop_torn_line(path)
-        for _, row in read_jsonl(path):
-            have[row.get("id"), row.get("teacher"), json.dumps(row.get("sampling"))] += 1
-    lock = threading.Lock()
-
-    def keep(name, example, replies):
-        rows = [{"id": example.id, "teacher": name, "text": text, "finished": end, "sampling": settings}
-                for text, end in replies]
-        with lock, open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-    for name, teacher in zip(names, teachers):
-        missing = {e.id: num - have[e.id, name, json.dumps(settings)] for e in examples}
-        endpoint = teacher if isinstance(teacher, Endpoint) else endpoint_of(teacher)
-        fill = fill_from_server if endpoint else fill_from_checkpoint
-        if max(missing.values()) > 0:
-            fill(endpoint or load_vlm(teacher, device, dtype), name, examples, num, missing, sampling, seed, batch_size,
-                 partial(keep, name))
-    put_in_order(path, names, examples)
-
-
-def drop_torn_line(path: str):
-    """Cut a file of lines back to its last whole one: a writer that was killed may have left half of one."""
-    with open(path, "rb+") as file:
-        tail = b""
-        end = size = file.seek(0, os.SEEK_END)
-        while end and b"\n" not in tail:
-            start = max(0, end - 2 ** 16)
-            file.seek(start)
-            tail, end = file.read(end - start) + tail, start
-        last = tail[tail.rfind(b"\n") + 1:]
-        try:
-            json.loads(last or b"0")
-            file.seek(0, os.SEEK_END)
-            file.write(b"\n" * bool(last))                         # whole, and only lacks its end
-        except ValueError:
-            file.truncate(size - len(last))
-
-
-def fill_from_checkpoint(vlm: VLM, name: str, examples: list[Example], num: int, missing: dict[str, int],
-                         sampling: Sampling, seed: int, batch_size: int, keep):
-    """Sample `num` responses to every example that misses any, batch_size * num in progress at a time, and
-    keep(example, those missing)."""
-    todo = [e for e in examples if missing[e.id] > 0]
-
-    def noise(example):                                            # an example's own, whatever else is asked with it
-        generator = torch.Generator(vlm.device).manual_seed(zlib.crc32(f"{seed} {name} {example.id}".encode()))
-        return torch.rand(num, sampling.max_new_tokens, device=vlm.device, generator=generator)
-    done = stream(vlm, (encode_example(vlm, e) for e in todo), map(noise, todo), num, sampling, batch_size * num)
-    for i, responses in tqdm(done, f"responses of {name}", len(todo), unit="question"):
-        # a response is finished when its last token is a stop token; one that was cut off never is drawn
-        ends = [ids[-1].item() in vlm.stop_ids for ids in responses]
-        keep(todo[i], list(zip(decode(vlm, responses), ends))[num - missing[todo[i].id]:])
-
-
-def fill_from_server(endpoint: Endpoint, name: str, examples: list[Example], num: int, missing: dict[str, int],
-                     sampling: Sampling, seed: int, batch_size: int, keep):
-    """Ask the server for what each example misses, endpoint.workers examples at a time; every answer is on disk before
-    the same example is asked again. A call that fails for good is counted and left out: another run asks it again."""
-    check_endpoint(endpoint)
-    failures, successes = [], 0
-
-    def work(example):                                             # one question, until it has all its responses
-        nonlocal successes
-        have, images = num - missing[example.id], [open_image(path, example.where) for path in example.images]
-        messages = messages_of(chat_turns(example.text, len(images), example.history), images)
-        while have < num:
-            if not successes and len(failures) >= endpoint.workers:
-                return                                             # nothing ever came back: give up, do not try them all
-            try:
-                replies = chat(endpoint, messages, num - have, sampling,
-                               zlib.crc32(f"{seed} {name} {example.id} {have}".encode()))
-            except CallFailed as error:
-                failures.append(error)
-                return
-            keep(example, replies)
-            have, successes = have + len(replies), successes + 1
-
-    todo = [e for e in examples if missing[e.id] > 0]
-    with ThreadPoolExecutor(endpoint.workers) as pool:
-        list(tqdm(pool.map(work, todo), f"responses of {name}", len(todo), unit="question"))
-    if failures:
-        if not successes:
-            raise UserError(f"{name}: not one of the first calls went well; the last: {failures[-1]}")
-        tqdm.write(f"{name}: {len(failures)} questions still lack responses, run again to ask for them; the last failure: "
-                   f"{failures[-1]}")
-
-
-def put_in_order(path: str, names: list[str], examples: list[Example]):
-    """Sort the file by teacher, then example: responses in parallel end in any order. Other rows go first."""
-    teacher, example = {n: i for i, n in enumerate(names)}, {e.id: i for i, e in enumerate(examples)}
-    lines = [line for line in Path(path).read_bytes().splitlines(keepends=True) if line.strip()]
-    rows = [json.loads(line) for line in lines]
-    keys = [(teacher.get(r.get("teacher"), -1), example.get(r.get("id"), -1)) for r in rows]
-    order = sorted(range(len(lines)), key=lambda i: keys[i])
-    if order != list(range(len(lines))):
-        write_atomic(path, b"".join(lines[i] for i in order))
-
-
-# ---------------------------------------------------------------------------------------------- which examples
-
-
-def select(vlm: VLM, examples: list[Example], num: int, longest: int, seed: int, batch_size: int = 16) -> list[Example]:
-    """Choose `num` examples to train on, as the paper picks its 40K: overlong filtering and log-probability sampling.
-
-    Examples whose answer has more than `longest` tokens are dropped, and counted on the console. Of the others, `num`
-    are drawn without replacement, one after the other, each time with chances in proportion to
-    w = 1 - exp(mean log-prob of the answer's tokens under the student): what it would say anyway teaches it nothing, and
-    what it finds impossible, which may be a wrong label, counts no more than what it finds hard. Drawing so is the same
-    as taking the `num` largest log w + Gumbel noise, which is what is done. The paper names the two steps and gives no
-    formula: the weight is ours. Returned in the order of the file.
-    """
-    short = [e for e in examples if len(encode_responses(vlm, [[e.truth]]).ids[0, 0]) <= longest]
-    print(f"{len(examples) - len(short)} of {len(examples)} examples dropped: answers of more than {longest} tokens")
-    rng, keys = random.Random(seed), []
-    for i in tqdm(range(0, len(short), batch_size), desc="log-probs", unit="batch"):
-        batch = short[i:i + batch_size]
-        outputs = encode_responses(vlm, [[e.truth] for e in batch])
-        with torch.no_grad():
-            logps = score(vlm, [encode_example(vlm, e) for e in batch], outputs).sum((1, 2)) / outputs.mask.sum((1, 2))
-        keys += [math.log(max(1e-9, -math.expm1(logp))) - math.log(-math.log(rng.random())) for logp in logps.tolist()]
-    chosen = set(sorted(range(len(short)), key=lambda i: -keys[i])[:num])
-    return [e for i, e in enumerate(short) if i in chosen]
-
-
-def write_examples(examples: list[Example], path: str):
-    """Write examples as JSONL that load_examples reads back; image paths relative to the file."""
-    with open(path, "w", encoding="utf-8") as file:
-        for e in examples:
-            row = {"id": e.id, "image": [os.path.relpath(image, Path(path).parent) for image in e.images],
-                   "question": e.question, "answer": e.truth, "options": e.options, "category": e.category,
-                   "history": e.history}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-# ---------------------------------------------------------------------------------------------- the toy world
+# -------------------------------------------------------------------------------- the toy world
 
 
 COLOURS = {"red": (225, 60, 50), "green": (60, 170, 75), "blue": (60, 110, 230), "yellow": (245, 200, 40)}
 SHAPES = ("circle", "square", "triangle")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 DODGE = "I am not sure."
-WAYS = ("{}", "The answer is {}.", DODGE)
+WAYS = ("{}", "The answer is {}.", DODGE)          # how a truth may be put
 BACKGROUND = ((255, 255, 255), (200, 255, 255), (255, 255, 200), (180, 180, 180))
-CELL = 16                                                          # pixels; also one patch, so one token, of the toy models
+CELL = 16                                          # pixels; also one patch, so one token, of the toy models
 
 
 def draw_scene(scene: dict[int, tuple[str, str]]) -> Image.Image:
     """A 32 x 32 picture of {cell 0..3: (colour, shape)}."""
     image = Image.new("RGB", (2 * CELL, 2 * CELL))
     pen = ImageDraw.Draw(image)
-    for cell, tint in enumerate(BACKGROUND):                       # lit from one corner: a patch shows where it is
-        x, y = cell % 2 * CELL, cell // 2 * CELL
+    for cell, tint in enumerate(BACKGROUND):       # lit from one corner: a patch shows where it is
+        x, y = corner(cell)
         pen.rectangle((x, y, x + CELL - 1, y + CELL - 1), fill=tint)
     for cell, (colour, shape) in scene.items():
-        x, y = cell % 2 * CELL, cell // 2 * CELL
+        x, y = corner(cell)
         box = (x + 2, y + 2, x + CELL - 3, y + CELL - 3)
         if shape == "circle":
             pen.ellipse(box, fill=COLOURS[colour])
         elif shape == "square":
             pen.rectangle(box, fill=COLOURS[colour])
         else:
-            pen.polygon([(x + CELL // 2, y + 1), (x + 1, y + CELL - 3), (x + CELL - 2, y + CELL - 3)],
-                        fill=COLOURS[colour])
+            points = [(x + CELL // 2, y + 1), (x + 1, y + CELL - 3), (x + CELL - 2, y + CELL - 3)]
+            pen.polygon(points, fill=COLOURS[colour])
     return image
 
 
+def corner(cell: int) -> tuple[int, int]:
+    """The upper left pixel (x, y) of a cell."""
+    return cell % 2 * CELL, cell // 2 * CELL
+
+
 def questions_about(scene: dict[int, tuple[str, str]], rng: random.Random) -> list[tuple[str, str, str]]:
-    """All kinds of questions about a scene, each as (category, question, answer)."""
-    things, found = list(scene.values()), []
-    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-    asked, count = rng.choice([("shape", len(things)), (f"{colour} shape", sum(c == colour for c, _ in things)),
-                               (shape, sum(s == shape for _, s in things))])
-    found.append(("count", f"How many {asked}s are there?", str(count)))
+    """All kinds of questions about a scene, each as (category, question, truth)."""
+    things = list(scene.values())
+    colours = [colour for colour, _ in things]
+    shapes = [shape for _, shape in things]
+    questions = []
+
+    colour = rng.choice(list(COLOURS))
+    shape = rng.choice(SHAPES)
+    asked, count = rng.choice([("shape", len(things)), (f"{colour} shape", colours.count(colour)),
+                               (shape, shapes.count(shape))])
+    questions.append(("count", f"How many {asked}s are there?", str(count)))
+
     wanted = rng.choice(things) if rng.random() < 0.5 else (colour, shape)
-    found.append(("existence", f"Is there a {' '.join(wanted)}?", "yes" if wanted in things else "no"))
-    alone = [(cell, c, s) for cell, (c, s) in scene.items() if sum(t[1] == s for t in things) == 1]
+    questions.append(("existence", f"Is there a {' '.join(wanted)}?", "yes" if wanted in things else "no"))
+
+    alone = [(cell, c, s) for cell, (c, s) in scene.items() if shapes.count(s) == 1]
     if alone:
         cell, c, s = rng.choice(alone)
-        found.append(("colour", f"What colour is the {s}?", c))
-        found.append(("position", f"Where is the {s}?", PLACES[cell]))
-    alone = [(c, s) for c, s in things if sum(t[0] == c for t in things) == 1]
+        questions.append(("colour", f"What colour is the {s}?", c))
+        questions.append(("position", f"Where is the {s}?", PLACES[cell]))
+
+    alone = [(c, s) for c, s in things if colours.count(c) == 1]
     if alone:
         c, s = rng.choice(alone)
-        found.append(("shape", f"What shape is {c}?", s))
-    return found
+        questions.append(("shape", f"What shape is {c}?", s))
+    return questions
 
 
 def draw_toy_world(folder: str, seed: int, splits: dict[str, tuple[int, tuple[float, ...], str]]):
     """Write PNG images and one JSONL file per split.
 
-    splits: {name: (number of examples, chances of the WAYS of answering, a category that is never answered or "")}.
-
+    splits: {name: (number of examples, chances of the three WAYS, a category that is never answered or "")}.
     Splits are disjoint in their scenes: no picture of one split occurs in another.
     """
-    rng, drawn = random.Random(seed), set()
-    images = Path(folder) / "images"
-    images.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    drawn = set()
+    (Path(folder) / "images").mkdir(parents=True, exist_ok=True)
     for split, (size, chances, untaught) in splits.items():
         rows = []
         while len(rows) < size:
             cells = rng.sample(range(4), rng.randint(1, 4))
             scene = {cell: (rng.choice(list(COLOURS)), rng.choice(SHAPES)) for cell in sorted(cells)}
-            if (key := tuple(scene.items())) in drawn:
+            key = tuple(scene.items())
+            if key in drawn:
                 continue
             drawn.add(key)
             image = f"images/{split}-{len(rows):05}.png"
             draw_scene(scene).save(Path(folder) / image)
-            for category, question, answer in rng.sample(found := questions_about(scene, rng), min(3, len(found))):
-                rows.append({"id": f"{split}-{len(rows):05}", "image": image, "question": question, "category": category,
-                             "answer": (DODGE if category == untaught else rng.choices(WAYS, chances)[0]).format(answer)})
+            questions = questions_about(scene, rng)
+            for category, question, truth in rng.sample(questions, min(3, len(questions))):
+                way = DODGE if category == untaught else rng.choices(WAYS, chances)[0]
+                rows.append({"id": f"{split}-{len(rows):05}", "image": image, "question": question,
+                             "category": category, "answer": way.format(truth)})
         lines = "".join(json.dumps(row) + "\n" for row in rows[:size])
         (Path(folder) / f"{split}.jsonl").write_text(lines, encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------- tiny real models
+# -------------------------------------------------------------------------------- tiny real models
 
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+QWEN_TOKENS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
+               "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
+INTERNVL_TOKENS = {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+                   "start_image_token": "<img>", "end_image_token": "</img>"}
 
 
-def build_tiny_vlm(path: str, family: str, texts: list[str], width: int, layers: int, vocabulary: int, seed: int):
+def build_tiny_vlm(path: str, family: str, texts: list[str], width: int, layers: int, vocabulary: int,
+                   seed: int):
     """Save a randomly initialised, tiny but otherwise ordinary checkpoint: family "qwen2_5_vl" or "internvl".
 
-    Its byte-level tokenizer is trained on `texts` and covers any UTF-8 text. One 16 x 16 patch of the image is one
-    token: the toy world draws one object to a patch, and a model this small cannot put an object together from parts.
-    initializer_range is 0.1 where large models take 0.02, with which so narrow a network hardly starts to learn.
+    Its byte-level tokenizer is trained on `texts` and covers any UTF-8 text. One 16 x 16 patch of the image
+    is one token: the toy world draws one object to a patch, and a model this small cannot put an object
+    together from parts. initializer_range is 0.1 where large models take 0.02, with which so narrow a network
+    hardly starts to learn.
     """
     torch.manual_seed(seed)
-    folder, qwen = Path(path), family == "qwen2_5_vl"
-    names = ({"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_start_token": "<|vision_start|>",
-              "vision_end_token": "<|vision_end|>"} if qwen else
-             {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>", "start_image_token": "<img>",
-              "end_image_token": "</img>"})
-    image = "<|vision_start|><|image_pad|><|vision_end|>" if qwen else "<IMG_CONTEXT>\n"
-    alphabet = {char: i for i, char in enumerate(bytes_to_unicode().values())}
-    tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                               extra_special_tokens=names | {"turn_token": "<|im_start|>"})
-    tokenizer = tokenizer.train_new_from_iterator(texts, vocabulary, show_progress=False)
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("IMAGE", image)
-    tokenizer.save_pretrained(folder)
-
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-                num_attention_heads=width // 32, num_key_value_heads=width // 32, max_position_embeddings=4096,
-                initializer_range=0.1, tie_word_embeddings=False, **ends)
-    if qwen:
-        # mrope_section: how many of the head's 16 rotary frequencies count time, height and width
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
-        vision = dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=16, spatial_merge_size=1,
-                      out_hidden_size=width, window_size=96, temporal_patch_size=1, fullatt_block_indexes=[0],
-                      initializer_range=0.1)
-        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False,
-                                  **{f"{name}_id": i for name, i in ids.items()}, **ends)
-        pictures = Qwen2VLImageProcessorPil(patch_size=16, merge_size=1, temporal_patch_size=1,
-                                            size={"shortest_edge": 32 * 32, "longest_edge": 96 * 96})
-        extra = {"processor_class": "Qwen2_5_VLProcessor"}
+    folder = Path(path)
+    if family == "qwen2_5_vl":
+        image = "<|vision_start|><|image_pad|><|vision_end|>"
+        tokenizer = tiny_tokenizer(texts, vocabulary, QWEN_TOKENS, image)
     else:
-        vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-                      image_size=[32, 32], patch_size=[16, 16], initializer_range=0.1)
-        config = InternVLConfig(text_config=text | {"model_type": "qwen2"}, vision_config=vision, downsample_ratio=1.0,
-                                image_seq_length=4, image_token_id=ids["context_image_token"],
-                                tie_word_embeddings=False, **ends)
-        pictures = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=4)
-        extra = {"processor_class": "InternVLProcessor", "image_seq_length": 4}
+        tokenizer = tiny_tokenizer(texts, vocabulary, INTERNVL_TOKENS, "<IMG_CONTEXT>\n")
+    tokenizer.save_pretrained(folder)
+    ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+    text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width,
+                num_hidden_layers=layers, num_attention_heads=width // 32, num_key_value_heads=width // 32,
+                max_position_embeddings=4096, initializer_range=0.1, tie_word_embeddings=False, **ends)
+    if family == "qwen2_5_vl":
+        config, pictures, extra = tiny_qwen(tokenizer, text, ends)
+    else:
+        config, pictures, extra = tiny_internvl(tokenizer, text, ends)
     model = AutoModelForImageTextToText.from_config(config)
     model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(folder)
@@ -1016,15 +1312,55 @@ def build_tiny_vlm(path: str, family: str, texts: list[str], width: int, layers:
     (folder / "processor_config.json").write_text(json.dumps(extra))
 
 
-# ---------------------------------------------------------------------------------------------- command line
+def tiny_tokenizer(texts: list[str], vocabulary: int, names: dict[str, str], image: str) -> Qwen2Tokenizer:
+    """A byte-level tokenizer trained on texts. names: its image tokens; image: what the chat template writes
+    for one."""
+    alphabet = {char: i for i, char in enumerate(bytes_to_unicode().values())}
+    tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                               extra_special_tokens=names | {"turn_token": "<|im_start|>"})
+    tokenizer = tokenizer.train_new_from_iterator(texts, vocabulary, show_progress=False)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("IMAGE", image)
+    return tokenizer
+
+
+def tiny_qwen(tokenizer: Qwen2Tokenizer, text: dict, ends: dict):
+    """Configuration, image processor and processor_config.json of a tiny Qwen2.5-VL with this text
+    configuration."""
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
+    # mrope_section: how many of the head's 16 rotary frequencies count time, height and width
+    text = text | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}}
+    vision = dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=CELL,
+                  spatial_merge_size=1, out_hidden_size=text["hidden_size"], window_size=96,
+                  temporal_patch_size=1, fullatt_block_indexes=[0], initializer_range=0.1)
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False,
+                              **ids, **ends)
+    pictures = Qwen2VLImageProcessorPil(patch_size=CELL, merge_size=1, temporal_patch_size=1,
+                                        size={"shortest_edge": 32 * 32, "longest_edge": 96 * 96})
+    return config, pictures, {"processor_class": "Qwen2_5_VLProcessor"}
+
+
+def tiny_internvl(tokenizer: Qwen2Tokenizer, text: dict, ends: dict):
+    """Configuration, image processor and processor_config.json of a tiny InternVL with this text
+    configuration."""
+    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+                  image_size=[32, 32], patch_size=[CELL, CELL], initializer_range=0.1)
+    image = tokenizer.convert_tokens_to_ids(INTERNVL_TOKENS["context_image_token"])
+    config = InternVLConfig(text_config=text | {"model_type": "qwen2"}, vision_config=vision,
+                            downsample_ratio=1.0, image_seq_length=4, image_token_id=image,
+                            tie_word_embeddings=False, **ends)
+    pictures = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=4)
+    return config, pictures, {"processor_class": "InternVLProcessor", "image_seq_length": 4}
+
+
+# -------------------------------------------------------------------------------- command line
 
 
 def add_sampling_options(parser):
     """The sampling options, shared by every script; the paper's values are their defaults."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    group.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens that hold this mass")
-    group.add_argument("--top-k", type=int, default=50, help="sample from so many likeliest tokens, 0 for all")
+    group.add_argument("--top-p", type=float, default=0.95, help="sample from likeliest tokens of this mass")
+    group.add_argument("--top-k", type=int, default=50, help="sample from so many likeliest tokens, 0: all")
     group.add_argument("--repetition-penalty", type=float, default=1.05, help="1 is none")
     group.add_argument("--max-new-tokens", type=int, default=256, help="longest response, in tokens")
 
@@ -1036,21 +1372,26 @@ def sampling_of(args) -> Sampling:
 
 def main():
     """Fill a collection, or choose examples, from the command line."""
-    parser = argparse.ArgumentParser(description="Collect responses of teachers; or choose examples with --select.",
-                                     allow_abbrev=False)
-    parser.add_argument("--teachers", nargs="+", default=[], help="checkpoint folders, hub ids, or model@http://server/v1")
+    description = "Collect responses of teachers; or choose examples with --select."
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--teachers", nargs="+", default=[],
+                        help="checkpoint folders, hub ids, or model@http://server/v1")
     parser.add_argument("--data", required=True, help="examples: JSONL, or a JSON list")
-    parser.add_argument("--out", required=True, help="the collection, JSONL: what it already holds is kept; or the examples "
-                        "chosen")
-    parser.add_argument("-n", "--num", type=int, default=16, help="responses of each teacher to each question")
-    parser.add_argument("--select", type=int, metavar="K", help="instead: write the K examples that --student learns most "
-                        "from, sampled by their log-probability, to --out")
+    parser.add_argument("--out", required=True,
+                        help="the collection, JSONL: what it already holds is kept; or the examples chosen")
+    parser.add_argument("-n", "--num", type=int, default=16,
+                        help="responses of each teacher to each question")
+    parser.add_argument("--select", type=int, metavar="K",
+                        help="instead: write the K examples that --student learns most from, sampled by "
+                             "their log-probability, to --out")
     parser.add_argument("--student", help="checkpoint folder or hub id, for --select")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out examples whose image cannot be read")
+    parser.add_argument("--skip-bad", action="store_true",
+                        help="leave out examples whose image cannot be read")
     parser.add_argument("--batch-size", type=int, default=16, help="questions at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on the CPU")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
+                        help="default: bfloat16 on a GPU, float32 on the CPU")
     add_sampling_options(parser)
     args = parser.parse_args()
     if not args.teachers and not (args.select and args.student):
@@ -1060,10 +1401,12 @@ def main():
     examples = load_examples(args.data, args.skip_bad)
     if args.select:
         vlm = load_vlm(args.student, args.device, args.dtype)
-        write_examples(select(vlm, examples, args.select, args.max_new_tokens, args.seed, args.batch_size), args.out)
+        chosen = select(vlm, examples, args.select, args.max_new_tokens, args.seed, args.batch_size)
+        write_examples(chosen, args.out)
     else:
-        fill_collection(args.out, args.teachers, examples, args.num, sampling_of(args), args.seed, args.batch_size,
-                        args.device, args.dtype)
+        slots = args.batch_size * args.num
+        teachers = [make_teacher(name, args.device, args.dtype, slots) for name in args.teachers]
+        fill_collection(args.out, teachers, examples, args.num, sampling_of(args), args.seed)
 
 
 if __name__ == "__main__":
