@@ -216,7 +216,7 @@ def ril_step(run, collection: Collection | None, judge) -> tuple[dict, list[dict
 
     batch = run.next_batch()                                                          # line 3   B questions
     with run.phase("generate"), run.sampler() as sampler:
-        prompts = [encode_example(policy, example) for example in batch]
+        prompts = [encode_example(sampler, example) for example in batch]
         outputs = generate(sampler, prompts, G, sampling_of(args), noise=run.noise(),
                            slots=args.rollout_batch * G)                              # line 5   (B, G, R)
     sources = [["student"] * G for _ in batch]

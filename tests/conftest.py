@@ -16,7 +16,8 @@ import pytest  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 
 FAMILIES = ("qwen2_5_vl", "internvl")
-TEXTS = 20 * ["How many red circles are there? There are 3 red circles. The answer is yes, no, blue or green."]
+TEXTS = 20 * ["How many red circles are there? "
+              "There are 3 red circles. The answer is yes, no, blue or green."]
 
 
 @pytest.fixture(scope="session")

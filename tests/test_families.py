@@ -11,8 +11,8 @@ import families
 from conftest import TEXTS, call, lamp_files, noise_image, run
 from discriminator import Discriminator, update
 from train import AdamW
-from model import (Sampling, UserError, check_packing, checkpoint_layers, encode, encode_responses, generate, join,
-                   load_vlm, save_vlm, score)
+from model import (Sampling, UserError, check_packing, checkpoint_layers, encode, encode_responses, generate,
+                   join, load_vlm, save_vlm, score)
 from test_model import transformers_inputs, unpacked
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=8)
