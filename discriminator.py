@@ -39,8 +39,7 @@ SIMILARITIES = {
 
 
 def discriminator_loss(logits: Tensor, is_student: Tensor) -> Tensor:
-    """Eq. 1, negated: logits of p_student (B, K), is_student (B, K) bool -> scalar. Each side has its own
-    mean."""
+    """Eq. 1, negated: logits (B, K), is_student (B, K) bool -> scalar. Each side has its own mean."""
     log_d_student = nn.functional.logsigmoid(logits[is_student])               # log D(o^student)
     log_not_d_teacher = nn.functional.logsigmoid(-logits[~is_student])         # log (1 - D(o^teacher))
     return -(log_d_student.mean() + log_not_d_teacher.mean())
@@ -65,8 +64,7 @@ class Discriminator(nn.Module):
         self.after = self.tokenizer(after, add_special_tokens=False).input_ids
 
     def encode(self, questions: list[str], texts: list[list[str]]) -> Outputs:
-        """B lists of K responses as tokens, each with the text that stands after it. The B questions are not
-        read.
+        """B lists of K responses as tokens, with the text after each. The B questions are not read.
 
         Responses are read as plain text: none can spell a special token and so leave its place in the prompt.
         """
@@ -76,8 +74,7 @@ class Discriminator(nn.Module):
         return as_outputs(texts, [torch.tensor(row + self.after, device=device) for row in rows])
 
     def plain_logit(self, ids: Tensor) -> Tensor:
-        """What D is: the logit of p_student of one encoded response, ids (r,) -> scalar. `logits` has the
-        same."""
+        """What D is: the logit of p_student of one response, ids (r,) -> scalar. `logits` has the same."""
         tokens = torch.cat([torch.tensor(self.before, device=ids.device), ids])              # (F + r,)
         states = self.backbone(input_ids=tokens[None]).last_hidden_state                     # (1, F + r, d)
         return self.head(states[0, -1].float())[0]
@@ -143,8 +140,7 @@ def update(D: Discriminator, optimizer, responses: Outputs, is_student: Tensor, 
 
 
 def pretrain(D: Discriminator, optimizer, batches, steps: int, lr: float, budget: int) -> float:
-    """Teach D before it rewards anyone: `steps` updates of Eq. 1, the learning rate decayed linearly to lr /
-    10.
+    """Teach D before it rewards anyone: `steps` updates of Eq. 1, lr decayed linearly to lr / 10.
 
     batches: an iterator over (questions, texts, is_student). Returns the accuracy over the last tenth of the
     steps.

@@ -46,8 +46,7 @@ from transformers.utils import is_torchvision_available
 
 
 class UserError(Exception):
-    """Something the user can mend: one sentence that names the file, the line and what was expected. Exit
-    code 2."""
+    """What the user can mend: one sentence that names file, line and what was expected. Exit code 2."""
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -124,8 +123,7 @@ class Prompt:
 
 @dataclass
 class Outputs:
-    """K responses to each of B questions. The mask is made where the tokens are made, and includes the stop
-    token.
+    """K responses to each of B questions. The mask is made with the tokens, and has the stop token.
 
     text: B lists of K strings; ids: (B, K, R) long, zero where padded; mask: (B, K, R) bool, True on response
     tokens.
@@ -139,8 +137,7 @@ class Outputs:
 
 
 def join(parts: list[Outputs], dim: int) -> Outputs:
-    """Outputs as one, padded to the longest R: dim 0 puts questions after questions, dim 1 responses after
-    responses."""
+    """Outputs as one, padded to the longest R: more questions (dim 0) or more responses (dim 1)."""
     if dim == 0:
         text = [row for part in parts for row in part.text]
     else:
@@ -177,8 +174,7 @@ def pick_device(device: str | None = None) -> torch.device:
 
 
 def load_vlm(path: str, device: str | None = None, dtype: str | None = None, text_only: bool = False) -> VLM:
-    """Load any image-text-to-text checkpoint, a folder or a hub id. dtype: bfloat16 on a GPU, float32 on the
-    CPU.
+    """Load any image-text-to-text checkpoint, a folder or a hub id; in bfloat16 on a GPU, else float32.
 
     text_only also takes a language model without a vision tower (a judge needs none). Raises UserError when
     there is no such checkpoint, or it is not a chat model of that kind.
@@ -203,8 +199,7 @@ def naming(path: str):
 
 
 def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
-    """AutoProcessor, also where torchvision is missing. Raises UserError like load_vlm, without reading any
-    weights.
+    """AutoProcessor, also without torchvision. Raises UserError like load_vlm, and reads no weights.
 
     Families that can watch videos want a video processor, and that one wants torchvision. We only show still
     images, so without torchvision the family's processor is told that it has no such part. SmolVLM's wants
@@ -251,8 +246,7 @@ def image_tokens(processor: ProcessorMixin) -> set[str]:
 
 
 def checkpoint_layers(model: PreTrainedModel):
-    """From now on, packed_states keeps the input of each layer only, and computes its inside again to go
-    backward."""
+    """From now on, backward passes compute the inside of each layer again; only its input is kept."""
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.gradient_checkpointing = True
@@ -291,8 +285,7 @@ def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list
 
 
 def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: bool = False) -> str:
-    """Chat turns, whose content is a list of image and text parts, as the text that the model's chat template
-    makes."""
+    """Chat turns, their content a list of image and text parts, as text by the model's chat template."""
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:                                       # a language model: its template wants strings
         tokenizer = processor
@@ -308,8 +301,7 @@ MARK = "<image>"                                                   # where in a 
 
 
 def chat_turns(question: str, images: int, history: tuple[tuple[str, str], ...] = ()) -> list[dict]:
-    """Chat messages of earlier (question, answer) pairs and a question; {"type": "image"} stands for each
-    image.
+    """Chat messages of earlier turns and a question; {"type": "image"} stands for each image.
 
     An image stands where MARK says so; without marks all stand first. UserError when there are too many or
     too few.
@@ -338,8 +330,7 @@ def chat_turns(question: str, images: int, history: tuple[tuple[str, str], ...] 
 
 def encode(vlm: VLM, question: str, images: list[Image.Image],
            history: tuple[tuple[str, str], ...] = ()) -> Prompt:
-    """Chat prompt that ends in a user's question, after the earlier turns of `history`. Images of any sizes,
-    or none.
+    """Chat prompt that ends in a question, after the turns of `history`. Images of any sizes, or none.
 
     Raises UserError when a text spells one of the model's image tokens: it would be counted as one more
     image.
@@ -365,14 +356,12 @@ def encode(vlm: VLM, question: str, images: list[Image.Image],
 
 
 def needs_bos(tokenizer, text: str) -> bool:
-    """Whether the tokenizer should still put its beginning-of-text token first: some chat templates have
-    written it."""
+    """Whether the tokenizer should put its beginning-of-text token first: some templates have."""
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
-    """Responses that came as text (a teacher's, a ground truth) as tokens of this model: text, then the stop
-    token.
+    """Responses that came as text (a teacher's, a truth) as tokens: text, then the stop token.
 
     `split_special_tokens` reads everything as plain text, so no response can spell an image token or end its
     own turn.
@@ -407,8 +396,7 @@ def position_ids(positions: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample (the paper's values). temperature 0 is greedy; top_k 0, top_p 1, repetition_penalty 1 are
-    off."""
+    """How to sample, as the paper does. Greedy is temperature 0; top_k 0, top_p 1, penalty 1 are off."""
     temperature: float = 1.0
     top_p: float = 0.95
     top_k: int = 50
@@ -417,8 +405,7 @@ class Sampling:
 
 
 def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
-    """One token per row: logits (N, V), seen (N, V) bool marks tokens of the prompt and the response so far
-    -> (N,).
+    """One token per row, (N,), from logits (N, V). seen (N, V) bool: tokens of prompt and response.
 
     noise (N,) in [0, 1) says which: the token at that place of the cumulative distribution. So a response is
     a function of its own noise, whatever else is in the batch. Filters in the order of transformers'
@@ -442,8 +429,7 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> T
 
 def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampling, generator=None,
              slots: int | None = None, noise: Iterable[Tensor] | None = None) -> Outputs:
-    """Sample num_samples = G responses to each prompt: text, ids (B, G, R), mask (B, G, R) with the stop
-    token in it.
+    """Sample num_samples = G responses to each prompt: text, ids (B, G, R), mask (B, G, R).
 
     A response that reaches max_new_tokens ends there, without a stop token. `generator`: a torch.Generator on
     the device of the model, or None for the global one; or else `noise`, drawn elsewhere, as `stream` takes
@@ -466,8 +452,7 @@ def decode(vlm: VLM, responses: list[Tensor]) -> list[str]:
 @torch.no_grad()
 def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_samples: int, sampling: Sampling,
            slots: int) -> Iterator[tuple[int, list[Tensor]]]:
-    """Sample G responses to each of any number of prompts; yields (number of the prompt, G tensors of ids),
-    as they end.
+    """Sample G responses to any number of prompts; yields (prompt's number, G tensors of ids).
 
     noise: for each prompt uniform numbers (G, max_new_tokens), one a token. Continuous batching: a response
     that ends gives its slot to the next in line, and prompts are read only when it is their turn, so the
@@ -508,8 +493,7 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
 
 
 def close_gaps(table, owners: list[tuple[int, int]], ends: list[int]) -> list[tuple[int, int]]:
-    """Move the last responses that still run into the slots that are free now, so that the running ones are
-    the first."""
+    """Move the last responses that still run into free slots, so that the running ones stand first."""
     running = [s for s, end in enumerate(ends) if not end]
     free = [s for s, end in enumerate(ends[:len(running)]) if end]
     sources = running[len(running) - len(free):]
@@ -536,8 +520,7 @@ class SlotCache:
         return self.keys[0].shape[2] if self.keys else 0
 
     def make_room(self, slots: int, block: "Prefilled", room: int) -> bool:
-        """Allocate memory like the block's for `slots` slots, or give each more columns; whether the memory
-        has moved."""
+        """Allocate `slots` slots, or give each more columns; whether the memory has moved."""
         if self.room >= room:
             return False
         for own, given in ((self.keys, block.keys), (self.values, block.values)):
@@ -619,8 +602,7 @@ class Slots:
                 x[targets] = x[sources]
 
     def advance(self, live: int) -> list[int]:
-        """Decode a few tokens in the first `live` slots; the length of each response that has ended, 0 for
-        others.
+        """Decode a few tokens in the first `live` slots; the lengths of responses that ended, else 0.
 
         Off the CPU the host looks only every `stride` tokens, as each look makes it wait for the device. What
         a response that has ended adds till then is not read.
@@ -642,8 +624,7 @@ class Slots:
         return self.rows["end"][:live, 0].tolist()
 
     def capture(self, n: int):
-        """Record a decode step of n slots. A model that cannot be recorded is decoded as on the CPU, and that
-        is said."""
+        """Record a decode step of n slots; one that cannot be is run as on the CPU, and that is said."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -722,8 +703,7 @@ ROW = 128                                                         # tokens of a 
 
 
 def sees_image_both_ways(trunk) -> bool:
-    """Whether a token of an image sees the later tokens of the same image, as in Gemma 3 (told by its
-    argument)."""
+    """Whether tokens of an image see the later ones of it, as in Gemma 3 (told by an argument)."""
     return "token_type_ids" in inspect.signature(trunk.forward).parameters
 
 
@@ -760,8 +740,7 @@ def packed_mask(trunk, question: Tensor, owner: Tensor, place: Tensor, tokens: T
 
 
 def micro_batches(sizes: list[int], budget: int) -> list[slice]:
-    """Cut questions of so many tokens each into runs of at most `budget` tokens, at least one question to a
-    run."""
+    """Cut questions of these sizes into runs of at most `budget` tokens, or of one question."""
     cuts, total = [0], 0
     for i, size in enumerate(sizes):
         if total + size > budget and i > cuts[-1]:
@@ -777,8 +756,7 @@ def packed_sizes(prompts: list[Prompt], mask: Tensor) -> list[int]:
 
 
 def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Last-layer states of prompts and responses (B, K, R), computed in packed rows [prompt | o_1 | ... |
-    o_K].
+    """Last-layer states of prompts and responses (B, K, R), in rows [prompt | o_1 | ... | o_K].
 
     A prompt of tokens a b c, with responses d e and f, is the row
 
@@ -848,8 +826,7 @@ def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float 
 
 @torch.no_grad()
 def check_packing(vlm: VLM, prompt: Prompt):
-    """Score two responses packed and as the model's own forward pass has them; UserError where the two
-    differ.
+    """Score two responses packed and by the model's own forward pass; UserError where these differ.
 
     What packing assumes of a family (what sees what, how positions count, that logits are head(states)) is
     checked on the model at hand rather than believed: nine families are tested, and transformers has many
@@ -874,8 +851,7 @@ def check_packing(vlm: VLM, prompt: Prompt):
 
 
 def plain_logps(vlm: VLM, prompt: Prompt, response: Tensor) -> Tensor:
-    """Log-probs of the tokens (R,) of one response, by the model's own forward pass of the prompt and it
-    alone."""
+    """Log-probs of the tokens (R,) of one response, by the model's own forward pass."""
     ids = torch.cat([prompt.ids.to(vlm.device), response])[None]                             # (1, P + R)
     is_image = (ids == getattr(vlm.model.config, "image_token_id", -1)).long()
     accepted = inspect.signature(vlm.model.forward).parameters
@@ -892,8 +868,7 @@ def token_logps(head: torch.nn.Linear, states: Tensor, targets: Tensor, temperat
 
 
 def head_chunk(weight: Tensor) -> int:
-    """Rows of states to a chunk of logits: few that stay in a CPU's cache, many where the weights must be
-    read anew."""
+    """Rows to a chunk of logits: few stay in a CPU's cache, many save a GPU's reading of weights."""
     return max(1, (2 ** 26 if weight.is_cuda else 2 ** 23) // len(weight))
 
 

@@ -139,8 +139,7 @@ LOSSES = {"dr_grpo": Loss(divide_by_std=False, mean_over_tokens=False),
 
 
 def importance_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
-    """pi_theta / pi_old of every token, (B, K, R). The loss clips it, and the metric clip_fraction counts
-    that."""
+    """pi_theta / pi_old of every token, (B, K, R): for the loss, and for the metric clip_fraction."""
     return (logp - old_logp).exp()
 
 
@@ -210,8 +209,7 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
 
 
 def ril_step(run, collection: Collection | None, judge) -> tuple[dict, list[dict]]:
-    """Lines 3 to 13, once. Returns a row of metrics, and rows of rollouts: responses to the first
-    questions."""
+    """Lines 3 to 13, once. Returns a row of metrics, and rows of rollouts (the first questions)."""
     args, policy, D, G = run.args, run.policy, run.D, run.args.num_samples
 
     batch = run.next_batch()                                                          # line 3   B questions
@@ -254,8 +252,7 @@ def ril_step(run, collection: Collection | None, judge) -> tuple[dict, list[dict
 
 
 def ril(run, collection: Collection | None, judge, held_out: list[Task]):
-    """Algorithm 2; or Algorithm 1, where there is neither a collection nor a D. Trains run.policy in
-    place."""
+    """Algorithm 2; or Algorithm 1, where there is neither a collection nor a D. Trains run.policy."""
     for step in run.steps():                           # resumes, saves, warns and stops
         row, rollouts = ril_step(run, collection, judge)
         if held_out and (step == 0 or (step + 1) % run.args.eval_every == 0):
@@ -264,8 +261,7 @@ def ril(run, collection: Collection | None, judge, held_out: list[Task]):
 
 
 def main():
-    """The stages of a run. Each leaves its result in --out, and is passed over where that is there
-    already."""
+    """The stages of a run. Each leaves its result in --out, and is passed over where it has."""
     args = parse_args()
     transformers.utils.logging.disable_progress_bar()
     world = World.join(pick_device(args.device))
@@ -394,8 +390,7 @@ class Run:
         return self.world.mine(self.questions)
 
     def noise(self) -> list[Tensor]:
-        """Uniform numbers (G, max_new_tokens) for each question of next_batch: what its samples are drawn
-        by."""
+        """Uniform numbers (G, max_new_tokens) for each question of next_batch: they choose the tokens."""
         shape = (self.args.num_samples, self.args.max_new_tokens)
         return self.world.mine([torch.rand(shape, device=self.policy.device) for _ in self.questions])
 
@@ -412,13 +407,11 @@ class Run:
         return self.world.even(parts)
 
     def score(self, vlm: VLM, prompts: list, outputs: Outputs) -> Tensor:
-        """Log-probs (B, K, R) under policy or reference at the temperature of sampling; at 1 if that is
-        greedy."""
+        """Log-probs (B, K, R) at the temperature of sampling; at 1, if that is greedy."""
         return gathered(vlm.model, lambda: score(vlm, prompts, outputs, self.args.temperature or 1.0))
 
     def sampler(self):
-        """The policy with all its weights in this process, for a while: sampling needs each at every
-        token."""
+        """The policy, with all its weights in this process for a while."""
         return self.world.unsharded(self.policy, self.empty_policy)
 
     @contextmanager
@@ -431,11 +424,9 @@ class Run:
             module.to("cpu")
 
     def steps(self):
-        """The numbers of the steps that are still to do: from the last checkpoint in --out on, or from the
-        start.
+        """The numbers of the steps that are still to do, from the last checkpoint in --out on.
 
-        Between two steps: save when it is time, stop on a signal, and end a run whose gradients are not
-        finite.
+        Between two steps: save when it is time, stop on a signal, end a run without finite gradients.
         """
         load_checkpoint(self)
         saved = time.monotonic()
@@ -462,8 +453,7 @@ class Run:
                     sys.exit(128 + (caught or [signal.SIGTERM])[0])
 
     def is_due(self, saved: float) -> bool:
-        """Whether a checkpoint is: after the last step, and every --save-every steps, or minutes since
-        `saved`."""
+        """Whether a checkpoint is: after the last step, and every --save-every steps or minutes."""
         if self.step == self.args.steps:
             return True
         if self.args.save_every.endswith("m"):
@@ -514,8 +504,7 @@ class Run:
 
 
 def held_out_accuracy(run: Run, held_out: list[Task], judge) -> dict[str, float]:
-    """The held-out accuracy as a part of a row of metrics; rank 0 answers. A judge that is down does not end
-    the run."""
+    """The held-out accuracy as metrics; rank 0 answers. A judge that is down does not end the run."""
     with run.sampler() as policy:
         if run.world.rank:
             return {}
@@ -529,8 +518,7 @@ def held_out_accuracy(run: Run, held_out: list[Task], judge) -> dict[str, float]
 
 def step_metrics(texts: list[list[str]], sources: list[list[str]], numbers: dict[str, Tensor], G: int,
                  longest: int) -> dict:
-    """The numbers of one step, by source where that says more; all are explained in the README. numbers: (B,
-    K) each."""
+    """The metrics of one step, which the README explains. numbers: (B, K) each."""
     row, flat = {}, [source for row in sources for source in row]
     reward, valid, lengths = numbers["reward"], numbers["valid"].bool(), numbers["length"][:, :G]
     for name, term in numbers.items():
@@ -558,8 +546,7 @@ def flat_share(reward: Tensor, valid: Tensor) -> float:
 
 
 def signs_of_trouble(rows) -> list[str]:
-    """What the metrics of the last WINDOW steps warn of, in words that name the metric; nothing before there
-    are so many."""
+    """What the metrics of the last WINDOW steps warn of, in words that name the metric."""
     if len(rows) < WINDOW:
         return []
 
@@ -634,8 +621,7 @@ def write_logs(logs: dict, row: dict, timing: dict, rollouts: list[dict]):
 
 @contextmanager
 def signals():
-    """Yields a list to which the first SIGINT or SIGTERM is added, for the step to be finished; a second one
-    ends it all."""
+    """Yields a list that gets the first SIGINT or SIGTERM, so that the step can end. A second one kills."""
     caught, before = [], {}
 
     def note(number, frame):
@@ -674,8 +660,7 @@ class Meter:
         self.peak_gb = max(self.peak_gb, self.memory_gb[name])
 
     def row(self, step: int) -> dict[str, float]:
-        """The measurements as a row of timings.jsonl, and a new start. `tokens` were sampled in the phase
-        "generate"."""
+        """The measurements as a row of timings.jsonl, and a new start. `tokens`: how many were sampled."""
         row = {"step": step, "tokens_per_second": self.tokens / self.seconds["generate"]}
         row |= {f"seconds/{name}": value for name, value in self.seconds.items()}
         row |= {f"memory_gb/{name}": value for name, value in self.memory_gb.items()}
@@ -685,8 +670,7 @@ class Meter:
 
 
 def peak_memory_gb(device: torch.device, reset: bool = False) -> float:
-    """Most GB since the last reset: allocated on a CUDA device, else resident in the process (without Linux:
-    ever)."""
+    """Most GB since the last reset: allocated on CUDA, else resident (without Linux: ever)."""
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 1e9
@@ -780,8 +764,7 @@ UNREADABLE = (UserError, OSError, ArithmeticError, ValueError, LookupError, Type
 
 
 def read_checkpoint(run: Run, folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """The state and the tensors of a checkpoint; one of UNREADABLE, with nothing changed, where they do not
-    fit the run."""
+    """The state and the tensors of a checkpoint. Raises one of UNREADABLE where they do not fit."""
     saved = read_json(folder / "state.json")
     names = ("rng", *networks_of(run), *optimizers_of(run))
     files = {name: load_file(folder / f"{name}.safetensors") for name in names}
@@ -804,8 +787,7 @@ def read_checkpoint(run: Run, folder: Path) -> tuple[dict, dict[str, dict[str, T
 
 @torch.no_grad()
 def load_checkpoint(run: Run):
-    """Resume from the newest checkpoint in --out that can be read, else from the start; cut the logs back to
-    it.
+    """Resume from the newest checkpoint in --out that can be read, and cut the logs back to it.
 
     UserError where a log is shorter than the checkpoint knows it: somebody else's hands were there.
     """
@@ -853,8 +835,7 @@ def open_logs(run: Run, lengths: dict[str, int]):
 
 @dataclass
 class World:
-    """The processes that torchrun has started, of which this is number `rank`. One process alone needs none
-    of it.
+    """The processes that torchrun has started; this is number `rank`. One alone needs none of this.
 
     Policy, reference and D lie in shards (`shard`, FSDP2): each process holds a part of each weight, and with
     it that part's gradient and optimizer state. All weights of the policy are in every process only while it
@@ -886,8 +867,7 @@ class World:
 
     @contextmanager
     def rank_0_first(self):
-        """The others do what is inside after rank 0 has, and so find its results on the disk. Only rank 0
-        speaks."""
+        """The others do what is inside after rank 0 has, and find its results. Only rank 0 speaks."""
         if self.rank:
             sys.stdout = open(os.devnull, "w")
             self.wait()
@@ -962,8 +942,7 @@ class World:
         register_fsdp_forward_method(module, method)
 
     def without_weights(self, vlm: VLM) -> VLM:
-        """A model for `unsharded` to fill, to be made before `vlm` is sharded: a copy of it without the
-        weights."""
+        """A copy of `vlm` with empty weights, for `unsharded` to fill; made before `vlm` is sharded."""
         if self.size == 1:
             return vlm
         empty = {id(w): torch.nn.Parameter(w.new_empty(0), requires_grad=False)
@@ -972,8 +951,7 @@ class World:
 
     @contextmanager
     def unsharded(self, vlm: VLM, empty: VLM):
-        """`empty` has all weights of `vlm` for a while. (FSDP's own hooks would gather them again at every
-        token.)"""
+        """`empty` has all weights of `vlm` for a while. (FSDP's hooks would gather them at every token.)"""
         if self.size == 1:
             yield vlm
             return
@@ -984,8 +962,7 @@ class World:
             weight.data = weight.new_empty(0)
 
     def part(self, tensor: Tensor, weight: Tensor) -> Tensor:
-        """Of a tensor like the unsharded weight, what this process has of it: FSDP cuts along the first
-        dimension."""
+        """This process's part of a tensor like the weight. FSDP cuts along the first dimension."""
         if not hasattr(weight, "to_local"):
             return tensor
         parts = list(tensor.chunk(self.size))
@@ -993,8 +970,7 @@ class World:
         return parts[self.rank].clone()
 
     def complete(self, part: Tensor, weight: Tensor) -> Tensor:
-        """The reverse of `part`, for rank 0, on the CPU: there is no room for all of a network's at once on a
-        device."""
+        """The reverse of `part`, for rank 0, on the CPU: a device may not have the room."""
         if not hasattr(weight, "to_local"):
             return part
         from torch.distributed.tensor import DTensor
@@ -1023,8 +999,7 @@ def gathered(module: torch.nn.Module, work):
 
 
 class AdamW:
-    """AdamW without weight decay, in float32 whatever the weights are: a step of 1e-6 is lost when a bfloat16
-    is rounded.
+    """AdamW without weight decay, in float32: a bfloat16 that is rounded loses steps of 1e-6.
 
     A weight that is not float32 gets a float32 copy (its master), which is what Adam moves; the weight is
     that copy, rounded. With `offload` the copies and both moments (12 bytes a parameter, most of the memory
@@ -1052,8 +1027,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, max_norm: float = float("inf")) -> Tensor:
-        """Clip the norm of the gradients, summed over the processes, to `max_norm`; move the weights; free
-        the gradients.
+        """Clip the norm of the gradients to `max_norm`, move the weights, free the gradients.
 
         A gradient that is zero or not finite is not followed, and the latter is counted in `skipped`: one NaN
         would be in every weight for ever. Returns the norm before clipping, a scalar.
@@ -1076,8 +1050,7 @@ class AdamW:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that must be kept to resume later, complete on rank 0: moments, counts of steps, and the
-        float32 copies."""
+        """What a checkpoint holds, complete on rank 0: moments, counts of steps, float32 copies."""
         kept = {}
         for i, (weight, master, optimizer) in enumerate(zip(self.weights, self.masters, self.optimizers)):
             for name, value in optimizer.state[master].items():
@@ -1102,8 +1075,7 @@ class AdamW:
 
 
 def freeze(model: torch.nn.Module, pattern: str | None, path: str):
-    """No gradient for the weights whose name contains a match of the regular expression. UserError if none
-    does."""
+    """No gradient for weights whose name has a match of the regular expression. UserError if none has."""
     names = [name for name, _ in model.named_parameters()]
     chosen = {name for name in names if pattern and re.search(pattern, name)}
     if pattern and not chosen:
@@ -1124,8 +1096,7 @@ def skeleton(path: str) -> torch.nn.Module:
 
 def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: float, seed: int, name: str,
         budget: int, offload: bool = False):
-    """Supervised fine-tuning on the examples' own truths, `budget` tokens at a time; mean cross-entropy per
-    token.
+    """Supervised fine-tuning on the examples' truths: mean cross-entropy per token.
 
     The learning rate warms up over 50 steps, as Adam's first steps are noise, and decays linearly to lr / 10.
     """
@@ -1148,8 +1119,7 @@ def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: floa
 
 def pretraining_pairs(student: VLM, examples: list[Example], collection: Collection, num: int,
                       batch_size: int, sampling, rng: random.Random, slots: int):
-    """Endless batches for Eq. 1: num fresh responses of the student and num of its teachers, to batch_size
-    questions."""
+    """Endless batches for Eq. 1: num fresh responses of the student and num of teachers a question."""
     for batch in Batches(examples, batch_size, rng):
         prompts = [encode_example(student, e) for e in batch]
         students = generate(student, prompts, num, sampling, slots=slots).text
@@ -1172,8 +1142,7 @@ LOOP_OPTIONS = ("algorithm", "loss", "similarity", "reward_weights", "freeze_dis
 
 
 class Folder:
-    """--out, and what each thing in it was made from: stages.json holds the options and inputs of every
-    stage.
+    """--out. Its stages.json holds the options and inputs that each result was made from.
 
     A result is used again only if its record is the same as this run's. Inputs are recorded by content, so a
     file may move, and an option that an older record lacks had its default. Raises UserError for a folder
@@ -1328,8 +1297,7 @@ def digest(path: str | Path) -> str:
 
 
 def check_inputs(args, folder: Folder) -> dict[str, list[Example]]:
-    """Find what is wrong with data, checkpoints and servers before anything is written; UserError if
-    something is.
+    """UserError for what is wrong with data, checkpoints and servers, before anything is written.
 
     Returns the examples (or tasks) of the data files given, by option. Servers are not asked where their work
     is done.
@@ -1359,8 +1327,7 @@ def check_inputs(args, folder: Folder) -> dict[str, list[Example]]:
 
 
 def read_collection(path, examples: list[Example], processor, args) -> Collection:
-    """The collection as far as a student can use it. processor: the student's, or None where it is not known
-    yet."""
+    """The collection as far as a student with this processor (None: not known yet) can use it."""
     if processor is None:
         return Collection(path, examples)
     return Collection(path, examples, image_tokens(processor), processor.tokenizer, args.max_new_tokens)
@@ -1403,8 +1370,7 @@ def toy_world(path: Path, seed: int):
 
 def tiny_vlm_from_scratch(folder: Path, family: str, examples: list[Example], width: int, steps: int,
                           lr: float, args):
-    """A tokenizer trained on the examples, random weights, SFT on the examples; saved as a checkpoint
-    folder."""
+    """A tokenizer trained on the examples, random weights, SFT on the examples; a checkpoint folder."""
     # with the words of the prompts among them, these become tokens too, and the prompts short
     texts = [text for e in examples for text in (e.text, e.truth)]
     texts += 50 * [eq1.SYSTEM, eq1.BEFORE + eq1.AFTER, "user\nassistant\nsystem\n"]
@@ -1418,8 +1384,7 @@ def tiny_vlm_from_scratch(folder: Path, family: str, examples: list[Example], wi
 
 
 def fine_tuned_student(folder: Folder, args, data: dict) -> str:
-    """The warm start, which is the reference and the first policy: the student's checkpoint after SFT, if
-    there is any.
+    """The warm start, both reference and first policy: the student's checkpoint after SFT, if any.
 
     UserError where packed rows do not suit its family: before teachers are paid for.
     """
@@ -1453,8 +1418,7 @@ def load_student(path: str, args) -> VLM:
 
 
 def teachers_responses(folder: Folder, args, teachers: list, data: dict, start: str) -> Collection | None:
-    """The collection, sampled now as far as it is not there yet. Leaves only examples with a response in
-    data["data"]."""
+    """The collection, filled now. Only examples with a response stay in data["data"]."""
     if args.algorithm != "ril":
         return None
     path = Path(args.collection or folder.out / "collection.jsonl")
@@ -1510,8 +1474,7 @@ def pretrained_discriminator(folder: Folder, args, data: dict, collection: Colle
 
 def trained_student(folder: Folder, args, world: World, data: dict, collection: Collection | None,
                     pretrained: Path | None, start: str, judge) -> Path:
-    """The loop, and the student that comes out of it, as a checkpoint of transformers like the one it began
-    as."""
+    """The loop, and the student that comes out of it, a checkpoint like the one it began as."""
     def make(path):
         policy, D = load_student(start, args), None
         if pretrained:
@@ -1559,8 +1522,7 @@ def save_student(run: Run, start: str, path: Path):
 
 
 def report(folder: Folder, args, data: dict, judge, start: str):
-    """Held-out scores before and after; curves.png and report.html, from them and what the run has left in
-    its folder."""
+    """Held-out scores before and after; curves.png and report.html of the run."""
     results, out, held_out = {}, folder.out, data.get("eval_data", [])
     for name, checkpoint in (("before", start), ("after", str(out / "student"))):
         def make(path):

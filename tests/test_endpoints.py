@@ -27,7 +27,7 @@ ASK = [{"role": "user", "content": "?"}]
 
 
 class Hostile(ThreadingHTTPServer):
-    """An OpenAI-compatible server. reply(body) is what it says; faults(number of the call) what goes wrong."""
+    """An OpenAI-compatible server. reply(body) is what it says; faults(number of the call) what fails."""
     daemon_threads, request_queue_size = True, 128
 
     def __init__(self, reply, faults=lambda number: None, models=("m",), key=None, ignores_n=False,

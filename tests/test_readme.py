@@ -39,7 +39,8 @@ def test_every_option_in_the_readmes_commands_exists():
 
 def test_every_logged_metric_is_explained():
     source = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("train.py", "discriminator.py"))
-    for name in ("d_accuracy", "d_loss", "kl", "clip_fraction", "repeated", "skipped_updates", "flat/", "length",
+    for name in ("d_accuracy", "d_loss", "kl", "clip_fraction", "repeated", "skipped_updates", "flat/",
+                 "length",
                  "cut_off", "grad_norm", "judge/failed", "tokens_per_second", "seconds/",
                  "memory_gb/", "heldout_accuracy", "loss"):
         assert name in source and f"`{name}" in README, name
