@@ -178,7 +178,7 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
     prompts: B; outputs: (B, K, R); advantage, valid: (B, K). Returns loss, kl, clip_fraction and grad_norm.
     """
     args, policy, reference = run.args, run.policy, run.reference
-    parts = run.even(micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget))
+    parts = run.world.even(micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget))
     old_logps, ref_logps, norms, stats = {}, {}, [], defaultdict(float)
 
     if args.beta:
@@ -401,10 +401,6 @@ class Run:
     def phase(self, name: str):
         """Measures the seconds and the memory of a part of a step."""
         return self.meter.phase(name)
-
-    def even(self, parts: list[slice]) -> list[tuple[slice, float]]:
-        """Micro-batches with their weights, equally many in each process."""
-        return self.world.even(parts)
 
     def score(self, vlm: VLM, prompts: list, outputs: Outputs) -> Tensor:
         """Log-probs (B, K, R) at the temperature of sampling; at 1, if that is greedy."""

@@ -1,11 +1,13 @@
 """Will it fit? What a run would need of memory, from the student's config alone: no weight is read.
 
     python tests/plan_memory.py --student Qwen/Qwen2.5-VL-3B-Instruct --gradient-checkpointing --offload
+    python tests/plan_memory.py --student Qwen/Qwen2.5-VL-7B-Instruct --gradient-checkpointing --processes 8
 
-takes the options of train.py. Weights, gradients, optimizer states and the KV cache are counted; activations
-follow from the sizes of a decoder layer. Prompt lengths are measured on the first 32 examples of --data, or
-taken as 1,024 tokens. Left out: SFT, the vision tower's activations, a local judge, and memory that is free
-but scattered. tests/bench_memory.py compares this with what a step takes.
+takes the options of train.py, and of how many processes each is one. Weights, gradients, optimizer states and
+the KV cache are counted; activations follow from the sizes of a decoder layer. Prompt lengths are measured on
+the first 32 examples of --data, or taken as 1,024 tokens. Left out: SFT, the vision tower's activations, a
+local judge, and memory that is free but scattered. tests/bench_memory.py compares this with what a step
+takes.
 """
 import sys
 from pathlib import Path
@@ -28,7 +30,7 @@ def prompt_length(args, model) -> tuple[int, str]:
 
 
 def plan(args) -> str:
-    """The table for a run with these options, in GB."""
+    """The table for a process of a run with these options, in GB."""
     if args.student == "toy":
         raise UserError("a plan needs a named --student: the toy one fits anywhere")
     model, cpu = skeleton(args.student), pick_device(args.device).type == "cpu"
@@ -43,7 +45,8 @@ def plan(args) -> str:
     D = sum(w.numel() for w in model.get_decoder().parameters()) if ril else 0
 
     P, where = prompt_length(args, model)
-    B, G, R = args.batch_size, args.num_samples, args.max_new_tokens
+    p = args.processes                                             # each has a part of all weights and states
+    B, G, R = -(-args.batch_size // p), args.num_samples, args.max_new_tokens
     K = 2 * G if ril else G
     L = P + K * R                                                  # tokens of a question
     prefix = len(eq1.SYSTEM) // 3                                  # of D's prompt: three letters a token
@@ -70,13 +73,21 @@ def plan(args) -> str:
     head = V * d * size + 12 * (2 ** 23 if cpu else 2 ** 26)
     python = 0.5e9 if cpu else 0                               # Python and torch, where they share the memory
     waiting = 0 if offload else (N + D) * size                     # D and the reference
-    always = python + N * size + (T + D) * state_here + waiting
+    always = python + (N * size + (T + D) * state_here + waiting) / p
     cache = (G * (P + R) + P) * layers * 2 * kv * size         # of the slots, and of the prompts next in line
+    # in shards: sampling has all weights once more, training two layers and what is no layer (and its
+    # gradient)
+    layer = sum(w.numel() for w in next(iter(model.get_decoder().layers)).parameters())
+    sampler, gathered, d_gathered = 0, 0, 0
+    if p > 1:
+        sampler = N * size
+        gathered = (2 * (N - layers * layer) + 3 * layer) * size
+        d_gathered = (2 * (D - layers * layer) + 3 * layer) * size
+    d_activations = activations(d_tokens * ROW // max(1, ROW - prefix), R + prefix)
     needs = {
-        "generate": always + args.rollout_batch * (cache + 4 * G * V * 4),
-        "discriminator": always + D * size * (2 if offload else 1)
-        + activations(d_tokens * ROW // max(1, ROW - prefix), R + prefix),
-        "update": always + T * size + max(N * size * offload, activations(tokens, L) + head)}
+        "generate": always + sampler + args.rollout_batch * (cache + 4 * G * V * 4),
+        "discriminator": always + D * size * (2 if offload else 1) / p + d_gathered + d_activations,
+        "update": always + T * size / p + gathered + max(N * size * offload, activations(tokens, L) + head)}
     lines = [f"{args.student}: {N / 1e9:.3f}B parameters, {T / 1e9:.3f}B trained, discriminator "
              f"{D / 1e9:.3f}B, in {'bfloat16' if bf16 else 'float32'}",
              f"prompt {P} tokens ({where}), responses up to {R}; a step is {B} questions, {B * G} sampled "
@@ -91,8 +102,9 @@ def plan(args) -> str:
 
 def main():
     """The command line of train.py, without its checks of what a run would need."""
-    student = make_parser("toy").parse_known_args()[0].student
-    print(plan(make_parser(student).parse_args()))
+    parser = make_parser(make_parser("toy").parse_known_args()[0].student)
+    parser.add_argument("--processes", type=int, default=1, help="of torchrun, over all nodes")
+    print(plan(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_frozen_weights_do_not_move_and_the_others_do(qwen):
     prompts = [encode(policy, "How many?", [noise_image(32, 32)])]
     outputs, valid = encode_responses(policy, [["yes", "no"]]), torch.ones(1, 2, dtype=torch.bool)
     run = SimpleNamespace(args=args, policy=policy, reference=qwen, world=train.World(), questions=[None],
-                          optimizer=AdamW(policy.model, 1e-2, offload=True), even=train.World().even,
+                          optimizer=AdamW(policy.model, 1e-2, offload=True),
                           using=lambda module: contextlib.nullcontext(), score=score)
     update_policy(run, prompts, outputs, torch.tensor([[1.0, -1.0]]), valid)
     for name, weight in policy.model.named_parameters():
