@@ -22,12 +22,13 @@ import json
 import math
 import re
 import threading
+import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import repeat
 from pathlib import Path
 
@@ -51,8 +52,19 @@ from teachers import (CallFailed, Example, chat, check_endpoint, drop_torn_line,
 # other work while it waits. To add a judge, write such a function and return it from make_judge. MM-Vet and
 # MathVista are judged by an LLMJudge only, and scored by rule with any other judge.
 
+# Thoughts are not part of a response: whoever calls a judge passes its responses through without_thoughts.
+
 Triple = tuple[str, str, str]
 Judge = Callable[[list[Triple]], list[float | None]]
+
+
+def without_thoughts(response: str) -> str:
+    """A response without its <think> blocks. One that never ends hides all that follows.
+
+    A "</think>" alone ends a block that the prompt opened. Call this once for a response, before any judge.
+    """
+    response = re.sub(r"<think>.*?(?:</think>|\Z)", "", response, flags=re.DOTALL | re.IGNORECASE)
+    return re.split("</think>", response, flags=re.IGNORECASE)[-1].strip()
 
 
 def make_judge(name: str, cache: Path | None = None, device: str | None = None,
@@ -64,8 +76,18 @@ def make_judge(name: str, cache: Path | None = None, device: str | None = None,
 # -------------------------------------------------------------------------------- the rule judge
 
 
-COUNTS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-NUMBER_WORDS = {word: str(i) for i, word in enumerate(COUNTS)} | {"none": "0"}
+COUNTS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+sixteen seventeen eighteen nineteen""".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMBER_WORDS = {word: i for i, word in enumerate(COUNTS)} | {"none": 0}
+NUMBER_WORDS |= {word: 10 * i for i, word in enumerate(TENS, 2)}
+TENS_AND_ONES = re.compile(rf"\b({'|'.join(TENS)})[- ]({'|'.join(COUNTS[1:10])})\b")
+NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(NUMBER_WORDS)})(?![\w'])")
+SCALES = {"hundred": 100, "thousand": 10 ** 3, "million": 10 ** 6}
+# "3 hundred", and the smaller number that may follow: "3 hundred and 5"
+SCALED = {scale: re.compile(rf"(?<![\w'.])(\d+(?:\.\d+)?|a) {word}\b"
+                            rf"(?:(?: and)? (\d{{1,{len(str(scale)) - 1}}})(?![\w.]))?")
+          for word, scale in SCALES.items()}
 # Values of one kind exclude one another.
 KINDS = (
     ("yes", "no"),
@@ -73,21 +95,61 @@ KINDS = (
     ("circle", "square", "triangle", "rectangle", "star", "cross", "hexagon", "diamond"),
     ("top left", "top right", "bottom left", "bottom right", "top", "bottom", "left", "right", "centre"),
 )
-SPELLINGS = NUMBER_WORDS | {
-    "gray": "grey", "center": "centre", "middle": "centre", "upper": "top", "lower": "bottom"}
+SPELLINGS = {"gray": "grey", "center": "centre", "middle": "centre", "upper": "top", "lower": "bottom"}
+# Chinese, Japanese and Korean have no spaces between words: each of these characters is a word.
+CJK = r"\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 # A negation up to two words before a value.
-NEGATION = re.compile(r"(\bnot|\bno|n't|\bnever|\bneither|\bnor|\bwithout|\bunlike|\brather than"
-                      r"|\binstead of)( \w+){0,2} ?$")
-# The conclusion of a normalised response stands after the last of these.
-CONCLUSION = re.compile(r"answer is|answer :|answer \.|\btherefore|\bthus|\bhence|\. so ")
+NEGATION = re.compile(r"((\bnot|\bno|n't|\bnever|\bneither|\bnor|\bwithout|\bunlike|\brather than"
+                      r"|\binstead of)( \w+){0,2}|[不没非]( [是有])?) ?$")
+NEGATED_AFTER = re.compile(r" ?(で は|じ ゃ|이|가)? ?(な い|あ り ま せ ん|아 니)")
+OR = re.compile(r"\bor\b|或|또 는|혹 은|ま た は")
+# The conclusion of a response, normalised or only plain, stands after the last of these.
+CONCLUSION = re.compile(r"answer is|answer ?[:.]|\btherefore|\bthus|\bhence|[.,;!?:] so "
+                        r"|答 ?案 ?[是为:.]|答 ?え ?は|답 ?은")
 DECIMAL = r"-?\d+(?:\.\d+)?"
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+WORD = re.compile(rf"{DECIMAL}|[{CJK}]|[^\W{CJK}]+(?:'[^\W{CJK}]+)?|[^\w\s]")
+DASHES = str.maketrans("−‐‑‒–’", "-----'")
+# What normalise would drop from a truth, and should not: a sign, or a mark between digits.
+SIGN = re.compile(r"[^\w\s.,;:!?'\"(){}\[\]]|(?<=\d):(?=\d)")
+QUOTED = "\"'`“”‘’()"
+BREAK = "\0"                                                       # a boundary of clauses in bare_words
+CURRENCIES = {"dollars?": "$", "euros?": "€", "yen": "¥"}
+
+
+def plain(text: str) -> str:
+    """Lower case, and one form of each character: full-width letters, dashes, numbers without separators."""
+    text = unicodedata.normalize("NFKC", text).translate(DASHES).lower()
+    return THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+
+
+def digits_for_words(text: str) -> str:
+    """A text in lower case with "two", "twenty-one" and "three hundred and five" in digits."""
+    text = TENS_AND_ONES.sub(lambda match: str(NUMBER_WORDS[match[1]] + NUMBER_WORDS[match[2]]), text)
+    text = NUMBER_WORD.sub(lambda match: str(NUMBER_WORDS[match[0]]), text)
+    for word, scale in SCALES.items():
+        if word in text:
+            text = SCALED[scale].sub(partial(scaled, scale), text)
+    return text
+
+
+def scaled(scale: int, match: re.Match) -> str:
+    """The value of a match of SCALED, in digits."""
+    count = 1 if match[1] == "a" else float(match[1])
+    return f"{count * scale + int(match[2] or 0):.15g}"
 
 
 def normalise(text: str) -> str:
-    """Lower case, digits for number words, one spelling. Punctuation becomes " . ", a boundary of clauses."""
-    words = re.findall(rf"{DECIMAL}|\w+(?:'\w+)?|[^\w\s]", text.lower().replace("’", "'"))
+    """Plain words, in one spelling, with spaces between. Punctuation becomes " . ", a boundary of clauses."""
+    words = WORD.findall(TENS_AND_ONES.sub(r"\1 \2", plain(text)))
     words = [word if re.match(r"-?\w", word) else "." for word in words]
-    return " ".join(SPELLINGS.get(word, word) for word in words)
+    return digits_for_words(" ".join(SPELLINGS.get(word, word) for word in words))
+
+
+def conclusion_of(text: str) -> str:
+    """The conclusion of a response that is normalised or plain."""
+    # a part can be empty ("red is the answer:"): the conclusion then came before the marker
+    return next((part for part in reversed(CONCLUSION.split(text)) if part.strip(" .")), "")
 
 
 def mentions(text: str, phrases: tuple[str, ...] | None) -> set[str]:
@@ -99,7 +161,8 @@ def mentions(text: str, phrases: tuple[str, ...] | None) -> set[str]:
     asserted = set()
     for match in re.finditer(rf"(?<![\w-])({pattern})(?:e?s)?(?!\w)", text):
         clause_before = text[:match.start()].rsplit(".", 1)[-1]
-        if match.group(1) in ("yes", "no") or not NEGATION.search(clause_before):
+        negated = NEGATION.search(clause_before) or NEGATED_AFTER.match(text, match.end())
+        if match.group(1) in ("yes", "no") or not negated:
             asserted.add(match.group(1))
     return asserted
 
@@ -110,24 +173,74 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
     Only the conclusion counts: what follows the last "answer is", "therefore" or ". so", or else everything.
     Where the truth is a number or in one of KINDS, the conclusion must assert exactly one such value, the
     truth: "red or blue" and "red blue" assert two, "not red" asserts none, "12" is not "2". Values that only
-    repeat the question are set aside: "the circle beside the blue square is red". Any other truth must occur
-    word for word, not negated, and with no "or" beside it.
+    repeat the question are set aside: "the circle beside the blue square is red". A letter is judged by
+    extract_choice, and a truth with signs ("C++", "$7") by signed_verdict. Any other truth must occur word
+    for word, not negated, and with no "or" beside it.
     """
-    # a part can be empty ("red is the answer:"): the conclusion then came before the marker
-    parts = CONCLUSION.split(normalise(response))
-    conclusion = next((part for part in reversed(parts) if part.strip(" .")), "")
-    truth = normalise(truth).strip(" .")
-    kind = next((kind for kind in KINDS if truth in kind), None)
-    if kind is None and not re.fullmatch(DECIMAL, truth):
-        hedged = re.search(r"\bor\b", conclusion.replace(truth, ""))
-        return int(bool(mentions(conclusion, (re.escape(truth),))) and not hedged)
+    words = normalise(truth).strip(" .")
+    if not words or has_sign(truth):
+        return signed_verdict(truth, response)
+    if re.fullmatch("[a-z]", words):
+        return int(extract_choice(response, options_in(question, words.upper())) == words.upper())
+    conclusion = conclusion_of(normalise(response))
+    kind = next((kind for kind in KINDS if words in kind), None)
+    if kind is None and not re.fullmatch(DECIMAL, words):
+        hedged = OR.search(conclusion.replace(words, ""))
+        return int(bool(mentions(conclusion, (re.escape(words),))) and not hedged)
     said = mentions(conclusion, kind)
     if kind != ("yes", "no"):
         # "Is it red or blue?" "red": what the question names counts where nothing else is said
         said = (said - mentions(normalise(question), kind)) or said
     if kind is None:
-        return int({float(number) for number in said} == {float(truth)})
-    return int(said == {truth})
+        return int({float(number) for number in said} == {float(words)})
+    return int(said == {words})
+
+
+def has_sign(truth: str) -> bool:
+    """Whether normalise would drop a sign. It keeps the minus of a number; a hyphen in a word is none."""
+    rest = re.sub(rf"(?<![\w+]){DECIMAL}", "0", plain(truth))
+    return bool(SIGN.search(re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", rest)))
+
+
+def bare_words(text: str) -> list[str]:
+    """The words of a text with their signs, without quotes; punctuation after a word becomes BREAK.
+
+    Amounts are written in one way: "7.00 dollars" as "$7", "50 percent" as "50%".
+    """
+    text = digits_for_words(plain(text).replace("**", ""))
+    text = re.sub(r"(?<=\d)(?:\.0+|(\.\d*[1-9])0+)(?!\.?\d)", r"\1", text)
+    text = re.sub(r"(?<=\d) ?(?:percent\b|per cent\b|%)", "%", text)
+    text = re.sub(r"([$€£¥]) (?=\d)", r"\1", text)
+    for name, sign in CURRENCIES.items():
+        text = re.sub(rf"({DECIMAL}) {name}\b", rf"{sign}\1", text)
+    text = re.sub(r"[=<>≤≥≠&*×÷^|]+|(?<!\d)/|/(?!\d)", r" \g<0> ", text)
+    text = re.sub(rf"(?<=[^\s{QUOTED}])[.,;:!?。]+[{QUOTED}]*(?=\s|$)", f" {BREAK} ", text)
+    words = re.findall(rf"[{CJK}]|[^\s{CJK}]+", text)
+    return [word.strip(QUOTED).rstrip(".,;:!?。").strip(QUOTED) or word for word in words]
+
+
+def signed_verdict(truth: str, response: str) -> int:
+    """As rule_verdict, for a truth with signs, or of signs alone: its words must occur with their signs.
+
+    An amount must be the only one with its sign: "50%, 60%" is not "50%". No "or" may be beside the truth.
+    """
+    said, wanted = bare_words(conclusion_of(plain(response)) or response), bare_words(truth)
+    if wanted[-1:] == [BREAK]:
+        wanted.pop()
+    places = [i for i in range(len(said)) if wanted and said[i:i + len(wanted)] == wanted]
+    asserted = [i for i in places if not NEGATION.search(" ".join(said[:i]) + " ")]
+    others = [word for word in said if word not in wanted]
+    form = re.sub(DECIMAL, "0", " ".join(wanted))
+    amounts = [word for word in others if re.search(r"\d", word) and re.sub(DECIMAL, "0", word) == form]
+    return int(bool(asserted) and not amounts and not OR.search(" ".join(others)))
+
+
+def options_in(question: str, letter: str) -> dict[str, str]:
+    """The lettered lines of a question by letter, or else A to at least E and the letter, without texts."""
+    options = dict(re.findall(r"^\W*([A-Z])\W*[.):]\s*(.+?)\s*$", question, re.MULTILINE))
+    if letter in options:
+        return options
+    return dict.fromkeys((chr(i) for i in range(ord("A"), max(ord("E"), ord(letter)) + 1)), "")
 
 
 def rule_judge(triples: list[Triple]) -> list[float | None]:
@@ -268,46 +381,49 @@ class LLMJudge:
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
             "I'm sorry, but without the image provided", "Cannot determine the answer",
             "Failed to obtain answer via API")
-VERBS = ("or", "and", "is", "was", "as", "because", "since")       # before these, "A" is no article
+# an article, a pronoun, or a letter that is denied
+NO_LETTER = re.compile(r"\bA (?=[a-z])(?!(?:or|and|is|was|as|because|since)\b)|\bI'"
+                       r"|\bI (?=[a-z])(?!(?:or|is|because|since)\b)"
+                       r"|\bnot (?:option )?\(?[A-Z]\b|[不非][选是]? ?[A-Z](?!\w)"
+                       r"|\b[A-Z]\)? (?:is|was) (?:not|wrong|incorrect|false)\b|\b[A-Z]\)? isn't\b")
 # what may stand around a letter
 WRAPPING = " \t\r\n.,:;!*#\"'`$<>()[]{}\\/_-（）。，、：；“”‘’【】"
 BOXED = re.compile(r"\\boxed\{(?:\\text\{|\\mathrm\{)?([^{}]*)\}")
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-ANNOUNCED = re.compile(r"(?:\banswer\**(?: is)?\s*[:：]|\banswer\** is\b|答案(?:是|为)?\s*[:：]?)\s*(.+)",
-                       re.IGNORECASE)
-
-
+# the last of a line: "answer: B", {"answer": "B"}, "the option is B", "is (B)", "故选：B"
+ANNOUNCED = re.compile(r"^.*(?:\banswer[*\"']*(?: is)?\s*:|\b(?:answer|option|choice)\** is\b"
+                       r"|\bis:?\s+(?=\**\([A-Z]\))|答案[是为]?\s*:?"
+                       r"|(?<![不错])选(?:择|项(?=[是为:]))?[是为]?\s*:?(?=\W*[A-Z]))\s*(.+)",
+                       re.IGNORECASE | re.MULTILINE)
 def extract_choice(text: str, options: dict[str, str]) -> str | None:
     """The letter of the option that a response commits to, or None. options: letter -> its text.
 
     First comes what the response marks as its answer: the last \\boxed{}, <answer> tag, or text after
-    "answer:" or "answer is". A letter there may be in either case, and wrapped in anything. Then comes
-    VLMEvalKit's rule of October 2025 (`can_infer`): the only option letter among the words, if it is among
-    the last four; or else the only option whose text occurs. Ours differs where that is plainly wrong. "A" or
-    "I" before a word in lower case is an article or a pronoun. A text must occur as complete words, outside
-    of a longer option's ("10" in "100"); parts of words count only where nothing else is found. Two things
-    are not taken over: a guess at random without a judge, and "answer is X" without a word boundary ("The
-    answer is dog": D).
+    "answer:", "answer is" or the like. A letter there may be in either case, and wrapped in anything. Then
+    comes VLMEvalKit's rule of October 2025 (`can_infer`): the only option letter among the words, if it is
+    among the last four; or else the only option whose text occurs. Ours differs where that is plainly wrong.
+    "A" or "I" before a word in lower case is an article or a pronoun. The only letter also counts where it is
+    a label, as in "(B) a dog, which ...". A text must occur as complete words, outside of a longer option's
+    ("10" in "100"); parts of words count only where nothing else is found. Two things are not taken over: a
+    guess at random without a judge, and "answer is X" without a word boundary ("The answer is dog": D).
     """
     if any(refusal in text for refusal in REFUSALS):
         return None
+    text = unicodedata.normalize("NFKC", text)
+    options = {letter: unicodedata.normalize("NFKC", option) for letter, option in options.items()}
     marked = BOXED.findall(text) or TAGGED.findall(text) or ANNOUNCED.findall(text)
     for piece in marked[-1:]:
         letter = (bare_choice(piece, options) or leading_letter(piece, options)
-                  or only_letter(piece, options, strict=True, may_lead=True))
+                  or only_letter(piece, options))
         if letter:
             return letter
-    if letter := bare_choice(text, options):
-        return letter
-    for strict in (True, False):
-        if letter := only_letter(text, options, strict) or only_text(text, options, strict):
-            return letter
-    return None
+    return (bare_choice(text, options) or only_letter(text, options) or only_text(text, options, strict=True)
+            or only_text(text, options, strict=False))
 
 
 def bare_choice(text: str, options: dict[str, str]) -> str | None:
     """The option that a text consists of: its letter, or the text of one option only, in any wrapping."""
-    bare = text.strip(WRAPPING)
+    bare = text.lstrip(WRAPPING).rstrip(WRAPPING.translate({ord("#"): None, ord("-"): None}))   # not of "A-"
     if bare in options:
         return bare
     same = [letter for letter, option in options.items() if option and option.lower() == bare.lower()]
@@ -317,26 +433,34 @@ def bare_choice(text: str, options: dict[str, str]) -> str | None:
 
 
 def leading_letter(text: str, options: dict[str, str]) -> str | None:
-    """The letter that a text begins with as a label: "b) a dog"."""
-    match = re.match(r"\W*([A-Za-z])\W*[).:：、]", text)
-    return match.group(1).upper() if match and match.group(1).upper() in options else None
+    """The letter that a text begins with: "b) a dog", "B, as A is red". Not of "A dog", or of "A or B"."""
+    start = re.match(r"\W*([a-z])\W*[).:、]|\W*([A-Z])(?![\w'+#-])", NO_LETTER.sub("_ ", text))
+    if not start:
+        return None
+    several = re.match(r"\W*(?:(?:or|and|nor)\b|[或和/&,、])\W*[A-Z](?![\w'])", text[start.end():])
+    letter = start.group().strip(WRAPPING)[:1].upper()
+    return letter if letter in options and not several else None
 
 
-def only_letter(text: str, options: dict[str, str], strict: bool, may_lead: bool = False) -> str | None:
+def letters_in(text: str, options: dict[str, str]) -> list[tuple[str, int]]:
+    """Pairs (option letter, its place from the end, 1 the last) of all words that are an option's letter."""
+    text = NO_LETTER.sub("_ ", text)
+    words = re.sub(rf"[.()\[\],:;!?*{{}}$\"“”。、{CJK}]|(?<!\w)#", " ", text).split()
+    return [(word, len(words) - i) for i, word in enumerate(words) if word in options]
+
+
+def only_letter(text: str, options: dict[str, str]) -> str | None:
     """The only option letter among the words, if it first occurs among the last four (`can_infer_option`).
 
-    may_lead: or as the first word. strict: "A" and "I" before a word in lower case are no letters.
+    Or where the text begins with it, or it is a label: "(B)" or "B)", or "B." where a sentence begins.
     """
-    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
-    places = {}                                                    # letter -> where it first occurs
-    for i, (word, following) in enumerate(zip(words, words[1:] + [""])):
-        is_article = word in ("A", "I") and following[:1].islower() and following not in VERBS
-        if word in options and not (strict and is_article):
-            places.setdefault(word, i)
-    if len(places) != 1:
+    found = letters_in(text, options)
+    if len({letter for letter, _ in found}) != 1:
         return None
-    [(letter, place)] = places.items()
-    return letter if place >= len(words) - 4 or (may_lead and place == 0) else None
+    letter, from_end = found[0]
+    label = rf"(?<![\w(])\(?{letter}\)|(?:^|[.!?\n])[\s*\"']*{letter}[.:](?!\w)"
+    leads = re.match(rf"\W*{letter}(?![\w'+#-])", text)
+    return letter if from_end <= 4 or leads or re.search(label, text) else None
 
 
 def only_text(text: str, options: dict[str, str], strict: bool) -> str | None:
@@ -415,7 +539,7 @@ CONTRACTIONS |= {
     "ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at",
     "somebody'd": "somebodyd",                                     # the wrong way round there, and so here
 }
-VQA_NUMBERS = {word: number for word, number in NUMBER_WORDS.items() if word not in ("eleven", "twelve")}
+VQA_NUMBERS = {word: str(i) for i, word in enumerate(COUNTS[:11])} | {"none": "0"}
 
 
 def strip_punctuation(text: str) -> str:
@@ -1017,7 +1141,8 @@ def score_responses(task: Task, texts: list[str], judge: Judge) -> dict:
     example)}. A response from which nothing could be extracted is wrong; one on which the judge failed is
     left out. Resampled are questions; the rotations of one, or a caption and its foils, stay together.
     """
-    metric, values, extracted = values_of(task, texts, judge)
+    shown = [without_thoughts(text) for text in texts]
+    metric, values, extracted = values_of(task, shown, judge)
     units = units_of(task, values)
     if not units:
         raise UserError(f"{task.name}: the judge failed on every response, so there is no score")
@@ -1028,7 +1153,7 @@ def score_responses(task: Task, texts: list[str], judge: Judge) -> dict:
     low, high = bootstrap_interval(*zip(*units.values()))
     return {"task": task.name, "metric": metric, "questions": len(units), "extracted": extracted,
             "failed": sum(value is None for value in values), "score": percent(units),
-            "interval": [100 * low, 100 * high], "by": breakdown(task, texts, values), "units": units,
+            "interval": [100 * low, 100 * high], "by": breakdown(task, shown, values), "units": units,
             "rows": rows}
 
 

@@ -504,6 +504,50 @@ def test_extract_choice(text, letter):
     assert e.extract_choice(text, ABCD) == letter
 
 
+TEN = {letter: f"thing {letter}{letter}" for letter in "ABCDEFGHIJ"}
+
+
+@pytest.mark.parametrize("text, letter", [
+    ("I don't know", None), ("I am not sure.", None), ("I'm not sure", None), ("A man runs.", None),
+    ("I", "I"), ("I is correct", "I"), ("The answer is I.", "I"),
+    ("选B", "B"), ("故选：B", "B"), ("应选 B。", "B"), ("所以选择Ｄ", "D"), ("正确选项是Ｂ", "B"), ("答案为Ｃ。", "C"),
+    ("B选项正确，因为图中有一个红色的圆", "B"), ("不选B", None), ("选项A错误，选项B正确", None),
+    ("Ｂ", "B"), ("（Ｂ）", "B"), ("<answer>Ｂ</answer>", "B"),
+    ('{"answer": "B"}', "B"), ("{'answer': 'B'}", "B"), ('{"reason": "A is red", "answer": "G"}', "G"),
+    ("$B$", "B"), ("The right option is $B$.", "B"), ("So we get $F$ here, as shown above", None),
+    ("(C) Biotic. The living parts of an area are grouped under this word.", "C"),
+    ("F. K>0, because the curve bends upwards at every point of it", "F"),
+    ("The most likely diagnosis is (B) Placenta accreta, which goes with a vitamin A deficiency", "B"),
+    ("**E. soil** is what the arrow at the lower left of it shows", "E"),
+    ("B is the one with more legs than all of the others have", "B"),
+    ("The correct choice is C, the bus, as its many wheels and windows show", "C"),
+    ("The answer is B because A is too small", "B"),
+    ("The answer is not A. The answer is B.", "B"), ("The answer is not A", None),
+    ("The answer is A or B", None), ("The answer is A, B", None), ("Both A and B are right", None),
+    ("A. is red: no. B. is blue: yes.", None), ("The answer is C++", None),
+    ("It is a picture of vitamin B in a bottle that somebody left there", None),
+])
+def test_extract_choice_of_ten(text, letter):
+    """A pronoun taken for an option, a letter in another script, or one stated before a long reason."""
+    assert e.extract_choice(text, TEN) == letter
+
+
+def test_thoughts_are_dropped_once_before_metrics_and_judges(tmp_path):
+    """A score of what was only considered, or rows of a report that hide what the model wrote."""
+    texts = ["<think>B, no: C</think>A", "<think>The answer is B", "<think>A</think>The answer is C."]
+    score = e.score_responses(e.tasks_of(str(choices("AI2D_TEST", tmp_path)))[0], texts, e.rule_judge)
+    assert [row["verdict"] for row in score["rows"]] == [1, 0, 1]
+    assert [row["text"] for row in score["rows"]] == texts
+    asked = []
+
+    def judge(triples):
+        asked.extend(response for _, _, response in triples)
+        return [1.0] * len(triples)
+    data = dump(tmp_path / "mine.json", [{"id": 0, "question": "?", "answer": "red"}])
+    e.score_responses(e.tasks_of(str(data))[0], ["<think>blue</think>red"], judge)
+    assert asked == ["red"]
+
+
 def can_infer(text, options):
     """VLMEvalKit's rule of October 2025, written from its description."""
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()

@@ -7,7 +7,8 @@ import pytest
 
 from PIL import Image
 
-from eval import bootstrap_interval, draw_curves, rule_judge, rule_verdict, value_ticks, write_report
+from eval import (bootstrap_interval, draw_curves, rule_judge, rule_verdict, value_ticks, without_thoughts,
+                  write_report)
 from conftest import noise_image
 
 COLOUR = "What colour is the circle?"
@@ -69,6 +70,96 @@ def test_the_rule_judge(question, truth, response, verdict):
     """Right by containment, by listing every value, by a clause on something else, or by negation."""
     assert rule_verdict(question, truth, response) == verdict
     assert rule_judge([(question, truth, response), (COUNT, "2", "two")]) == [verdict, 1]
+
+
+@pytest.mark.parametrize("truth, right, wrong", [
+    ("+", ["+", "The sign is +.", 'It is "+".'], ["It is a minus.", "-", "++", "The answer is -."]),
+    (">", [">", "5 > 3", "5>3", "The answer is: >"], ["Smaller.", ">=", "<", "It is not >."]),
+    ("?", ["?", 'The mark is "?".'], ["It is red.", 'He said "so?".', "!"]),
+    (".", ["."], ["It is red.", 'It is "red".']),
+    ("...", ["..."], ["It is red...", "red."]),
+    ("", [], ["", "red", "."]),
+    ("C++", ["C++", "It is C++, surely.", "**C++**"], ["C", "C#", "not C++", "C++ or Java", "C+"]),
+    ("C", ["C", "It is C."], ["C++", "C#"]),
+    ("A+", ["A+", "The grade is A+."], ["A", "A-", "A++"]),
+    ("A", ["A", "A.", "# A"], ["A+", "A-", "The grade is A-."]),
+    ("A-", ["A-", "The grade is A-."], ["A", "A+"]),
+    ("AT&T", ["at&t"], ["ATT", "AT T"]),
+    ("K>0", ["K > 0", "Then K>0."], ["K<0", "K = 0", "K 0"]),
+    ("-5", ["-5", "−5", "It is –5."], ["5", "+5"]),
+    ("−5", ["-5", "−5", "minus? It is -5.0"], ["5", "−15"]),
+    ("5", ["5", "５", "+5"], ["−5", "-5", "–5"]),
+    ("$7", ["$7", "It costs $7.00.", "7 dollars", "No, it is $7.", "seven dollars"],
+     ["€7", "$17", "$7.50", "$7 or $8", "$7, $8", "not $7", "7 apples"]),
+    ("€1,000.50", ["€1000.5", "1,000.50 euros"], ["$1000.50", "€100.50"]),
+    ("50%", ["50%", "50 %.", "fifty percent", "50％", "It is half, 50%, of all."],
+     ["50 apples", "150%", "5%", "50% or 60%", "not 50%", "0.50"]),
+    ("12°", ["12°"], ["12", "12%"]),
+    ("3/4", ["3/4", "It is 3/4."], ["3-4", "3, 4", "13/4", "3/4/2020"]),
+    ("10:30", ["At 10:30."], ["10/30", "10, 30", "10:30 or 11:30"]),
+    ("2-3", ["2-3", "2–3"], ["2 or 3", "2/3"]),
+    ("t-shirt", ["A t-shirt."], ["a shirt"]),
+])
+def test_the_rule_judge_reads_signs(truth, right, wrong):
+    """A truth that loses its sign, so that C is C++, euros are dollars, and a full stop is any mark."""
+    assert [text for text in right if not rule_verdict("?", truth, text)] == []
+    assert [text for text in wrong if rule_verdict("?", truth, text)] == []
+
+
+@pytest.mark.parametrize("truth, right, wrong", [
+    ("1000", ["1,000", "1000", "one thousand", "a thousand"], ["1,0000", "1", "1,000 or 2,000", "1,000,000"]),
+    ("1,234,567", ["1234567", "1,234,567."], ["1,234", "234,567"]),
+    ("1", ["one"], ["1,000", "twenty-one"]),
+    ("20", ["twenty", "Twenty."], ["twelve", "twenty-two", "twenty or thirty"]),
+    ("twenty", ["20", "twenty"], ["2"]),
+    ("21", ["twenty-one", "twenty one dogs"], ["twenty", "one"]),
+    ("forty-two", ["42", "There are forty two."], ["40", "2"]),
+    ("305", ["three hundred and five", "three hundred five"], ["300", "three hundred", "three, hundred, five"]),
+    ("2500000", ["2.5 million", "two million five hundred thousand"], ["2.5", "2500"]),
+    ("13", ["thirteen"], ["3", "thirty"]),
+    ("red", ["ｒｅｄ", "Ｒｅｄ。"], ["ｂｌｕｅ"]),
+    ("红色", ["红色", "答案是红色。", "这是红色的球"], ["蓝色", "不是红色。", "红色或蓝色", "红", "红色，所以答案是蓝色"]),
+    ("3", ["有3个苹果", "有３个苹果。", "3個です", "사과가 3개 있습니다"], ["有13个苹果", "有3个或4个苹果"]),
+    ("3个", ["有3个苹果"], ["有13个苹果", "有3只"]),
+    ("是", ["是", "是的。"], ["不是", "答案是否"]),
+    ("赤", ["答えは赤です。", "赤い車"], ["赤ではない", "青です", "赤または青"]),
+    ("カメラ", ["ｶﾒﾗです"], ["カメ"]),
+    ("빨간색", ["정답은 빨간색입니다."], ["파란색입니다.", "빨간색이 아니다", "빨간색 또는 파란색"]),
+])
+def test_the_rule_judge_reads_numbers_and_scripts(truth, right, wrong):
+    """Numbers in words, separators, full-width forms, and languages without spaces between words."""
+    assert [text for text in right if not rule_verdict("?", truth, text)] == []
+    assert [text for text in wrong if rule_verdict("?", truth, text)] == []
+
+
+@pytest.mark.parametrize("question, truth, response, verdict", [
+    ("?", "A", "The answer is B, a blue ball.", 0),
+    ("?", "A", "A blue ball.", 0),
+    ("?", "A", "(A)", 1),
+    ("?", "(A)", "A.", 1),
+    ("?", "B", "B. It is blue or bluish.", 1),
+    ("?", "B", "A or B", 0),
+    ("?", "B", "b", 1),
+    ("?", "Ｂ", "选B", 1),
+    ("?", "I", "I don't know", 0),
+    ("Which letter?", "Q", "It says Q.", 1),
+    ("Which?\nA. red\nB. blue", "A", "It is red.", 1),
+    ("Which?\nA. red\nB. blue", "A", "It is blue.", 0),
+])
+def test_the_rule_judge_reads_letters(question, truth, response, verdict):
+    """An article taken for the letter A, or a letter refused because of words beside it."""
+    assert rule_verdict(question, truth, response) == verdict
+
+
+@pytest.mark.parametrize("response, rest", [
+    ("<think>A or B?</think>B", "B"), ("<think>red", ""), ("I see.\n<think>red", "I see."), ("red", "red"),
+    ("<THINK>\n1\n</THINK>\n\n2", "2"), ("<think>1</think>x <think>2</think>y", "x y"),
+    ("red</think>blue", "blue"),
+    ("I think it is red", "I think it is red"),
+])
+def test_thoughts_are_no_part_of_a_response(response, rest):
+    """A verdict on what a model only considered."""
+    assert without_thoughts(response) == rest
 
 
 def test_bootstrap_interval_covers_as_it_should():
