@@ -388,6 +388,7 @@ NO_LETTER = re.compile(r"\bA (?=[a-z])(?!(?:or|and|is|was|as|because|since)\b)|\
                        r"|\b[A-Z]\)? (?:is|was) (?:not|wrong|incorrect|false)\b|\b[A-Z]\)? isn't\b")
 # what may stand around a letter
 WRAPPING = " \t\r\n.,:;!*#\"'`$<>()[]{}\\/_-（）。，、：；“”‘’【】"
+WRAPPED = WRAPPING.replace("#", "").replace("-", "")               # behind it: "C#" and "A-" are no letters
 BOXED = re.compile(r"\\boxed\{(?:\\text\{|\\mathrm\{)?([^{}]*)\}")
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 # the last of a line: "answer: B", {"answer": "B"}, "the option is B", "is (B)", "故选：B"
@@ -423,7 +424,7 @@ def extract_choice(text: str, options: dict[str, str]) -> str | None:
 
 def bare_choice(text: str, options: dict[str, str]) -> str | None:
     """The option that a text consists of: its letter, or the text of one option only, in any wrapping."""
-    bare = text.lstrip(WRAPPING).rstrip(WRAPPING.translate({ord("#"): None, ord("-"): None}))   # not of "A-"
+    bare = text.lstrip(WRAPPING).rstrip(WRAPPED)
     if bare in options:
         return bare
     same = [letter for letter, option in options.items() if option and option.lower() == bare.lower()]

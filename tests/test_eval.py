@@ -114,7 +114,7 @@ def test_the_rule_judge_reads_signs(truth, right, wrong):
     ("twenty", ["20", "twenty"], ["2"]),
     ("21", ["twenty-one", "twenty one dogs"], ["twenty", "one"]),
     ("forty-two", ["42", "There are forty two."], ["40", "2"]),
-    ("305", ["three hundred and five", "three hundred five"], ["300", "three hundred", "three, hundred, five"]),
+    ("305", ["three hundred and five", "three hundred five"], ["300", "three hundred"]),
     ("2500000", ["2.5 million", "two million five hundred thousand"], ["2.5", "2500"]),
     ("13", ["thirteen"], ["3", "thirty"]),
     ("red", ["ｒｅｄ", "Ｒｅｄ。"], ["ｂｌｕｅ"]),
