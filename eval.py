@@ -444,7 +444,13 @@ def leading_letter(text: str, options: dict[str, str]) -> str | None:
 
 
 def letters_in(text: str, options: dict[str, str]) -> list[tuple[str, int]]:
-    """Pairs (option letter, its place from the end, 1 the last) of all words that are an option's letter."""
+    """Pairs (option letter, its place from the end, 1 the last) of all words that are an option's letter.
+
+    A letter within the text of an option, as in "vitamin A", is none.
+    """
+    for option in options.values():
+        if len(option) > 1 and re.search(r"\b[A-Z]\b", option):
+            text = text.replace(option, "_")
     text = NO_LETTER.sub("_ ", text)
     words = re.sub(rf"[.()\[\],:;!?*{{}}$\"“”。、{CJK}]|(?<!\w)#", " ", text).split()
     return [(word, len(words) - i) for i, word in enumerate(words) if word in options]
@@ -467,16 +473,19 @@ def only_letter(text: str, options: dict[str, str]) -> str | None:
 def only_text(text: str, options: dict[str, str], strict: bool) -> str | None:
     """The only option whose text occurs, unless the response is twice as long as them all (`can_infer_text`).
 
-    strict: as complete words; "concatenate" has no "cat" in it. Never does "100" have a "10" in it.
+    strict: as complete words; "concatenate" has no "cat" in it. Never does "100" have a "10" in it. Case counts
+    for a text of one letter, as "b": "B" is more likely the option B.
     """
-    text = text.lower()
-    texts = {letter: option.lower() for letter, option in options.items() if option}
+    lowered = text.lower()
+    texts = {letter: option if len(option) == 1 else option.lower() for letter, option in options.items()
+             if option}
     if len(text) > 2 * sum(len(option) for option in texts.values()):
         return None
     spans = {}                                                     # letter -> (start, end) of each occurrence
     for letter, option in texts.items():
         pattern = text_pattern(option, strict)
-        spans[letter] = [match.span() for match in re.finditer(pattern, text)]
+        searched = text if len(option) == 1 else lowered
+        spans[letter] = [match.span() for match in re.finditer(pattern, searched)]
     every = [span for own in spans.values() for span in own]
 
     def stands_alone(start, end):                                  # not inside the text of another option

@@ -532,6 +532,16 @@ def test_extract_choice_of_ten(text, letter):
     assert e.extract_choice(text, TEN) == letter
 
 
+@pytest.mark.parametrize("text, letter", [
+    ("vitamin A", "C"), ("It's vitamin A, I guess.", "C"), ("Therefore B is the right one to choose here", None),
+    ("D. both A and B", "D"), ("both A and B", "D"), ("It must be b.", "A"), ("C#", "E"),
+])
+def test_extract_choice_of_texts_with_letters(text, letter):
+    """A letter that is a part of an option's text, taken for the letter of another option."""
+    options = {"A": "b", "B": "a dog", "C": "vitamin A", "D": "both A and B", "E": "C#"}
+    assert e.extract_choice(text, options) == letter
+
+
 def test_thoughts_are_dropped_once_before_metrics_and_judges(tmp_path):
     """A score of what was only considered, or rows of a report that hide what the model wrote."""
     texts = ["<think>B, no: C</think>A", "<think>The answer is B", "<think>A</think>The answer is C."]
