@@ -160,7 +160,8 @@ def mentions(text: str, phrases: tuple[str, ...] | None) -> set[str]:
     pattern = "|".join(phrases) if phrases else DECIMAL
     asserted = set()
     for match in re.finditer(rf"(?<![\w-])({pattern})(?:e?s)?(?!\w)", text):
-        clause_before = text[:match.start()].rsplit(".", 1)[-1]
+        near = text[max(0, match.start() - 100):match.start()]     # a bound, as a long list would take long
+        clause_before = near.rsplit(".", 1)[-1]
         negated = NEGATION.search(clause_before) or NEGATED_AFTER.match(text, match.end())
         if match.group(1) in ("yes", "no") or not negated:
             asserted.add(match.group(1))
@@ -228,7 +229,7 @@ def signed_verdict(truth: str, response: str) -> int:
     if wanted[-1:] == [BREAK]:
         wanted.pop()
     places = [i for i in range(len(said)) if wanted and said[i:i + len(wanted)] == wanted]
-    asserted = [i for i in places if not NEGATION.search(" ".join(said[:i]) + " ")]
+    asserted = [i for i in places if not NEGATION.search(" ".join(said[max(0, i - 4):i]) + " ")]
     others = [word for word in said if word not in wanted]
     form = re.sub(DECIMAL, "0", " ".join(wanted))
     amounts = [word for word in others if re.search(r"\d", word) and re.sub(DECIMAL, "0", word) == form]
@@ -473,8 +474,8 @@ def only_letter(text: str, options: dict[str, str]) -> str | None:
 def only_text(text: str, options: dict[str, str], strict: bool) -> str | None:
     """The only option whose text occurs, unless the response is twice as long as them all (`can_infer_text`).
 
-    strict: as complete words; "concatenate" has no "cat" in it. Never does "100" have a "10" in it. Case counts
-    for a text of one letter, as "b": "B" is more likely the option B.
+    strict: as complete words; "concatenate" has no "cat" in it. Never does "100" have a "10" in it. Case
+    counts for a text of one letter, as "b": "B" is more likely the option B.
     """
     lowered = text.lower()
     texts = {letter: option if len(option) == 1 else option.lower() for letter, option in options.items()

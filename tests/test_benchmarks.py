@@ -533,8 +533,10 @@ def test_extract_choice_of_ten(text, letter):
 
 
 @pytest.mark.parametrize("text, letter", [
-    ("vitamin A", "C"), ("It's vitamin A, I guess.", "C"), ("Therefore B is the right one to choose here", None),
-    ("D. both A and B", "D"), ("both A and B", "D"), ("It must be b.", "A"), ("C#", "E"),
+    ("vitamin A", "C"), ("It's vitamin A, I guess.", "C"),
+    ("Therefore B is the right one to choose here", None),
+    ("D. both A and B", "D"), ("both A and B", "D"), ("It must be b.", "A"),
+    ("C#", "E"),
 ])
 def test_extract_choice_of_texts_with_letters(text, letter):
     """A letter that is a part of an option's text, taken for the letter of another option."""
