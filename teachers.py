@@ -75,7 +75,7 @@ class Example:
     truths: tuple[str, ...] = ()                   # VQA's ten, a caption's references, FOIL's two words
     group: str = ""                                # is scored together, as a caption and its foils
     split: str = ""
-    kind: str = ""                                 # "dialogue", "caption", "foil" or an answer_type
+    kind: str = ""                                 # "dialogue", "caption", "foil", "picture", an answer_type
     pixels: int = 0                                # of all its images
 
     @property
@@ -181,7 +181,7 @@ class ServerTeacher:
         check_endpoint(self.endpoint)
 
     def ask(self, todo, num, sampling, seed):
-        """Asks endpoint.workers examples at a time. Calls that fail for good are counted and left out."""
+        """Asks endpoint.workers examples at a time. Calls that fail for good or bring no text are counted."""
         waiting = deque(todo)
         running = {}                               # call in progress -> the example and the responses it has
         failures = []
@@ -191,10 +191,14 @@ class ServerTeacher:
         def call(example, have):
             call_seed = zlib.crc32(f"{seed} {self.name} {example.id} {have}".encode())
             try:
-                return chat(self.endpoint, messages_for(example), num - have, sampling, call_seed)
+                replies = chat(self.endpoint, messages_for(example), num - have, sampling, call_seed)
             except CallFailed as error:
                 failures.append(error)
                 return []
+            replies = [(text, finished) for text, finished in replies if text]
+            if not replies:
+                failures.append(CallFailed("the replies hold no text"))
+            return replies
 
         with ThreadPoolExecutor(self.endpoint.workers) as pool:
             while waiting or running:
@@ -274,9 +278,10 @@ class Collection:
 
     def __init__(self, path: str, examples: list[Example], forbidden: set[str] = frozenset(), tokenizer=None,
                  longest: int = 0):
-        """Read a collection for these examples. A row is {"id", "teacher", "text"}, and may say "finished".
+        """Read a collection for these examples. A row is {"id", "teacher", "text"}, and may say "finished",
+        or "finish_reason" as a server does.
 
-        Some responses are left out and counted. `unfinished` counts those that are empty or were cut off by a
+        Some responses are left out and counted. `unfinished` counts those that are blank or were cut off by a
         token limit ("finished": false). `overlong` counts those of more than `longest` tokens by the
         student's tokenizer, which the student could never say in full. `examples` are those that have a
         response left. Raises UserError when an example has no row at all, when no response is left, and when
@@ -297,7 +302,7 @@ class Collection:
                 raise UserError(f"{where}: the response spells {spelt[0]}, which the student reads as an "
                                 "image")
             named.add(str(row["id"]))
-            finished = row.get("finished", True)
+            finished = is_finished(where, row)
             overlong = tokenizer is not None and too_long(tokenizer, text, longest)
             if not finished:
                 self.unfinished += 1
@@ -330,6 +335,14 @@ class Collection:
                 pairs.append((teacher, bags[teacher].pop()))
             drawn.append(pairs)
         return drawn
+
+
+def is_finished(where: str, row: dict) -> bool:
+    """Whether a row of a collection holds a response that was not cut off, and is not blank."""
+    finished = row.get("finished")
+    if finished is not None and not isinstance(finished, bool):
+        raise UserError(f'{where}: expected true or false as "finished", found {finished!r}')
+    return finished is not False and row.get("finish_reason") not in CUT_OFF and bool(row["text"].strip())
 
 
 def too_long(tokenizer, text: str, longest: int) -> bool:
@@ -381,16 +394,24 @@ def append_responses(path: str, name: str, responses: Iterable[tuple[Example, li
                      todo: list[tuple[Example, int]], num: int, settings: dict):
     """Append a teacher's responses to the file as they come, and say how many questions still lack some."""
     lacking = {example.id: num - have for example, have in todo}
+    unusable = 0
     with (open(path, "a", encoding="utf-8") as file,
           tqdm(desc=f"responses of {name}", total=sum(lacking.values()), unit="response") as progress):
         for example, replies in responses:
             for text, finished in replies:
+                finished = finished and bool(text.strip())
+                if not finished:
+                    unusable += 1
+                    progress.set_postfix(unusable=unusable)
                 row = {"id": example.id, "teacher": name, "text": text, "finished": finished,
                        "sampling": settings}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()                           # on disk before the teacher is asked for more
             lacking[example.id] -= len(replies)
             progress.update(len(replies))
+    if unusable:
+        tqdm.write(f"{name}: {unusable} of {progress.n} responses are empty or were cut off by a token limit "
+                   "and cannot be used")
     short = sum(number > 0 for number in lacking.values())
     if short:
         tqdm.write(f"{name}: {short} questions still lack responses; run again to ask for them")
@@ -477,6 +498,21 @@ def write_examples(examples: list[Example], path: str):
 
 # The rest of this file is machinery, to be skipped on a first reading.
 
+BOM = b"\xef\xbb\xbf"                              # some editors begin a file with it
+LETTERS = [chr(65 + i) for i in range(26)]
+# Columns of a row. Several of a kind must say the same; images are found in any case, as `Image`.
+ROW_COLUMNS = {"question", "conversations", "messages"}
+ID_COLUMNS = ("id", "index", "question_id")        # the first that a row has, as in read_predictions
+IMAGE_COLUMNS = ("image", "images", "imagename", "image_path", "image_paths", "img", "imgs", "img_path",
+                 "image_file", "image_files", "file_name")
+OPTION_COLUMNS = ("options", "choices")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+PAIRS = (("question", "answer"), ("user", "assistant"), ("human", "gpt"), ("human", "assistant"),
+         ("prompt", "response"), ("query", "response"))            # a turn of `history` that is a dict
+OTHER_MEDIA = re.compile("(video|audio)s?(_?(file|path|url)s?)?", re.IGNORECASE)
+OTHER_MARK = re.compile("<(video|audio)>", re.IGNORECASE)
+IMAGE_TAG = re.compile("<img>(.+?)</img>")
+
 
 def read_json(path: str):
     """The contents of a JSON file; UserError where it is none."""
@@ -497,7 +533,7 @@ def read_jsonl(path: str, torn: bool = False) -> Iterator[tuple[str, dict]]:
     with open(path, "rb") as file:                 # bytes: what is not UTF-8 is then a bad line with a number
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
-            if not line.strip():
+            if not line.removeprefix(BOM).strip():
                 continue
             try:
                 row = json.loads(line)
@@ -535,7 +571,7 @@ def read_examples(path: str) -> Iterator[tuple[str, list[Example]]]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     with open(path, "rb") as file:                 # one line, as a file of JSON lines may be large
-        first = file.readline().removeprefix(b"\xef\xbb\xbf").strip()
+        first = next(filter(None, (line.removeprefix(BOM).strip() for line in file)), b"")
     if first and not first.startswith((b"{", b"[")):
         if b"\t" not in first:
             raise UserError(f"{path}: in no known format; expected JSON lines, a JSON list or object, or a "
@@ -557,9 +593,15 @@ def read_examples(path: str) -> Iterator[tuple[str, list[Example]]]:
 
 
 def json_rows(path: str, first: bytes, contents: dict) -> Iterable[tuple[str, dict]]:
-    """Pairs (where, row) of a JSON list, of MM-Vet's object of questions by id, or of JSON lines."""
+    """Pairs (where, row) of a JSON list, of {"data": that list}, of MM-Vet's object of questions by id, or of
+    JSON lines."""
+    rows = None
     if first.startswith(b"["):
-        return ((f"{path}: item {number}", row) for number, row in enumerate(read_json(path), 1))
+        rows = read_json(path)
+    elif isinstance(contents.get("data"), list) and not contents.keys() & ROW_COLUMNS:
+        rows = read_json(path)["data"]             # again: there may be more than the first line
+    if rows is not None:
+        return ((f"{path}: item {number}", row) for number, row in enumerate(rows, 1))
     if contents and all(isinstance(row, dict) and "question" in row for row in contents.values()):
         return ((f"{path}: item {name}", row | {"id": name}) for name, row in contents.items())
     return read_jsonl(path)
@@ -571,46 +613,120 @@ def examples_of(path: str, where: str, row: dict) -> list[Example]:
     Beside our own form, a row may be LLaVA's, chat messages, VizWiz-VQA's (ten truths, and the image's name
     for an id) or MM-Vet's (in version 2 the question interleaves texts and names of images, between <IMG>).
     """
-    name = str(row.get("id", where.rsplit(":", 1)[1].removeprefix(" item ")))
+    name = row_id(row, where.rsplit(":", 1)[1].removeprefix(" item "))
     if "conversations" in row or "messages" in row:
         return dialogue_examples(path, where, row, name)
     if "question" not in row:
         raise UserError(f'{where}: in no known format; expected "question" and "answer", or "conversations", '
                         'or "messages"')
     question = row["question"]
-    images = strings(row, "image", where) + strings(row, "imagename", where)
     truth = row.get("answer")
     truths = row.get("answers") or []
     category = row.get("category", "")
     if "capability" in row:                        # MM-Vet
         pieces = question.split("<IMG>")
-        images += [piece for piece in pieces if is_image_name(piece)]
-        question = "".join(MARK if is_image_name(piece) else piece for piece in pieces)
+        question = "".join(f"<img>{piece}</img>" if is_image_name(piece) else piece for piece in pieces)
         category = ",".join(row["capability"])
+    turns, images = read_turns(row, history_turns(row) + [{"role": "user", "content": question}], where)
     if "answer_type" in row or truths:             # VizWiz-VQA
         truths = [str(given.get("answer")) if isinstance(given, dict) else str(given) for given in truths]
         if not truth:
             truth = truths[0] if truths else None
         category = row.get("answer_type", category)
-        name = str(row.get("id", images[0] if images else name))
-    return [Example(name, tuple(image_path(path, image) for image in images), question, truth,
-                    tuple(strings(row, "options", where)), str(category), where,
-                    tuple((str(asked), str(said)) for asked, said in row.get("history") or ()),
+        name = row_id(row, images[0] if images else name)
+    options = row_options(row, where)
+    return [Example(name, tuple(image_path(path, image) for image in images), turns[-1][0],
+                    as_letter(truth, options), tuple(options), str(category), where, tuple(turns[:-1]),
                     truths=tuple(truths), split=str(row.get("split", "")))]
 
 
+def row_id(row: dict, default: str) -> str:
+    """The id of a row, under any of its names."""
+    return str(next((row[name] for name in ID_COLUMNS if row.get(name) is not None), default))
+
+
 def is_image_name(text: str) -> bool:
-    return text.endswith((".jpg", ".jpeg", ".png"))
+    return text.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 
 
 def strings(row: dict, name: str, where: str) -> list[str]:
     """row[name] as a list of strings; nothing will do too, and where it is an image, a single string."""
-    value = row.get(name) or []
-    if isinstance(value, str) and name.startswith("image"):
-        value = [value]
+    value = row.get(name)
+    if value is None or value == "":
+        return []
+    if isinstance(value, str) and name.lower() in IMAGE_COLUMNS:
+        value = listed(value)
     if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
-        raise UserError(f'{where}: expected a list of strings as "{name}", found {value!r}')
+        raise UserError(f'{where}: expected a list of strings as "{name}", found {str(value)[:80]!r}')
     return value
+
+
+def agreed(found: dict[str, list[str]], where: str, same=str) -> list[str]:
+    """What a row says in one place, or in several alike; same: what of a string is compared."""
+    found = {place: texts for place, texts in found.items() if texts}
+    if len({tuple(map(same, texts)) for texts in found.values()}) > 1:
+        raise UserError(f"{where}: {' and '.join(found)} differ; keep one of them")
+    return next(iter(found.values()), [])
+
+
+def file_of(name: str) -> str:
+    return Path(name).name
+
+
+def row_images(row: dict, where: str) -> list[str]:
+    """The names of the images in a row's columns."""
+    names = [name for wanted in IMAGE_COLUMNS for name in row if name.lower() == wanted]
+    return agreed({f'"{name}"': strings(row, name, where) for name in names}, where, file_of)
+
+
+def check_media(row: dict, images: list[str], where: str):
+    """UserError where a row holds a video, a sound, or an image in a column that is not read."""
+    for name, value in row.items():
+        if value and OTHER_MEDIA.fullmatch(name):
+            raise UserError(f'{where}: "{name}" holds a video or a sound, and only images can be read')
+        numbered = re.fullmatch(r"(image|img)_?\d+", name, re.IGNORECASE)
+        unread = not images and re.match("image|img|picture|photo", name, re.IGNORECASE)
+        if value and (numbered or unread and looks_like_image(value)):
+            raise UserError(f'{where}: "{name}" holds an image, and is not read; call it "image"')
+
+
+def looks_like_image(value) -> bool:
+    """Whether a value of a row is the name of an image, or several, or such an object as holds one."""
+    if isinstance(value, list):
+        return any(map(looks_like_image, value))
+    if isinstance(value, dict):
+        return bool(value.keys() & {"bytes", "path", "url"})
+    return isinstance(value, str) and (is_image_name(value) or value.startswith(("data:image", "http")))
+
+
+def row_options(row: dict, where: str) -> list[str]:
+    """The options of a row: a list, also one in a string; an object or columns with the keys A, B, ..."""
+    found = {'"A", "B", ...': strings({"A": lettered(row)}, "A", where) if "A" in row else []}
+    for name in OPTION_COLUMNS:
+        value = row.get(name)
+        if isinstance(value, dict) and value.keys() == {"label", "text"}:
+            value = dict(zip(value["label"], value["text"], strict=True))
+        if isinstance(value, dict) and value.keys() <= set(LETTERS):
+            value = lettered(value)
+        if isinstance(value, str) and listed(value) != [value]:
+            value = listed(value)
+        found[f'"{name}"'] = strings({name: value}, name, where)
+    return agreed(found, where)
+
+
+def lettered(row: dict) -> list[str]:
+    """What stands under A, B, ... in a row, up to the last that is not empty."""
+    options = ["" if row.get(letter) is None else row[letter] for letter in LETTERS]
+    while options and options[-1] == "":
+        options.pop()
+    return options
+
+
+def as_letter(truth: str, options: list[str]) -> str:
+    """The letter of a truth that is the text of an option; any other truth as it is."""
+    if truth and truth in options and truth not in LETTERS[:len(options)]:
+        return LETTERS[options.index(truth)]
+    return truth
 
 
 def image_path(path: str, image: str) -> str:
@@ -621,13 +737,21 @@ def image_path(path: str, image: str) -> str:
 
 
 def dialogue_examples(path: str, where: str, row: dict, name: str) -> list[Example]:
-    """One example for each reply in a dialogue; its history holds the turns before."""
-    turns, images = dialogue_turns(row, where)
-    marked = any(MARK in question for question, _ in turns)
+    """One example for each reply in a dialogue, LLaVA's or in the chat form; its history holds the turns
+    before."""
+    if row.get("history"):
+        raise UserError(f'{where}: a dialogue with a "history"; put all turns into the dialogue')
+    turns, images = read_turns(row, row.get("conversations") or row["messages"], where)
+    marks = sum(turn[0].count(MARK) for turn in turns)
+    if marks not in (0, len(images)):
+        raise UserError(f"{where}: the dialogue marks {marks} places with {MARK}, for {len(images)} images")
+    turns = [turn for turn in turns if len(turn) == 2]
+    if not turns:
+        raise UserError(f"{where}: no question with an answer in it")
     examples = []
     for i, (question, reply) in enumerate(turns):
         shown = images
-        if marked:                                 # images of later turns are not yet shown
+        if marks:                                  # images of later turns are not yet shown
             shown = images[:sum(text.count(MARK) for text, _ in turns[:i + 1])]
         examples.append(Example(name if len(turns) == 1 else f"{name}-{i + 1}",
                                 tuple(image_path(path, image) for image in shown), question, reply, (),
@@ -635,45 +759,80 @@ def dialogue_examples(path: str, where: str, row: dict, name: str) -> list[Examp
     return examples
 
 
-def dialogue_turns(row: dict, where: str) -> tuple[list[tuple[str, str]], list[str]]:
-    """The (question, reply) turns and the image paths of a row in LLaVA's form or the chat form.
+def read_turns(row: dict, messages: list[dict], where: str) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The turns (question, reply), the last of which may be (question,), and the image names of a row.
 
-    LLaVA's has "conversations", the chat form "messages". A system turn goes before the first question. Image
-    parts become `<image>` marks in the text.
+    System prompts of the row and system turns go, in their order, before the next question. Image parts and
+    tags become `<image>` marks in the text; what they name must be what the row's columns name, if both do.
     """
-    images = strings(row, "image", where) + strings(row, "images", where)
     turns = []
+    images = []
     system = ""
-    for turn in row.get("conversations") or row["messages"]:
+    prompts = [{"role": "system", "content": row[name]} for name in SYSTEM_COLUMNS if row.get(name)]
+    for turn in prompts + messages:
         role = turn.get("from") or turn.get("role")
-        content = turn.get("value") or turn.get("content") or ""
-        if isinstance(content, list):
-            images += [path for path in map(path_of_part, content) if path]
-            content = "".join(part["text"] if part.get("type") == "text" else MARK for part in content)
-        if role == "system":
-            system = content + "\n"
-        elif role in ("human", "user") and (not turns or len(turns[-1]) == 2):
-            turns.append((system + content,))
+        content, named = read_content(turn.get("value") or turn.get("content") or "")
+        images += named
+        may_ask = not turns or len(turns[-1]) == 2
+        if role in ("system", "developer") and may_ask:
+            system += content + "\n"
+        elif role in ("human", "user") and may_ask:
+            turns.append((system + content if content.strip() else content,))
             system = ""
-        elif role in ("gpt", "assistant") and turns and len(turns[-1]) == 1:
+        elif role in ("gpt", "assistant") and not may_ask:
             turns[-1] += (content,)
         else:
             raise UserError(f"{where}: expected questions and answers in turn, found {role!r} as turn "
-                            f"{2 * len(turns) + 1}")
-    turns = [turn for turn in turns if len(turn) == 2]
-    if not turns:
-        raise UserError(f"{where}: no question with an answer in it")
+                            f"{sum(map(len, turns)) + 1}")
+    columns = row_images(row, where)
+    images = agreed({"the images in the columns": columns, "those in the text": images}, where, file_of)
+    check_media(row, images, where)
     return turns, images
 
 
+def history_turns(row: dict) -> list[dict]:
+    """The turns before a row's question as chat messages; ValueError where they are in no common form."""
+    messages = []
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise ValueError("the history is no list")
+    for turn in history:
+        if isinstance(turn, dict) and ("role" in turn or "from" in turn):
+            messages.append(turn)
+            continue
+        if isinstance(turn, dict):
+            turn = next(([turn[name] for name in pair] for pair in PAIRS if turn.keys() == set(pair)), turn)
+        if not isinstance(turn, list) or list(map(type, turn)) != [str, str]:
+            raise ValueError("a turn of history is a pair of texts, or a chat message")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return messages
+
+
+def read_content(content: str | list[dict]) -> tuple[str, list[str]]:
+    """The content of a chat message as a text with marks, and the images that it names."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    texts = []
+    images = []
+    for part in parts:
+        kind = part.get("type") or next(iter(part), None)          # {"text": ...} and {"image": ...} will do
+        if kind in ("text", "input_text"):
+            text = part.get("text", part.get("value"))
+            texts.append(IMAGE_TAG.sub(MARK, text))
+            images += IMAGE_TAG.findall(text)
+        elif kind in ("image", "image_url", "input_image"):
+            texts.append(MARK)
+            images += filter(None, [path_of_part(part)])
+        else:
+            raise ValueError(f"a part of type {kind!r}, which is neither text nor image")
+    return "".join(texts), images
+
+
 def path_of_part(part: dict) -> str | None:
-    """The path that a part of a chat message's content holds, if it is an image and holds one."""
-    if part.get("type") == "text":
-        return None
+    """The path that an image part of a chat message's content holds, if it holds one."""
     link = part.get("image_url")
     if isinstance(link, dict):
         link = link.get("url")
-    return part.get("image") or part.get("path") or part.get("url") or link
+    return part.get("image") or part.get("path") or part.get("url") or part.get("value") or link
 
 
 def read_tsv(path: str) -> Iterator[tuple[str, dict[str, str], int]]:
@@ -692,7 +851,7 @@ def read_tsv(path: str) -> Iterator[tuple[str, dict[str, str], int]]:
             for line in file:
                 consumed += len(line)
                 number += 1
-                yield line.decode("utf-8")
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         reader = csv.reader(lines(), delimiter="\t", strict=True)
         while True:
             where = f"{path}:{number + 1}"
@@ -704,12 +863,17 @@ def read_tsv(path: str) -> Iterator[tuple[str, dict[str, str], int]]:
             except (csv.Error, UnicodeDecodeError) as error:
                 raise UserError(f"{where}: not a row of a tab-separated file ({error})") from error
             if header is None:
-                header = [cell.removeprefix("\ufeff") for cell in cells]
+                header = cells if is_header(cells) else None
             elif len(cells) == len(header):
                 yield where, dict(zip(header, cells)), offset
             elif cells:
                 raise UserError(f"{where}: expected {len(header)} cells, one for each column, found "
                                 f"{len(cells)}")
+
+
+def is_header(cells: list[str]) -> bool:
+    """Whether a row of a TSV can be its header: blank lines may come before it."""
+    return any(cell.strip() for cell in cells)
 
 
 def listed(cell: str) -> list[str]:
@@ -735,19 +899,23 @@ def tsv_examples(path: str) -> Iterator[tuple[str, list[Example]]]:
     rows = []
     without = 0
     for where, row, offset in read_tsv(path):
-        if "index" not in row or "question" not in row and "image" not in row:
+        if "index" not in row or "question" not in row and "image" not in map(str.lower, row):
             raise UserError(f"{path}: in no known format; a TSV has at least the columns index, image and "
                             "question")
-        target = row.pop("image", "")
+        target = row.pop(next((name for name in row if name.lower() == "image"), ""), "")
+        if is_image_name(target.removesuffix("']").removesuffix('"]')):
+            row["image"] = target                  # a file, or a list of files
+            target = ""
         if len(target) > 64:                       # it is an image, not an index
             stored[row["index"]] = [f"{path}#{offset}.{k}" for k in range(len(listed(target)))]
             target = row["index"]
         rows.append((where, row, target))
     for where, row, target in rows:
-        files = [image_path(path, name) for name in listed(row.get("image_path", ""))]
+        files = [image_path(path, name) for name in row_images(row, where)]
         if target and target not in stored:
             raise UserError(f"{where}: its image is that of the row with index {target}, which holds none")
         images = stored.get(target, files)
+        check_media(row, images, where)
         if not images:                             # as upstream: every question is about an image
             without += 1
             continue
@@ -761,24 +929,24 @@ def tsv_examples(path: str) -> Iterator[tuple[str, list[Example]]]:
 def tsv_example(where: str, row: dict[str, str], images: list[str]) -> Example:
     """A row of a VLMEvalKit TSV. Columns A, B, ... are options, and exist where they are not empty.
 
-    Upstream's pandas also drops options that read None or NA. MathVista's choices are options too; its truth
-    is then turned into a letter.
+    Upstream's pandas also drops options that read None or NA. MathVista's choices are options too. A truth
+    that is the text of an option is turned into its letter. A question without a text has the kind "picture":
+    MMMU-Pro writes some questions into the image.
     """
-    options = [row.get(chr(65 + i), "") for i in range(26)]
+    options = lettered(row)
     kind = row.get("answer_type", "")
     truths = listed(row.get("answers") or row.get("answer", ""))
     truth = truths[0] if row.get("answers") and truths else row.get("answer", "")
-    if row.get("question_type") == "multi_choice":
-        kind = "multi_choice"
-        if not any(options):
-            options = listed(row.get("choices", ""))
-        letters = [chr(65 + i) for i in range(len(options))]
-        if truth and truth not in letters and truth in options:
-            truth = letters[options.index(truth)]
-    while options and not options[-1]:
-        options.pop()
-    texts = [row.get("hint", ""), row.get("question", ""), *options]
-    tag = re.compile(r"<image (\d)>")
+    if row.get("question_type", "multi_choice") == "multi_choice":
+        options = options or listed(row.get("options") or row.get("choices", ""))
+        kind = row.get("question_type", kind)
+    truth = as_letter(truth, options)
+    question = row.get("question", "")
+    systems = [row[name] for name in SYSTEM_COLUMNS if row.get(name)]
+    texts = [row.get("hint", ""), "\n".join([*systems, question]), *options]
+    tag = re.compile(r"<image (\d+)>")
+    if not tag.sub("", question).replace(MARK, "").strip():
+        kind = "picture"
     order = [int(number) for text in texts for number in tag.findall(text)]
     if order:                                      # MMMU says where its images stand
         if not all(1 <= k <= len(images) for k in order):
@@ -845,13 +1013,16 @@ def foil_group(key: str, rows: list[tuple[str, dict]], files: dict) -> list[Exam
 def check_example(example: Example, where: str):
     """UserError unless question and truth are texts, and the question marks as many images as there are."""
     fields = {"question": example.question, "answer": example.truth}
-    if example.kind == "caption":                  # has no question
+    if example.kind in ("caption", "picture"):     # has no question, or none in words
         del fields["question"]
     for name, value in fields.items():
         if (not isinstance(value, str) or not value.replace(MARK, "").strip()
                 or not is_text(example.dialogue + value)):
             hint = " (a test split?)" if name == "answer" and not value else ""
             raise UserError(f'{where}: expected a non-empty string as "{name}", found {value!r}{hint}')
+    for text in (*(asked for asked, _ in example.history), example.text):
+        if mark := OTHER_MARK.search(text):
+            raise UserError(f"{where}: the question marks a {mark[1]}, and only images can be read")
     try:
         chat_turns(example.text, len(example.images), example.history)
     except UserError as error:
@@ -899,7 +1070,8 @@ def image_bytes(image: str) -> bytes:
         return Path(image).read_bytes()
     path, offset, number = inside.groups()
     with open(path, "rb") as file:
-        column = next(tsv_reader(file)).index("image")
+        header = next(filter(is_header, tsv_reader(file)))
+    column = [name.lower() for name in header].index("image")
     with open(path, "rb") as file:
         file.seek(int(offset))
         cell = next(tsv_reader(file))[column]
@@ -908,7 +1080,7 @@ def image_bytes(image: str) -> bytes:
 
 def tsv_reader(file):
     """Rows of cells from here on in a tab-separated file that is open as bytes."""
-    return csv.reader((line.decode("utf-8") for line in file), delimiter="\t")
+    return csv.reader((line.decode("utf-8-sig") for line in file), delimiter="\t")
 
 
 def open_image(path: str, where: str) -> Image.Image:
@@ -972,6 +1144,7 @@ class Busy(Exception):
         self.retry_after = retry_after
 
 
+CUT_OFF = ("length", "content_filter")             # finish reasons; servers have many others for an end
 PASSING = (Busy, OSError, ValueError, http.client.HTTPException)       # what may go well another time
 
 
@@ -1153,8 +1326,7 @@ def replies_of(completion: dict) -> list[tuple[str, bool]]:
     for choice in completion["choices"]:
         text = choice["message"].get("content") or ""
         text = text.encode("utf-8", "replace").decode().strip()        # half of an emoji could not be written
-        stopped = choice.get("finish_reason", "stop") == "stop"
-        replies.append((text, stopped and bool(text)))
+        replies.append((text, bool(text) and choice.get("finish_reason") not in CUT_OFF))
     if not replies:
         raise ValueError("no choices in it")
     return replies

@@ -1,4 +1,5 @@
 """Readers, the toy world and the collection."""
+import base64
 import json
 import math
 import random
@@ -16,7 +17,7 @@ from PIL import Image
 from conftest import call, lamp_files, noise_image
 from model import Sampling, UserError, chat_turns, encode_responses, image_tokens
 from teachers import (Collection, Example, draw_scene, draw_toy_world, drop_torn_line, fill_collection,
-                      load_examples, make_teacher, open_image, questions_about, select)
+                      load_examples, make_teacher, open_image, questions_about, replies_of, select)
 
 
 def write(path, *rows):
@@ -331,6 +332,283 @@ def test_bad_images_are_refused_by_name_or_skipped_and_counted(tmp_path, name, c
         load_examples(path)
     assert [e.id for e in load_examples(path, skip_bad=True)] == ["a"]
     assert "1 of 2 examples skipped" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- nothing is lost silently
+
+
+def one(tmp_path, row, name="rows.jsonl"):
+    """The only example of a row, whose images x.png and y.png are there."""
+    for image in ("x.png", "y.png"):
+        noise_image(16, 16).save(tmp_path / image)
+    example, = load_examples(write(tmp_path / name, row))
+    return example
+
+
+def refused(tmp_path, row, says):
+    with pytest.raises(UserError, match=says) as error:
+        one(tmp_path, row)
+    assert str(error.value).startswith(f"{tmp_path / 'rows.jsonl'}:1") and "\n" not in str(error.value)
+
+
+def files(example):
+    return [Path(image).name for image in example.images]
+
+
+PLAIN = {"question": "Which animal?", "answer": "B"}
+
+
+@pytest.mark.parametrize("more", [
+    {"options": ["hen", "cow"]}, {"choices": ["hen", "cow"]}, {"choices": "['hen', 'cow']"},
+    {"A": "hen", "B": "cow"}, {"A": "hen", "B": "cow", "C": None, "D": ""},
+    {"choices": {"A": "hen", "B": "cow"}}, {"choices": {"label": ["A", "B"], "text": ["hen", "cow"]}},
+    {"options": ["hen", "cow"], "choices": ["hen", "cow"]}])
+def test_options_under_every_name_are_asked(tmp_path, more):
+    """Choices that are not shown: the question is asked without them, and B can only be guessed."""
+    assert one(tmp_path, PLAIN | more).text == "Which animal?\nA. hen\nB. cow"
+    assert one(tmp_path, PLAIN | more | {"answer": "cow"}).truth == "B"
+    assert one(tmp_path, PLAIN | more | {"answer": "A"}).truth == "A"
+
+
+@pytest.mark.parametrize("more, says", [
+    ({"options": ["hen", "cow"], "choices": ["cow", "hen"]}, "differ"),
+    ({"choices": "hen, cow"}, "choices"), ({"choices": ["hen", 2]}, "choices"),
+    ({"choices": {"1": "hen", "2": "cow"}}, "choices"), ({"A": 1, "B": 2}, "list of strings")])
+def test_options_in_other_forms_are_refused(tmp_path, more, says):
+    refused(tmp_path, PLAIN | more, says)
+
+
+@pytest.mark.parametrize("name", ["id", "index", "question_id"])
+def test_ids_under_every_name_are_kept(tmp_path, name):
+    """Ids that became line numbers: predictions and responses then belong to other questions."""
+    path = write(tmp_path / "d.jsonl", PLAIN | {name: 2}, PLAIN | {name: 1, "id": None} | {name: 1})
+    assert [e.id for e in load_examples(path)] == ["2", "1"]
+
+
+@pytest.mark.parametrize("name", ["image", "images", "image_path", "img", "image_file", "file_name", "Image"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_images_under_every_name_are_read(tmp_path, name, chat):
+    """A column that was not known: the question is asked without its image."""
+    row = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It."}]}
+    row = row if chat else PLAIN
+    assert files(one(tmp_path, row | {name: "x.png"})) == ["x.png"]
+    assert files(one(tmp_path, row | {name: ["y.png", "x.png"]})) == ["y.png", "x.png"]
+    assert files(one(tmp_path, row | {name: "['y.png', 'x.png']"})) == ["y.png", "x.png"]
+    assert files(one(tmp_path, row | {name: None})) == []
+
+
+def test_images_named_in_the_question_stand_there(tmp_path):
+    """Qwen-VL's form, whose names were text to the model."""
+    text = "Is <img>y.png</img> like <img>x.png</img>?"
+    chat = [{"from": "human", "value": "Is <img>y.png</img> new?"}, {"from": "gpt", "value": "No."},
+            {"from": "human", "value": "And <img>x.png</img>?"}, {"from": "gpt", "value": "Yes."}]
+    for more in ({}, {"images": ["y.png", "x.png"]}, {"image_url": "http://nowhere/y.png"}):
+        plain = one(tmp_path, PLAIN | {"question": text} | more)
+        assert plain.question == "Is <image> like <image>?" and files(plain) == ["y.png", "x.png"]
+        first, second = load_examples(write(tmp_path / "c.jsonl", {"conversations": chat} | more))
+        assert first.question == "Is <image> new?" and files(first) == ["y.png"]
+        assert second.question == "And <image>?" and files(second) == ["y.png", "x.png"]
+    refused(tmp_path, PLAIN | {"question": text, "images": ["x.png", "y.png"]}, "differ")
+    refused(tmp_path, PLAIN | {"question": text + "<image>"}, "marks 3")
+
+
+CHAT = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It."}]}
+
+
+@pytest.mark.parametrize("row", [PLAIN, CHAT])
+@pytest.mark.parametrize("more, says", [
+    ({"video": "a.mp4"}, '"video" holds'), ({"videos": ["a.mp4"]}, '"videos" holds'),
+    ({"audios": ["a.wav"]}, '"audios" holds'), ({"Audio_Path": "a.wav"}, '"Audio_Path" holds'),
+    ({"image": "x.png", "video": "a.mp4"}, '"video" holds'),
+    ({"image": "x.png", "image_2": "y.png"}, '"image_2" holds an image'),
+    ({"image_1": {"bytes": "AAAA"}}, '"image_1" holds an image'),
+    ({"picture": "x.png"}, '"picture" holds an image'), ({"image_url": "http://a/x"}, '"image_url" holds'),
+    ({"image": "x.png", "image_path": "y.png"}, "differ"), ({"image": False}, "list of strings")])
+def test_media_that_cannot_be_read_are_refused(tmp_path, row, more, says):
+    """A row that became text alone, or lost one of its two pictures."""
+    refused(tmp_path, row | more, says)
+    assert one(tmp_path, row | dict.fromkeys(more)).images == ()
+
+
+@pytest.mark.parametrize("mark", ["video", "audio"])
+def test_marks_of_other_media_are_refused(tmp_path, mark):
+    refused(tmp_path, PLAIN | {"question": f"<{mark}>\nWhat?"}, f"marks a {mark}")
+    refused(tmp_path, PLAIN | {"history": [[f"<{mark}>", "Yes."]]}, f"marks a {mark}")
+    refused(tmp_path, {"conversations": [{"from": "human", "value": f"<{mark}>?"},
+                                         {"from": "gpt", "value": "!"}]}, f"marks a {mark}")
+
+
+def chat_of(*parts, reply="It."):
+    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": reply}]}
+
+
+IMAGE = {"type": "image"}
+
+
+@pytest.mark.parametrize("row, says", [
+    (chat_of(IMAGE, {"type": "text", "text": "?"}) | {"images": ["x.png", "y.png"]}, "marks 1 .*for 2"),
+    (chat_of(IMAGE, {"type": "image", "path": "x.png"}) | {"images": ["y.png"]}, "differ"),
+    (chat_of({"type": "video", "video": "a.mp4"}), "'video'"), (chat_of({"video": "a.mp4"}), "'video'"),
+    (chat_of({"type": "input_audio", "input_audio": "a.wav"}), "'input_audio'"),
+    (chat_of({"type": "text", "value": 3}), "no known form"),
+    (CHAT | {"history": [["a", "b"]]}, "history"),
+    (PLAIN | {"history": {"user": "a"}}, "no known form"), (PLAIN | {"history": ["hi"]}, "no known form"),
+    (PLAIN | {"history": [["a", None]]}, "no known form"),
+    (PLAIN | {"history": [{"user": "a", "bot": "b"}]}, "no known form"),
+    (PLAIN | {"history": [{"role": "user", "content": "a"}]}, "in turn"),
+    (PLAIN | {"system": 7}, "no known form"), (PLAIN | {"system": "Hm.", "question": " "}, "question")])
+def test_chats_that_would_lose_something_are_refused(tmp_path, row, says):
+    refused(tmp_path, row, says)
+
+
+def test_a_text_part_may_say_value_and_parts_may_lack_a_type(tmp_path):
+    got = one(tmp_path, chat_of({"text": "Is "}, {"image": "y.png"}, {"type": "text", "value": " old?"}))
+    assert got.question == "Is <image> old?" and files(got) == ["y.png"]
+    got = one(tmp_path, chat_of({"type": "image", "image": "x.png"}, {"text": "?"}) | {"images": ["x.png"]})
+    assert files(got) == ["x.png"]                                 # named twice, shown once
+
+
+@pytest.mark.parametrize("more", [
+    {"system": "Be brief."}, {"system_prompt": "Be brief."},
+    {"history": [{"role": "system", "content": "Be brief."}]}])
+def test_a_system_prompt_stands_before_the_first_question(tmp_path, more):
+    """Instructions that the model never saw."""
+    assert one(tmp_path, PLAIN | more).question == "Be brief.\nWhich animal?"
+    if "history" not in more:
+        assert one(tmp_path, CHAT | more).question == "Be brief.\nWhat?"
+        got = one(tmp_path, PLAIN | more | {"history": [["Hi", "Hello"]]})
+        assert got.history == (("Be brief.\nHi", "Hello"),) and got.question == "Which animal?"
+
+
+def test_several_system_turns_keep_their_order(tmp_path):
+    row = {"system": "One.", "messages": [{"role": "system", "content": "Two."},
+                                          {"role": "developer", "content": "Three."}, *CHAT["messages"]]}
+    assert one(tmp_path, row).question == "One.\nTwo.\nThree.\nWhat?"
+
+
+@pytest.mark.parametrize("history", [
+    [["Hi", "Hello"], ["<image>?", "A cow."]],
+    [{"question": "Hi", "answer": "Hello"}, {"user": "<image>?", "assistant": "A cow."}],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"},
+     {"from": "human", "value": "<img>x.png</img>?"}, {"from": "gpt", "value": "A cow."}]])
+def test_history_is_read_in_the_common_forms(tmp_path, history):
+    """Dicts that became their keys."""
+    got = one(tmp_path, PLAIN | {"history": history, "image": "x.png"})
+    assert got.history == (("Hi", "Hello"), ("<image>?", "A cow.")) and got.question == "Which animal?"
+    assert files(got) == ["x.png"]
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("start", [b"", BOM, b"\n", BOM + b"\n", b" \r\n\n"])
+def test_a_bom_or_blank_first_lines_change_nothing(tmp_path, start):
+    noise_image(16, 16).save(tmp_path / "x.png")
+    cell = base64.b64encode((tmp_path / "x.png").read_bytes())
+    tsv = b"image\tindex\tquestion\tanswer\n" + cell + b"\t7\tWhich animal?\tB\n"
+    rows = [PLAIN | {"id": "7", "image": "x.png"}]
+    listing = json.dumps(rows).encode()
+    for name, text in (("a.jsonl", listing[1:-1] + b"\n"), ("a.json", listing), ("a.TSV", tsv),
+                       ("b.tsv", tsv.replace(b"image", b'"Image"')),
+                       ("c.tsv", b"index\timage\tquestion\tanswer\n7\tx.png\tWhich animal?\tB\n"),
+                       ("b.json", b'{"version": 1, "data": ' + listing + b"}"),
+                       ("c.json", json.dumps({"data": rows}, indent=1).encode())):
+        (tmp_path / name).write_bytes(start + text)
+        got, = load_examples(str(tmp_path / name))
+        assert (got.id, got.question, got.truth, got.pixels) == ("7", "Which animal?", "B", 256), name
+    (tmp_path / "c").write_bytes(start + b'{"id": "7", "text": "B"}\n')
+    assert Collection(str(tmp_path / "c"), [got]).examples == [got]
+
+
+def test_lines_after_an_object_with_data_are_not_lost(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"data": [PLAIN]}, {"data": [PLAIN]})
+    with pytest.raises(UserError, match="not JSON"):
+        load_examples(path)
+    with pytest.raises(UserError, match="d.jsonl: item 2"):
+        load_examples(write(tmp_path / "d.jsonl", {"data": [PLAIN, PLAIN | {"video": "a.mp4"}]}))
+
+
+def test_a_tsv_row_may_ask_in_its_image_and_names_files_and_options_as_json_does(tmp_path):
+    """MMMU-Pro writes questions into the picture: one such row made the benchmark refuse."""
+    noise_image(16, 16).save(tmp_path / "x.png")
+    header = "index\timg\tquestion\tchoices\tsystem_prompt\tanswer\n"
+    for question, asked in (("", ""), (" ", " "), ("<image 1>", "<image>"), ("Who?", "Who?")):
+        path = tmp_path / "t.tsv"
+        path.write_text(f"{header}1\tx.png\t{question}\t['hen', 'cow']\t\tcow\n")
+        got, = load_examples(str(path))
+        assert (got.question, got.options, got.truth, files(got)) == (asked, ("hen", "cow"), "B", ["x.png"])
+        assert chat_turns(got.text, 1)[0]["content"][0] == {"type": "image"}
+    path.write_text(f"{header}1\tx.png\tWho?\t\tBe brief.\tcow\n")
+    assert load_examples(str(path))[0].question == "Be brief.\nWho?"
+    path.write_text("index\tvideo\tquestion\tanswer\n1\ta.mp4\tWho?\tcow\n")
+    with pytest.raises(UserError, match='t.tsv:2: "video" holds'):
+        load_examples(str(path))
+
+
+@pytest.mark.parametrize("row, unfinished", [
+    ({"text": ""}, 1), ({"text": " \n"}, 1), ({"finished": False}, 1), ({"finish_reason": "length"}, 1),
+    ({"finish_reason": "content_filter"}, 1), ({"finish_reason": None}, 0), ({"finish_reason": "eos"}, 0),
+    ({"finished": None}, 0), ({"finished": True}, 0)])
+def test_blank_and_cut_off_responses_are_not_used(tmp_path, row, unfinished):
+    """A blank response as a model of what to say."""
+    rows = [{"id": "0", "teacher": "t", "text": "two"} | row, {"id": "0", "teacher": "t", "text": "one"}]
+    collection = Collection(write(tmp_path / "c.jsonl", *rows), [Example("0", (), "q", "a")])
+    assert collection.unfinished == unfinished
+    assert collection.responses["0"]["t"] == ["two"] * (1 - unfinished) + ["one"]
+
+
+@pytest.mark.parametrize("finished", ["false", 0, []])
+def test_finished_is_true_or_false(tmp_path, finished):
+    path = write(tmp_path / "c.jsonl", {"id": "0", "text": "one", "finished": finished})
+    with pytest.raises(UserError, match='c.jsonl:1.*"finished"'):
+        Collection(path, [Example("0", (), "q", "a")])
+
+
+def test_unusable_responses_are_counted_when_they_come(tmp_path, capsys):
+    """Hours of a teacher that is always cut off, and nothing said until training."""
+    class Short(Program):
+        def ask(self, todo, num, sampling, seed):
+            for example, _ in todo:
+                yield example, [(" ", True), ("The an", False), ("The end.", True)]
+    examples = [Example("a", (), "What?", "1"), Example("b", (), "Who?", "2")]
+    fill_collection(str(tmp_path / "c"), [Short()], examples, 3, Sampling())
+    assert "program: 4 of 6 responses are empty or were cut off" in capsys.readouterr().out
+    assert [json.loads(line)["finished"] for line in open(tmp_path / "c")] == [False, False, True] * 2
+
+
+@pytest.mark.parametrize("reason, finished", [
+    ("stop", True), (None, True), ("eos_token", True), ("end_turn", True), ("stop_sequence", True),
+    ("length", False), ("content_filter", False)])
+def test_only_two_finish_reasons_mean_unfinished(reason, finished):
+    """Complete replies of other servers, all left out of training."""
+    choice = {"message": {"content": "Yes."}, "finish_reason": reason}
+    assert replies_of({"choices": [choice]}) == [("Yes.", finished)]
+    del choice["finish_reason"]
+    assert replies_of({"choices": [choice]}) == [("Yes.", True)]
+    choice["message"]["content"] = None
+    assert replies_of({"choices": [choice]}) == [("", False)]
+
+
+def test_a_reply_without_text_is_asked_for_again(tmp_path, monkeypatch, capsys):
+    """Empty rows that count as responses: the run succeeds, and no later run asks again."""
+    replies = {"a": [("Yes.", True), ("", False)], "b": [("", False)]}
+    monkeypatch.setattr("teachers.check_endpoint", lambda endpoint: None)
+    monkeypatch.setattr("teachers.example_messages", lambda example: example.id)
+    monkeypatch.setattr("teachers.chat", lambda endpoint, name, num, *_: replies[name][:num])
+    teacher = make_teacher("m@http://nowhere/v1")
+    examples = [Example("a", (), "q", "a"), Example("b", (), "q", "b")]
+    path = tmp_path / "c"
+    fill_collection(str(path), [teacher], examples, 2, Sampling())
+    said = capsys.readouterr().out
+    assert "calls failed; the last: the replies hold no text" in said
+    assert "1 questions still lack responses" in said
+    assert [json.loads(line)["id"] for line in open(path)] == ["a", "a"]
+    replies["b"] = [("No.", True)] * 2
+    fill_collection(str(path), [teacher], examples, 2, Sampling())
+    assert [json.loads(line)["text"] for line in open(path)] == ["Yes.", "Yes.", "No.", "No."]
+    replies["b"] = [("", False)]
+    with pytest.raises(UserError, match="the replies hold no text"):
+        fill_collection(str(tmp_path / "d"), [teacher], examples[1:], 2, Sampling())
 
 
 # -------------------------------------------------------------------------------- choosing examples
