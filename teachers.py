@@ -100,9 +100,10 @@ class Example:
 def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
     """Read examples and open every image once, so that errors are known before any work is done.
 
-    A file is JSONL or a JSON list in three forms: ours, {"id", "image", "question", "answer", "options",
-    "category"}; LLaVA's, {"id", "image", "conversations"}; and chat, {"messages", "images"}. Or it is the
-    file of a benchmark: VLMEvalKit's TSV, captions in COCO's form (NoCaps, VizWiz, FOIL), VizWiz-VQA, MM-Vet.
+    A file is JSONL, a JSON list or {"data": a list}, in three forms: ours, {"id", "image", "question",
+    "answer", "options", "category", "system", "history"}; LLaVA's, {"id", "image", "conversations"}; and
+    chat, {"messages", "images"}. Other names of these columns are in ID_COLUMNS and below. Or it is the file
+    of a benchmark: VLMEvalKit's TSV, captions in COCO's form (NoCaps, VizWiz, FOIL), VizWiz-VQA, MM-Vet.
     Images are paths relative to the file's folder, or to `images` in it. Raises UserError, naming file and
     line, for a bad row, a missing or unreadable image, or a repeated id. With skip_bad, rows with such images
     are left out and counted on the console.
@@ -510,7 +511,8 @@ SYSTEM_COLUMNS = ("system", "system_prompt")
 PAIRS = (("question", "answer"), ("user", "assistant"), ("human", "gpt"), ("human", "assistant"),
          ("prompt", "response"), ("query", "response"))            # a turn of `history` that is a dict
 OTHER_MEDIA = re.compile("(video|audio)s?(_?(file|path|url)s?)?", re.IGNORECASE)
-OTHER_MARK = re.compile("<(video|audio)>", re.IGNORECASE)
+OTHER_IMAGE = re.compile(r"(image|img|picture|photo)(_?\d+$)?", re.IGNORECASE)    # with group 2 if numbered
+OTHER_MARK = re.compile("<([Vv]ideo|[Aa]udio|VIDEO|AUDIO)>")
 IMAGE_TAG = re.compile("<img>(.+?)</img>")
 
 
@@ -629,14 +631,13 @@ def examples_of(path: str, where: str, row: dict) -> list[Example]:
         category = ",".join(row["capability"])
     turns, images = read_turns(row, history_turns(row) + [{"role": "user", "content": question}], where)
     if "answer_type" in row or truths:             # VizWiz-VQA
-        truths = [str(given.get("answer")) if isinstance(given, dict) else str(given) for given in truths]
+        truths = [str(given["answer"]) if isinstance(given, dict) else str(given) for given in truths]
         if not truth:
             truth = truths[0] if truths else None
         category = row.get("answer_type", category)
         name = row_id(row, images[0] if images else name)
-    options = row_options(row, where)
-    return [Example(name, tuple(image_path(path, image) for image in images), turns[-1][0],
-                    as_letter(truth, options), tuple(options), str(category), where, tuple(turns[:-1]),
+    return [Example(name, tuple(image_path(path, image) for image in images), turns[-1][0], truth,
+                    tuple(row_options(row, where)), str(category), where, tuple(turns[:-1]),
                     truths=tuple(truths), split=str(row.get("split", "")))]
 
 
@@ -675,7 +676,8 @@ def file_of(name: str) -> str:
 
 def row_images(row: dict, where: str) -> list[str]:
     """The names of the images in a row's columns."""
-    names = [name for wanted in IMAGE_COLUMNS for name in row if name.lower() == wanted]
+    names = [name for name in row if name.lower() in IMAGE_COLUMNS]
+    names.sort(key=lambda name: IMAGE_COLUMNS.index(name.lower()))
     return agreed({f'"{name}"': strings(row, name, where) for name in names}, where, file_of)
 
 
@@ -684,9 +686,8 @@ def check_media(row: dict, images: list[str], where: str):
     for name, value in row.items():
         if value and OTHER_MEDIA.fullmatch(name):
             raise UserError(f'{where}: "{name}" holds a video or a sound, and only images can be read')
-        numbered = re.fullmatch(r"(image|img)_?\d+", name, re.IGNORECASE)
-        unread = not images and re.match("image|img|picture|photo", name, re.IGNORECASE)
-        if value and (numbered or unread and looks_like_image(value)):
+        other = OTHER_IMAGE.match(name)
+        if value and other and (other[2] or not images and looks_like_image(value)):
             raise UserError(f'{where}: "{name}" holds an image, and is not read; call it "image"')
 
 
@@ -720,13 +721,6 @@ def lettered(row: dict) -> list[str]:
     while options and options[-1] == "":
         options.pop()
     return options
-
-
-def as_letter(truth: str, options: list[str]) -> str:
-    """The letter of a truth that is the text of an option; any other truth as it is."""
-    if truth and truth in options and truth not in LETTERS[:len(options)]:
-        return LETTERS[options.index(truth)]
-    return truth
 
 
 def image_path(path: str, image: str) -> str:
@@ -929,9 +923,9 @@ def tsv_examples(path: str) -> Iterator[tuple[str, list[Example]]]:
 def tsv_example(where: str, row: dict[str, str], images: list[str]) -> Example:
     """A row of a VLMEvalKit TSV. Columns A, B, ... are options, and exist where they are not empty.
 
-    Upstream's pandas also drops options that read None or NA. MathVista's choices are options too. A truth
-    that is the text of an option is turned into its letter. A question without a text has the kind "picture":
-    MMMU-Pro writes some questions into the image.
+    Upstream's pandas also drops options that read None or NA. MathVista's choices are options too; its truth
+    is then turned into a letter. A question without a text has the kind "picture": MMMU-Pro writes some into
+    the image.
     """
     options = lettered(row)
     kind = row.get("answer_type", "")
@@ -939,8 +933,10 @@ def tsv_example(where: str, row: dict[str, str], images: list[str]) -> Example:
     truth = truths[0] if row.get("answers") and truths else row.get("answer", "")
     if row.get("question_type", "multi_choice") == "multi_choice":
         options = options or listed(row.get("options") or row.get("choices", ""))
-        kind = row.get("question_type", kind)
-    truth = as_letter(truth, options)
+    if row.get("question_type") == "multi_choice":
+        kind = "multi_choice"
+        if truth and truth in options and truth not in LETTERS[:len(options)]:
+            truth = LETTERS[options.index(truth)]
     question = row.get("question", "")
     systems = [row[name] for name in SYSTEM_COLUMNS if row.get(name)]
     texts = [row.get("hint", ""), "\n".join([*systems, question]), *options]
@@ -1022,7 +1018,7 @@ def check_example(example: Example, where: str):
             raise UserError(f'{where}: expected a non-empty string as "{name}", found {value!r}{hint}')
     for text in (*(asked for asked, _ in example.history), example.text):
         if mark := OTHER_MARK.search(text):
-            raise UserError(f"{where}: the question marks a {mark[1]}, and only images can be read")
+            raise UserError(f"{where}: the question marks a {mark[1].lower()}, and only images can be read")
     try:
         chat_turns(example.text, len(example.images), example.history)
     except UserError as error:
