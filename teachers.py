@@ -766,6 +766,9 @@ def read_turns(row: dict, messages: list[dict], where: str) -> tuple[list[tuple[
     for turn in prompts + messages:
         role = turn.get("from") or turn.get("role")
         content, named = read_content(turn.get("value") or turn.get("content") or "")
+        if not turn.keys() & {"value", "content"} or len(turn) > 2 and row_images(turn, where):
+            raise ValueError("what a turn says and shows is expected in its value or content")
+        check_media(turn, named, where)
         images += named
         may_ask = not turns or len(turns[-1]) == 2
         if role in ("system", "developer") and may_ask:
@@ -774,6 +777,8 @@ def read_turns(row: dict, messages: list[dict], where: str) -> tuple[list[tuple[
             turns.append((system + content if content.strip() else content,))
             system = ""
         elif role in ("gpt", "assistant") and not may_ask:
+            if named or MARK in content:
+                raise ValueError("an image in a reply")
             turns[-1] += (content,)
         else:
             raise UserError(f"{where}: expected questions and answers in turn, found {role!r} as turn "
@@ -931,8 +936,8 @@ def tsv_example(where: str, row: dict[str, str], images: list[str]) -> Example:
     kind = row.get("answer_type", "")
     truths = listed(row.get("answers") or row.get("answer", ""))
     truth = truths[0] if row.get("answers") and truths else row.get("answer", "")
-    if row.get("question_type", "multi_choice") == "multi_choice":
-        options = options or listed(row.get("options") or row.get("choices", ""))
+    if not options and row.get("question_type") != "free_form":
+        options = row_options(row, where)
     if row.get("question_type") == "multi_choice":
         kind = "multi_choice"
         if truth and truth in options and truth not in LETTERS[:len(options)]:
