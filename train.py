@@ -60,7 +60,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import discriminator as eq1
 from discriminator import SIMILARITIES, Discriminator
-from eval import Task, draw_curves, evaluate, make_judge, results_table, tasks_of, write_report
+from eval import Task, draw_curves, evaluate, make_judge, results_table, tasks_of, without_thoughts, write_report
 from model import (VLM, Outputs, UserError, check_packing, checkpoint_layers, encode_responses, generate,
                    image_tokens, join, load_processor, load_vlm, micro_batches, naming, packed_sizes,
                    pick_device, save_vlm, score, write_atomic)
@@ -297,7 +297,8 @@ class Asked:
     """
 
     def __init__(self, judge, batch: list[Example], outputs: Outputs):
-        triples = [(e.dialogue, e.truth, text) for e, texts in zip(batch, outputs.text) for text in texts]
+        triples = [(e.dialogue, e.truth, without_thoughts(text))
+                   for e, texts in zip(batch, outputs.text) for text in texts]
         self.shape, self.device = outputs.mask.shape[:2], outputs.ids.device
         self.answer = partial(judge, triples)
         if getattr(judge, "remote", False):
