@@ -60,7 +60,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import discriminator as eq1
 from discriminator import SIMILARITIES, Discriminator
-from eval import Task, draw_curves, evaluate, make_judge, results_table, tasks_of, without_thoughts, write_report
+from eval import (Task, draw_curves, evaluate, make_judge, results_table, tasks_of, without_thoughts,
+                  write_report)
 from model import (VLM, Outputs, UserError, check_packing, checkpoint_layers, encode_responses, generate,
                    image_tokens, join, load_processor, load_vlm, micro_batches, naming, packed_sizes,
                    pick_device, save_vlm, score, write_atomic)
