@@ -354,14 +354,15 @@ def too_long(tokenizer, text: str, longest: int) -> bool:
 
 
 def fill_collection(path: str, teachers: list[Teacher], examples: list[Example], num: int, sampling: Sampling,
-                    seed: int = 0):
+                    seed: int = 0) -> bool:
     """Bring the file to `num` responses of each teacher to each example, sampled with `sampling`.
 
     Responses are appended as they come. What is there already under the same example, teacher and sampling
     settings is kept, so an interrupted fill resumes where it stopped; a last line that was not finished is
     dropped. Responses have seeds of their own: they come out the same whether or not there was a stop, from a
-    server only if it honours seeds. Raises UserError when two teachers have one name or one is called
-    "student", and when one cannot be asked.
+    server only if it honours seeds. Returns whether nothing lacks: what a server failed on is asked by
+    another call. Raises UserError when two teachers have one name or one is called "student", and when one
+    cannot be asked.
     """
     names = [teacher.name for teacher in teachers]
     if len(set(names)) < len(names) or "student" in names:
@@ -380,6 +381,8 @@ def fill_collection(path: str, teachers: list[Teacher], examples: list[Example],
         append_responses(path, teacher.name, responses, todo[teacher.name], num, settings)
     if Path(path).exists():
         sort_collection(path, names, examples)
+    have = count_responses(path, settings)
+    return all(have[name, e.id] >= num for name in names for e in examples)
 
 
 def count_responses(path: str, settings: dict) -> Counter:

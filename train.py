@@ -1180,10 +1180,10 @@ class Folder:
         """The path of --out/name, which make(path) has made from these options and inputs: now, or before.
 
         inputs: {name: anything that JSON can hold}, files as `digest` has them. A stage that can be resumed
-        lists its partial_results. upto: how far it has come when it is finished, for one that can be
-        extended. With `donate` a result of the same record is copied from --from. A result that was made from
-        something else is made `again`, or is a UserError. `everyone`: all processes work on it, and not rank
-        0 alone.
+        lists its partial_results, and may return False: there is more to do in another run. upto: how far it
+        has come when it is finished, for one that can be extended. With `donate` a result of the same record
+        is copied from --from. A result that was made from something else is made `again`, or is a UserError.
+        `everyone`: all processes work on it, and not rank 0 alone.
         """
         path = self.out / name
         chosen = {option: getattr(self.args, option) for option in options}
@@ -1212,7 +1212,8 @@ class Folder:
         else:
             if path.exists() and path not in partial_results:
                 remove(path)                                       # killed between the result and its record
-            make(path)
+            if make(path) is False:                                # not all of it: another run resumes
+                return path
         self.write({name: wanted | {"finished": upto}})
         return path
 

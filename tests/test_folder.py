@@ -61,6 +61,21 @@ def test_teachers_and_sampling_belong_to_a_collection(copied, checkpoints):
     refused("the teachers ['internvl'] there, ['qwen2_5_vl'] here", *other, "--steps", 4, "--out", out)
 
 
+def test_a_collection_that_lacks_responses_is_asked_for_them_again(copied):
+    """A server that failed once, recorded as a finished stage, and never asked again."""
+    out, options = copied
+    records = json.loads((out / "stages.json").read_text())
+    assert records["collection.jsonl"]["finished"]
+    lines = (out / "collection.jsonl").read_text().splitlines(keepends=True)
+    (out / "collection.jsonl").write_text("".join(lines[:-1]))
+    records["collection.jsonl"]["finished"] = 0
+    (out / "stages.json").write_text(json.dumps(records))
+    done = call("train.py", *options, "--steps", 4, "--out", out)
+    assert done.returncode == 0, done.stderr
+    # and so all later stages are still valid
+    assert (out / "collection.jsonl").read_text() == "".join(lines)
+
+
 def test_files_that_nobody_knows_are_not_taken_for_results(copied, tmp_path):
     """A copied collection or discriminator; a finished folder whose record was deleted, which passed as a new
     run."""
