@@ -108,13 +108,14 @@ class Discriminator(nn.Module):
 
         world: the processes that do this together, as in train.py.
         """
-        parts = [part for part, _ in world.even(parts_of(responses, budget))]
-        logits = torch.cat([self.logits(responses[part]) for part in parts])
-        return logits[:len(responses.mask)].sigmoid()
+        logits = torch.empty(responses.mask.shape[:2], device=responses.mask.device)
+        for part, _ in world.even(parts_of(responses, budget)):
+            logits[part] = self.logits(responses[part])
+        return logits.sigmoid()
 
 
-def parts_of(responses: Outputs, budget: int) -> list[slice]:
-    """Runs of questions whose responses have up to `budget` tokens."""
+def parts_of(responses: Outputs, budget: int) -> list[list[int]]:
+    """Groups of questions whose responses have up to `budget` tokens."""
     return micro_batches(responses.mask.sum((1, 2)).tolist(), budget)
 
 

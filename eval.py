@@ -1262,9 +1262,10 @@ def caption_breakdown(task: Task, texts: list[str], parts: list[tuple[str, list[
     return result
 
 
-def evaluate(vlm: VLM, tasks: list[Task], judge: Judge, max_new_tokens: int, batch_size: int = 64) -> dict:
-    """Greedy responses, scored: {"accuracy": mean over tasks, 0 to 1; "tasks": see score_responses}."""
-    scores = [score_responses(task, predict(vlm, task, max_new_tokens, batch_size), judge) for task in tasks]
+def evaluate(tasks: list[Task], texts: list[list[str]], judge: Judge) -> dict:
+    """A response to every example, scored: {"accuracy": mean over tasks, 0 to 1; "tasks": see
+    score_responses}."""
+    scores = [score_responses(task, responses, judge) for task, responses in zip(tasks, texts, strict=True)]
     return {"accuracy": float(np.mean([score["score"] for score in scores])) / 100, "tasks": scores}
 
 

@@ -36,9 +36,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor,
-                          AutoTokenizer,
-                          DynamicCache, PreTrainedModel, ProcessorMixin)
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
+                          AutoProcessor, AutoTokenizer, DynamicCache, PreTrainedModel, ProcessorMixin)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.smolvlm import processing_smolvlm
@@ -132,8 +132,8 @@ class Outputs:
     ids: Tensor
     mask: Tensor
 
-    def __getitem__(self, questions: slice):
-        return Outputs(self.text[questions], self.ids[questions], self.mask[questions])
+    def __getitem__(self, questions: list[int]):
+        return Outputs([self.text[b] for b in questions], self.ids[questions], self.mask[questions])
 
 
 def join(parts: list[Outputs], dim: int) -> Outputs:
@@ -185,6 +185,9 @@ def load_vlm(path: str, device: str | None = None, dtype: str | None = None, tex
     kind = AutoModelForImageTextToText if hasattr(processor, "image_processor") else AutoModelForCausalLM
     with naming(path):
         model = kind.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
+    batch_windows(model)
+    # with a mask, cuDNN's attention plans anew for each length, and its gradient can be NaN on an H100
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return VLM(model, processor, *special_ids(model, processor))
 
 
@@ -539,11 +542,6 @@ class SlotCache:
             for mine, x in zip(own, given):
                 mine[first:first + len(which), :, :x.shape[2]].copy_(x[which])
 
-    def move(self, sources: list[int], targets: list[int]):
-        """Copy slots over others."""
-        for x in (*self.keys, *self.values):
-            x[targets] = x[sources]
-
     def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
         """What transformers' attention calls: keep (n, heads, 1, w), return (n, heads, columns, w)."""
         n, at = len(key), self.column[:, :, None, None].expand_as(key)
@@ -554,6 +552,13 @@ class SlotCache:
     def get_seq_length(self, *_) -> int:
         """Not zero: this is no prefill. (Where tokens stand is told by position_ids and the mask.)"""
         return 1
+
+
+def reads_length(trunk) -> bool:
+    """Whether its rotary embedding is computed anew for long texts: the host looks how long they are, which a
+    CUDA graph cannot hold."""
+    kinds = [str(getattr(module, "rope_type", "")) for module in trunk.modules()]      # Gemma has several
+    return any("dynamic" in kind or "longrope" in kind for kind in kinds)
 
 
 class Slots:
@@ -574,6 +579,7 @@ class Slots:
         self.vlm, self.sampling, self.size = vlm, sampling, size
         self.rows, self.cache, self.graphs = {}, SlotCache(), {}
         self.stride = self.stride or (1 if vlm.device.type == "cpu" else 8)
+        self.capturing = vlm.device.type == "cuda" and vlm.capture and not reads_length(vlm.trunk)
         self.banned = torch.tensor(vlm.banned_ids, device=vlm.device, dtype=torch.long)
         self.stops = torch.tensor(vlm.stop_ids, device=vlm.device)
 
@@ -581,7 +587,8 @@ class Slots:
         """Fill the slots from `first` on, each from row which[i] of the block; noise (N, max_new_tokens)."""
         N, R = noise.shape
         longest = block.keys[0].shape[2] + R                       # columns that the longest may come to need
-        if self.cache.make_room(self.size, block, longest):
+        room = -(-longest // 64) * 64                              # rounded up: it moves less often
+        if self.cache.make_room(self.size, block, room):
             self.graphs.clear()                                    # they write to the old memory
         self.cache.fill(first, block, which)
         zero = torch.zeros_like(block.token[which])                # (N, 1)
@@ -597,8 +604,8 @@ class Slots:
     def move(self, sources: list[int], targets: list[int]):
         """Copy slots over others."""
         if sources:
-            self.cache.move(sources, targets)
-            for x in self.rows.values():
+            sources, targets = torch.tensor([sources, targets], device=self.vlm.device)
+            for x in (*self.rows.values(), *self.cache.keys, *self.cache.values):
                 x[targets] = x[sources]
 
     def advance(self, live: int) -> list[int]:
@@ -619,21 +626,27 @@ class Slots:
                 self.graphs[n].replay()
                 continue
             self.step(n)                                           # also the warm-up that a recording needs
-            if self.vlm.device.type == "cuda" and self.vlm.capture:
+            if self.capturing:
                 self.capture(n)
         return self.rows["end"][:live, 0].tolist()
 
     def capture(self, n: int):
-        """Record a decode step of n slots; one that cannot be is run as on the CPU, and that is said."""
-        graph = torch.cuda.CUDAGraph()
+        """Record a decode step of n slots; one that cannot be is run as on the CPU, and that is said.
+
+        Graphs are replayed one at a time, so all share the memory of the first for what a step makes.
+        """
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        shared = next(iter(self.graphs.values())).pool() if self.graphs else None
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=shared):
                 self.step(n)
             self.graphs[n] = graph
         except RuntimeError as error:
-            self.vlm.capture = False
+            torch.cuda.set_stream(before)                          # torch leaves the one that it captured on
+            self.capturing = self.vlm.capture = False
+            cause = error.__context__ or error                     # torch raises a second error over the first
             print(f"{type(self.vlm.model).__name__} is decoded without CUDA graphs: "
-                  f"{str(error).splitlines()[0]}")
+                  f"{str(cause).splitlines()[0]}")
 
     def step(self, n: int):
         """One token in each of the first n slots, all in place and without waiting for the device."""
@@ -719,6 +732,33 @@ def attention_masks(trunk, visible: Tensor, back: Tensor) -> Tensor | dict[str, 
     return dict(zip(ATTENTION, (additive(visible), additive(visible & (back < config.sliding_window)))))
 
 
+def attend_in_windows(module, query: Tensor, key: Tensor, value: Tensor, attention_mask,
+                      cu_seq_lens_q: Tensor, scaling: float, **_) -> tuple[Tensor, None]:
+    """Attention within windows that begin and end at cu_seq_lens_q, (1, heads, T, w) -> (1, T, heads, w).
+
+    Windows of one length are computed as a batch; transformers' own way is a call for each of hundreds.
+    """
+    starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
+    out = torch.empty_like(query[0])
+    for length in lengths.unique().tolist():
+        first = starts[lengths == length]
+        where = first[:, None] + torch.arange(length, device=first.device)                   # (n, length)
+        q, k, v = (x[0][:, where].transpose(0, 1) for x in (query, key, value))   # (n, heads, length, w)
+        out[:, where] = scaled_dot_product_attention(q, k, v, scale=scaling).transpose(0, 1)
+    return out.transpose(0, 1)[None], None
+
+
+# transformers hands the windows over only to a way of attention that is called flash
+AttentionInterface.register("flash_windows", attend_in_windows)
+
+
+def batch_windows(model: PreTrainedModel):
+    """From now on, vision towers that attend within windows or within images (Qwen's) do as above."""
+    for module in model.modules():
+        if hasattr(module, "config") and "cu_seqlens" in inspect.signature(module.forward).parameters:
+            module.config._attn_implementation = "flash_windows"
+
+
 def packed_mask(trunk, question: Tensor, owner: Tensor, place: Tensor, tokens: Tensor):
     """Attention mask of packed rows. question (B, L): which question a token belongs to, -1 for padding;
     owner: 0 for tokens of its prompt, k for tokens of its o_k; place: where the token stands in the text
@@ -739,15 +779,19 @@ def packed_mask(trunk, question: Tensor, owner: Tensor, place: Tensor, tokens: T
     return attention_masks(trunk, visible, back)
 
 
-def micro_batches(sizes: list[int], budget: int) -> list[slice]:
-    """Cut questions of these sizes into runs of at most `budget` tokens, or of one question."""
-    cuts, total = [0], 0
-    for i, size in enumerate(sizes):
-        if total + size > budget and i > cuts[-1]:
-            cuts.append(i)
+def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
+    """Questions of these sizes in groups of at most `budget` tokens, or of one question.
+
+    Those of similar size stand together: a row is padded to the longest of its group.
+    """
+    groups, total = [], budget
+    for b in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if total + sizes[b] > budget:
+            groups.append([])
             total = 0
-        total += size
-    return [slice(*ends) for ends in zip(cuts, cuts[1:] + [len(sizes)])]
+        groups[-1].append(b)
+        total += sizes[b]
+    return groups
 
 
 def packed_sizes(prompts: list[Prompt], mask: Tensor) -> list[int]:
@@ -773,11 +817,12 @@ def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tu
     their indices in it (N,), and those of the tokens that predict them (N,).
     """
     device, lengths, sizes = ids.device, [len(p.ids) for p in prompts], packed_sizes(prompts, mask)
-    rows = [range(len(sizes))[run] for run in micro_batches(sizes, max(ROW, *sizes))]
+    rows = micro_batches(sizes, max(ROW, *sizes))
     L = max(sum(sizes[b] for b in row) for row in rows)                                      # tokens of a row
-    starts = []                                             # where each question begins, rows laid end to end
+    starts = [0] * len(sizes)                               # where each question begins, rows laid end to end
     for number, row in enumerate(rows):
-        starts += [number * L + sum(sizes[row[0]:b]) for b in row]
+        for i, b in enumerate(row):
+            starts[b] = number * L + sum(sizes[other] for other in row[:i])
     start, P = torch.tensor(starts, device=device), torch.tensor(lengths, device=device)     # (B,)
 
     # where each token stands: of the prompts' first, then of the responses'
@@ -804,8 +849,9 @@ def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tu
     # layers checkpoint in training mode only; what is inside of them (dropout) stays out of it
     for layer in trunk.modules():
         layer.training = torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)
+    images = images_of(trunk, [prompts[b] for row in rows for b in row])                     # in their order
     states = trunk(input_ids=tokens, position_ids=positions, use_cache=False, attention_mask=attention,
-                   **images_of(trunk, prompts)).last_hidden_state                            # (rows, L, d)
+                   **images).last_hidden_state                                               # (rows, L, d)
     trunk.eval()
     return states.flatten(0, 1), at, before
 
@@ -824,13 +870,27 @@ def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float 
     return logps
 
 
+@contextmanager
+def in_float32(model: PreTrainedModel):
+    """Its tensors in float32 for a while. Nothing is lost: a bfloat16 is a float32 that ends in zeros."""
+    tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
+    dtypes = [x.dtype for x in tensors]
+    for x in tensors:
+        x.data = x.data.float()
+    try:
+        yield
+    finally:
+        for x, dtype in zip(tensors, dtypes):
+            x.data = x.data.to(dtype)
+
+
 @torch.no_grad()
 def check_packing(vlm: VLM, prompt: Prompt):
     """Score two responses packed and by the model's own forward pass; UserError where these differ.
 
-    What packing assumes of a family (what sees what, how positions count, that logits are head(states)) is
-    checked on the model at hand rather than believed: nine families are tested, and transformers has many
-    more.
+    In float32, as rounding to bfloat16 hides a response that sees its sibling. What packing assumes of a
+    family (what sees what, how positions count, that logits are head(states)) is checked on the model at hand
+    rather than believed: nine families are tested, and transformers has many more.
     """
     family = type(vlm.model).__name__
     kinds = set(getattr(vlm.model.config.get_text_config(), "layer_types", None) or ())
@@ -839,15 +899,14 @@ def check_packing(vlm: VLM, prompt: Prompt):
                         f"{' and '.join(ATTENTION)} can be "
                         "packed, so this code cannot train it")
     outputs = encode_responses(vlm, [["Yes.", "It is not."]])
-    packed = score(vlm, [prompt], outputs)
-    tolerance = 1e-3 if vlm.model.dtype == torch.float32 else 0.3  # bfloat16: 8 bits of a logit
-    for k, mask in enumerate(outputs.mask[0]):
-        response = outputs.ids[0, k][mask]
-        error = (plain_logps(vlm, prompt, response) - packed[0, k][mask]).abs().mean().item()
-        if not error < tolerance:
-            raise UserError(f"{family} reads packed responses differently from single ones (log-probs "
-                            f"differ by "
-                            f"{error:.3g}), so this code cannot train it")
+    with in_float32(vlm.model):
+        packed = score(vlm, [prompt], outputs)
+        for k, mask in enumerate(outputs.mask[0]):
+            response = outputs.ids[0, k][mask]
+            error = (plain_logps(vlm, prompt, response) - packed[0, k][mask]).abs().mean().item()
+            if not error < 1e-3:
+                raise UserError(f"{family} reads packed responses differently from single ones (log-probs "
+                                f"differ by {error:.3g}), so this code cannot train it")
 
 
 def plain_logps(vlm: VLM, prompt: Prompt, response: Tensor) -> Tensor:

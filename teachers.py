@@ -36,7 +36,7 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Iterable, Iterator, Protocol
 
@@ -142,6 +142,12 @@ def encode_example(vlm: VLM, example: Example) -> Prompt:
     if vlm.room > 0:
         vlm.prompts[example] = prompt
     return prompt
+
+
+def encode_examples(vlm: VLM, examples: list[Example]) -> list[Prompt]:
+    """The prompts of some examples. Threads open and resize the pictures: that work does not hold the GIL."""
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(partial(encode_example, vlm), examples))
 
 
 # -------------------------------------------------------------------------------- teachers

@@ -60,15 +60,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import discriminator as eq1
 from discriminator import SIMILARITIES, Discriminator
-from eval import (Task, draw_curves, evaluate, make_judge, results_table, tasks_of, without_thoughts,
-                  write_report)
+from eval import (Task, draw_curves, evaluate, make_judge, predict, results_table, tasks_of,
+                  without_thoughts, write_report)
 from model import (VLM, Outputs, UserError, check_packing, checkpoint_layers, encode_responses, generate,
                    image_tokens, join, load_processor, load_vlm, micro_batches, naming, packed_sizes,
                    pick_device, save_vlm, score, write_atomic)
 from model import run as run_main
 from teachers import (Collection, Example, add_sampling_options, build_tiny_vlm, check_endpoint,
-                      draw_toy_world, encode_example, endpoint_of, fill_collection, load_examples,
-                      make_teacher, read_json, read_jsonl, sampling_of)
+                      draw_toy_world, encode_example, encode_examples, endpoint_of, fill_collection,
+                      load_examples, make_teacher, read_json, read_jsonl, sampling_of)
 
 # ------------------------------------------------------------------------------------------ the maths
 #
@@ -185,11 +185,11 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
     if args.beta:
         with run.using(reference.model), torch.no_grad():
             for i, (part, _) in enumerate(parts):                                     # line 1
-                ref_logps[i] = run.score(reference, prompts[part], outputs[part])     #          (b, K, R)
+                ref_logps[i] = run.score(reference, prompts, outputs, part)           #          (b, K, R)
 
     for _ in range(args.mu):                                                          # line 11
         for i, (part, weight) in enumerate(parts):
-            logp = run.score(policy, prompts[part], outputs[part])                    #          (b, K, R)
+            logp = run.score(policy, prompts, outputs, part)                          #          (b, K, R)
             old_logp = old_logps.setdefault(i, logp.detach())                         # line 4
             ref_logp = ref_logps.get(i, old_logp)      # without beta it does not matter
             mask = outputs.mask[part]
@@ -215,7 +215,7 @@ def ril_step(run, collection: Collection | None, judge) -> tuple[dict, list[dict
 
     batch = run.next_batch()                                                          # line 3   B questions
     with run.phase("generate"), run.sampler() as sampler:
-        prompts = [encode_example(sampler, example) for example in batch]
+        prompts = encode_examples(sampler, batch)
         outputs = generate(sampler, prompts, G, sampling_of(args), noise=run.noise(),
                            slots=args.rollout_batch * G)                              # line 5   (B, G, R)
     sources = [["student"] * G for _ in batch]
@@ -404,9 +404,10 @@ class Run:
         """Measures the seconds and the memory of a part of a step."""
         return self.meter.phase(name)
 
-    def score(self, vlm: VLM, prompts: list, outputs: Outputs) -> Tensor:
-        """Log-probs (B, K, R) at the temperature of sampling; at 1, if that is greedy."""
-        return gathered(vlm.model, lambda: score(vlm, prompts, outputs, self.args.temperature or 1.0))
+    def score(self, vlm: VLM, prompts: list, outputs: Outputs, part: list[int]) -> Tensor:
+        """Log-probs (b, K, R) of a micro-batch at the temperature of sampling; at 1, if that is greedy."""
+        prompts, temperature = [prompts[b] for b in part], self.args.temperature or 1.0
+        return gathered(vlm.model, lambda: score(vlm, prompts, outputs[part], temperature))
 
     def sampler(self):
         """The policy, with all its weights in this process for a while."""
@@ -502,16 +503,21 @@ class Run:
 
 
 def held_out_accuracy(run: Run, held_out: list[Task], judge) -> dict[str, float]:
-    """The held-out accuracy as metrics; rank 0 answers. A judge that is down does not end the run."""
+    """The held-out accuracy as metrics. Each process answers its part, and rank 0 has all of it judged; a
+    judge that is down does not end the run."""
+    texts, row = [], {}
     with run.sampler() as policy:
-        if run.world.rank:
-            return {}
+        for task in held_out:
+            part = replace(task, examples=run.world.mine(task.examples))
+            texts.append(predict(policy, part, run.args.max_new_tokens, run.args.rollout_batch))
+    texts = [run.world.gather(responses) for responses in texts]
+    if run.world.rank == 0:
         try:
-            result = evaluate(policy, held_out, judge, run.args.max_new_tokens, run.args.rollout_batch)
+            row["heldout_accuracy"] = evaluate(held_out, texts, judge)["accuracy"]
         except UserError as error:
             tqdm.write(str(error))
-            return {}
-    return {"heldout_accuracy": result["accuracy"]}
+    run.world.wait()                                               # longer than an hour, if the judge is slow
+    return row
 
 
 def step_metrics(texts: list[list[str]], sources: list[list[str]], numbers: dict[str, Tensor], G: int,
@@ -880,9 +886,10 @@ class World:
             dist.barrier()
 
     def leave(self):
-        """The end of the process group."""
+        """The end of the process group, when rank 0 has written its report."""
         if self.size > 1:
             import torch.distributed as dist
+            dist.barrier()
             dist.destroy_process_group()
 
     def mine(self, items: list) -> list:
@@ -905,7 +912,7 @@ class World:
             dist.all_reduce(values, group=self.mesh.get_group())
         return values
 
-    def even(self, parts: list[slice]) -> list[tuple[slice, float]]:
+    def even(self, parts: list[list[int]]) -> list[tuple[list[int], float]]:
         """Micro-batches with their weights, equally many in each process: FSDP wants all processes in every
         forward and backward pass. A process that has fewer takes its first question again, with weight 0."""
         most = torch.tensor(len(parts))
@@ -913,7 +920,7 @@ class World:
             import torch.distributed as dist
             most = most.to(self.mesh.device_type)
             dist.all_reduce(most, dist.ReduceOp.MAX, self.mesh.get_group())
-        return [(part, 1.0) for part in parts] + [(slice(0, 1), 0.0)] * (int(most) - len(parts))
+        return [(part, 1.0) for part in parts] + [([0], 0.0)] * (int(most) - len(parts))
 
     def shard(self, module: torch.nn.Module, decoder: torch.nn.Module, *others: torch.nn.Module,
               method: str = "gathered"):
@@ -1015,7 +1022,7 @@ class AdamW:
         for weight in self.weights:
             device = "cpu" if offload else weight.device
             self.masters.append(local(weight).detach().to(device, torch.float32).requires_grad_())
-        self.optimizers = [torch.optim.AdamW([master], lr=lr, weight_decay=0.0, betas=betas)
+        self.optimizers = [torch.optim.AdamW([master], lr=lr, weight_decay=0.0, betas=betas, fused=True)
                            for master in self.masters]
 
     def set_lr(self, lr: float):
@@ -1062,14 +1069,13 @@ class AdamW:
         """Resume from what `tensors` returned."""
         for key, value in tensors.items():
             number, name = key.split(".")
-            i = int(number)
-            state = self.optimizers[i].state[self.masters[i]]
-            if name == "step":
-                state[name] = value
-            elif name == "master":
-                self.masters[i].copy_(self.world.part(value, self.weights[i]))
+            weight, master = self.weights[int(number)], self.masters[int(number)]
+            if name != "step":
+                value = self.world.part(value, weight)
+            if name == "master":
+                master.copy_(value)
             else:
-                state[name] = self.world.part(value, self.weights[i]).to(self.masters[i].device)
+                self.optimizers[int(number)].state[master][name] = value.to(master.device)
 
 
 def freeze(model: torch.nn.Module, pattern: str | None, path: str):
@@ -1105,10 +1111,11 @@ def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: floa
         optimizer.set_lr(lr * (1 - 0.9 * step / steps) * min(1, (step + 1) / 50))
         batch = next(batches)
         outputs = encode_responses(vlm, [[e.truth] for e in batch])                          # (B, 1, R)
-        prompts = [encode_example(vlm, e) for e in batch]
+        prompts = encode_examples(vlm, batch)
         total = 0.0
         for part in micro_batches(packed_sizes(prompts, outputs.mask), budget):
-            loss = -score(vlm, prompts[part], outputs[part]).sum() / outputs.mask.sum()
+            logps = score(vlm, [prompts[b] for b in part], outputs[part])
+            loss = -logps.sum() / outputs.mask.sum()
             loss.backward()
             total += loss.item()
         optimizer.step(max_norm=1.0)
@@ -1119,7 +1126,7 @@ def pretraining_pairs(student: VLM, examples: list[Example], collection: Collect
                       batch_size: int, sampling, rng: random.Random, slots: int):
     """Endless batches for Eq. 1: num fresh responses of the student and num of teachers a question."""
     for batch in Batches(examples, batch_size, rng):
-        prompts = [encode_example(student, e) for e in batch]
+        prompts = encode_examples(student, batch)
         students = generate(student, prompts, num, sampling, slots=slots).text
         teachers = [[text for _, text in pairs] for pairs in collection.draw(batch, num, rng)]
         is_student = torch.tensor([[True] * num + [False] * num] * len(batch), device=student.device)
@@ -1526,8 +1533,8 @@ def report(folder: Folder, args, data: dict, judge, start: str):
     for name, checkpoint in (("before", start), ("after", str(out / "student"))):
         def make(path):
             vlm = load_vlm(checkpoint, args.device, args.dtype)
-            result = evaluate(vlm, held_out, judge(), args.max_new_tokens, args.rollout_batch)
-            write_atomic(path, json.dumps(result, ensure_ascii=False))
+            texts = [predict(vlm, task, args.max_new_tokens, args.rollout_batch) for task in held_out]
+            write_atomic(path, json.dumps(evaluate(held_out, texts, judge()), ensure_ascii=False))
         if held_out:
             inputs = {"the model": digest(checkpoint), "--eval-data": digest(args.eval_data),
                       "--judge": judge_name(args.judge)}

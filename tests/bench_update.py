@@ -47,7 +47,8 @@ def update(vlm, logps, prompts, outputs, advantage, budget):
     """Gradients in place; the loss."""
     total = 0.0
     for part in micro_batches(packed_sizes(prompts, outputs.mask), budget):
-        loss = loss_of(logps(vlm, prompts[part], outputs[part]), advantage[part], outputs.mask[part])
+        logp = logps(vlm, [prompts[b] for b in part], outputs[part])
+        loss = loss_of(logp, advantage[part], outputs.mask[part])
         loss.backward()
         total += loss.item()
     return total

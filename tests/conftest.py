@@ -29,6 +29,16 @@ def checkpoints(tmp_path_factory):
     return {family: str(folder / family) for family in FAMILIES}
 
 
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A tiny checkpoint of each family that is supported."""
+    import families
+    folder = tmp_path_factory.mktemp("families")
+    for i, family in enumerate(families.FAMILIES):
+        families.build(folder / family, family, TEXTS, 380 + 10 * i)
+    return {family: str(folder / family) for family in families.FAMILIES}
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def vlm(request, checkpoints):
     from model import load_vlm

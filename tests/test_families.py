@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import families
-from conftest import TEXTS, call, lamp_files, noise_image, run
+import model
+from conftest import call, lamp_files, noise_image, run
 from discriminator import Discriminator, update
 from train import AdamW
 from model import (Sampling, UserError, check_packing, checkpoint_layers, encode, encode_responses, generate,
@@ -16,14 +17,6 @@ from model import (Sampling, UserError, check_packing, checkpoint_layers, encode
 from test_model import transformers_inputs, unpacked
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=8)
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("families")
-    for i, family in enumerate(families.FAMILIES):
-        families.build(folder / family, family, TEXTS, 380 + 10 * i)
-    return {family: str(folder / family) for family in families.FAMILIES}
 
 
 @pytest.fixture(scope="session", params=families.FAMILIES)
@@ -175,3 +168,38 @@ def test_checkpoints_that_cannot_be_students_are_one_sentence(folders, tmp_path)
     config = json.loads((tmp_path / "blind" / "config.json").read_text())
     (tmp_path / "blind" / "config.json").write_text(json.dumps(config["text_config"]))
     refused(tmp_path / "blind", "without a vision tower")
+
+
+def test_a_response_that_sees_its_sibling_is_noticed_in_bfloat16(vlm, prompts, folders, monkeypatch):
+    """A tolerance so wide, for the rounding of bfloat16, that every wrong mask passes."""
+    plain = model.packed_mask
+
+    def leaky(trunk, question, owner, place, tokens):
+        return plain(trunk, question, owner.clamp(max=1), place, tokens)
+    family = vlm.model.config.model_type
+    half = load_vlm(folders[family], "cpu", "bfloat16")
+    check_packing(half, prompts[0])
+    assert {w.dtype for w in half.model.parameters()} == {torch.bfloat16}
+    monkeypatch.setattr(model, "packed_mask", leaky)
+    with pytest.raises(UserError, match="differently"):
+        check_packing(half, prompts[0])
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_windows_computed_together_are_as_one_by_one(family, folders):
+    """Windows mixed up where they have several lengths; a batch that is not used."""
+    vlm = load_vlm(folders[family], "cpu")
+    tower, config = vlm.model.model.visual, vlm.model.model.visual.config
+    pictures = [noise_image(64, 48), noise_image(40, 24, 1), noise_image(64, 64, 2)]
+    images = encode(vlm, "two", pictures).images
+    results = []
+    for way in (config._attn_implementation, "sdpa"):
+        config._attn_implementation = way
+        pixels = images["pixel_values"].clone().requires_grad_()
+        states = tower(pixels, grid_thw=images["image_grid_thw"]).pooler_output
+        gradient, = torch.autograd.grad(states.square().sum(), pixels)
+        results.append((way, states, gradient))
+    (ours, *one), (_, *other) = results
+    assert ours == "flash_windows"
+    for a, b in zip(one, other):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
