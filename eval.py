@@ -20,6 +20,7 @@ import html
 import io
 import json
 import math
+import os
 import re
 import threading
 import unicodedata
@@ -31,6 +32,8 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import repeat
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")                # before torch is imported; see train.py
 
 import numpy as np
 import torch

@@ -40,6 +40,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Iterable, Iterator, Protocol
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")                # before torch is imported; see train.py
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps

@@ -48,6 +48,10 @@ from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
+# OpenMP's threads spin where they wait for one another: beside another busy program a step takes three times
+# as long. So they sleep. This is read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import torch
 import transformers
@@ -265,6 +269,8 @@ def main():
     """The stages of a run. Each leaves its result in --out, and is passed over where it has."""
     args = parse_args()
     transformers.utils.logging.disable_progress_bar()
+    if args.student == "toy":
+        torch.set_num_threads(1)                       # models this small gain nothing by a second one
     world = World.join(pick_device(args.device))
     with world.rank_0_first():                         # torchrun: the others find what rank 0 has made
         folder = Folder(args, world.rank)
@@ -347,7 +353,7 @@ class Batches:
 # ------------------------------------------------------------------------------------------ a run of the loop
 
 
-WINDOW = 50                                                   # steps in which signs of trouble are looked for
+SHORT, WINDOW = 20, 50                            # steps in which signs of sudden and slow trouble are sought
 MOST_SKIPPED = 5                                          # steps in a row without a finite gradient end a run
 LOGS = ("metrics", "timings", "rollouts")                     # timings are apart: they differ from run to run
 
@@ -550,13 +556,45 @@ def flat_share(reward: Tensor, valid: Tensor) -> float:
 
 
 def signs_of_trouble(rows) -> list[str]:
-    """What the metrics of the last WINDOW steps warn of, in words that name the metric."""
-    if len(rows) < WINDOW:
-        return []
+    """What the metrics of the last steps, up to WINDOW, warn of, in words that name the metric."""
+    rows = list(rows)
+    return sudden_signs(rows[-SHORT:]) + (slow_signs(rows) if len(rows) == WINDOW else [])
 
+
+def values_of(rows: list[dict], name: str) -> np.ndarray:
+    """The values of a metric, where there are any."""
+    return np.array([row[name] for row in rows if row.get(name) is not None], dtype=float)
+
+
+def sudden_signs(rows: list[dict]) -> list[str]:
+    """Signs that a run is breaking: half of SHORT steps must be there to tell."""
+    if len(rows) < SHORT // 2:
+        return []
+    signs, ends = [], SHORT // 4                                   # steps that are averaged at either end
+    if values_of(rows, "kl")[-ends:].mean() > 5:
+        signs.append("`kl` is above 5: the student has left the reference, and soon its language; lower "
+                     "--lr, or raise --beta")
+    norms = values_of(rows, "grad_norm")
+    if norms[-ends:].mean() > 10 * np.median(norms):
+        signs.append("`grad_norm` is ten times what it was: the updates are no longer small; lower --lr")
+    answer = values_of(rows, "reward/answer/student")
+    fall = answer[:ends].mean() - answer[-ends:].mean()
+    noise = np.diff(answer).std() / 2 ** 0.5 * (2 / ends) ** 0.5   # of the fall, if there were none
+    if fall > max(0.1, 4 * noise):
+        signs.append("`reward/answer/student` falls: the student gets worse; lower --lr and "
+                     "--discriminator-lr, or give `answer` more weight (--reward-weights)")
+    jumps = np.abs(np.diff(values_of(rows, "reward/similarity/student"))) > 0.5
+    if jumps.sum() >= 3:
+        signs.append("`reward/similarity/student` jumps up and down: D and the student chase each other; "
+                     "lower --discriminator-lr and --lr")
+    return signs
+
+
+def slow_signs(rows: list[dict]) -> list[str]:
+    """Signs that a run gets nowhere, over WINDOW steps."""
     def mean(name, part=slice(None)):
-        values = [row[name] for row in list(rows)[part] if row.get(name) is not None]
-        return sum(values) / len(values) if values else float("nan")
+        values = values_of(rows[part], name)
+        return values.mean() if len(values) else float("nan")
     signs, accuracy = [], mean("d_accuracy")
     if accuracy > 0.98:
         signs.append("`d_accuracy` is near 1: the discriminator always knows the student, who earns no "

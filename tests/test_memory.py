@@ -4,6 +4,7 @@ import contextlib
 import copy
 import re
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import train
 from conftest import call, lamp_files, noise_image, run
 from discriminator import Discriminator, update
-from model import UserError, encode, encode_responses, load_vlm, score
+from model import UserError, encode, encode_responses, load_vlm
 from train import AdamW, freeze, sft, update_policy
 from teachers import Example
 
@@ -38,7 +39,7 @@ def test_adamw_in_float32_is_torchs_own(offload):
     a, b = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
     b.load_state_dict(a.state_dict())
     ours = AdamW(a, 0.1, (0.9, 0.95), offload)
-    theirs = torch.optim.AdamW(b.parameters(), 0.1, (0.9, 0.95), weight_decay=0.0)
+    theirs = torch.optim.AdamW(b.parameters(), 0.1, (0.9, 0.95), weight_decay=0.0, fused=True)
     for i in range(5):
         for model, optimizer in ((a, ours), (b, theirs)):
             b.zero_grad()
@@ -81,7 +82,8 @@ def test_frozen_weights_do_not_move_and_the_others_do(qwen):
     outputs, valid = encode_responses(policy, [["yes", "no"]]), torch.ones(1, 2, dtype=torch.bool)
     run = SimpleNamespace(args=args, policy=policy, reference=qwen, world=train.World(), questions=[None],
                           optimizer=AdamW(policy.model, 1e-2, offload=True),
-                          using=lambda module: contextlib.nullcontext(), score=score)
+                          using=lambda module: contextlib.nullcontext(),
+                          score=partial(train.Run.score, SimpleNamespace(args=args)))
     update_policy(run, prompts, outputs, torch.tensor([[1.0, -1.0]]), valid)
     for name, weight in policy.model.named_parameters():
         frozen = "visual" in name or "self_attn" in name

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from conftest import ROOT, lamp_files
 
 # greedy: a sampled token may fall on the other side of a boundary when sums are added up in another order
-OPTIONS = ["--data", "lamps.jsonl", "--collection", "responses.jsonl", "--device", "cpu", "--batch-size", "6",
-           "--discriminator-steps", "2", "--collect", "2", "--num-samples", "2", "--max-new-tokens", "24",
+OPTIONS = ["--data", "lamps.jsonl", "--eval-data", "lamps.jsonl", "--eval-every", "3", "--collection",
+           "responses.jsonl", "--device", "cpu", "--batch-size", "6", "--discriminator-steps", "2", "--collect", "2", "--num-samples", "2", "--max-new-tokens", "24",
            "--rollout-batch", "4", "--log-every", "1", "--lr", "1e-5", "--temperature", "0"]
 
 
@@ -45,8 +45,8 @@ def close(one, other):
 
 
 def test_two_processes_do_what_one_does_and_one_goes_on_where_two_were_stopped(checkpoints, tmp_path):
-    """A mean of means; a question asked by both or by none; noise by rank; shards that a checkpoint does not
-    put together."""
+    """A mean of means; a question asked by both or by none (also a held-out one); noise by rank; shards that
+    a checkpoint does not put together."""
     lamp_files(tmp_path)
     for ranks, out in ((1, "one"), (2, "two")):
         said, _ = (process := start(tmp_path, checkpoints["qwen2_5_vl"], ranks, out, "--steps",
