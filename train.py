@@ -1508,7 +1508,10 @@ def pretrained_discriminator(folder: Folder, args, data: dict, collection: Colle
                                   args.rollout_batch * args.num_samples)
         optimizer = AdamW(D, args.pretrain_lr, offload=args.offload)
         eq1.pretrain(D, optimizer, pairs, args.discriminator_steps, args.pretrain_lr, args.token_budget)
-        save_file(D.state_dict(), f"{path}.unfinished")
+        # with its optimizer: the first steps of a new one are as long as its rate allows, whatever they follow
+        tensors = {f"D {name}": weight for name, weight in D.state_dict().items()}
+        tensors |= {f"optimizer {name}": moment for name, moment in optimizer.tensors().items()}
+        save_file(tensors, f"{path}.unfinished")
         Path(f"{path}.unfinished").rename(path)
     inputs = {"--data": digest(args.data), "the collection": digest(args.collection),
               "the student": digest(start)}
@@ -1520,14 +1523,16 @@ def trained_student(folder: Folder, args, world: World, data: dict, collection: 
                     pretrained: Path | None, start: str, judge) -> Path:
     """The loop, and the student that comes out of it, a checkpoint like the one it began as."""
     def make(path):
-        policy, D = load_student(start, args), None
+        policy, D, tensors = load_student(start, args), None, {}
         if pretrained:
-            D = new_discriminator(policy, args)
-            D.load_state_dict(load_file(pretrained, device=str(policy.device)))
+            D, tensors = new_discriminator(policy, args), load_file(pretrained)
+            D.load_state_dict(named(tensors, "D "))
         if path.exists() and not checkpoints(folder.out):
             raise UserError(f"{path} cannot be trained further, as its last checkpoint is gone; choose "
                             f"another --out")
         run = Run(args, world, folder.out, policy, data["data"], D)
+        if D:
+            run.d_optimizer.load(named(tensors, "optimizer "))
         ril(run, collection, judge(), data.get("eval_data", []))
         folder.clock.peak_gb = max(folder.clock.peak_gb, run.meter.peak_gb)
         save_student(run, start, path)
@@ -1543,6 +1548,11 @@ def trained_student(folder: Folder, args, world: World, data: dict, collection: 
                         everyone=True)
     folder.clock.seconds["loop"] = time.perf_counter() - begin
     return path
+
+
+def named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose name begins so, by the rest of their name."""
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 def judge_name(judge: str) -> str:

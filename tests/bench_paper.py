@@ -1,0 +1,279 @@
+"""The paper's tables 1, 2 and 5 in small, on the toy world: every arm on several seeds, with intervals.
+
+    python tests/bench_paper.py --out runs/paper --seeds 11 12 13 14 15 --jobs 2        hours on 2 cores
+    python tests/bench_paper.py --out runs/paper --arms main                            the most telling ones
+
+Every arm of a seed starts from the same student after SFT, and is judged on the same held-out questions.
+Differences are paired by seed; an interval is Student's t, 95%. What is finished is not done again, so the
+command may be stopped and given once more. It prints a table of arms and one of the paper's directions, and
+draws paper.png into --out.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from eval import rule_verdict  # noqa: E402
+from shapes import table  # noqa: E402
+
+# Student's t of a 95% interval, by degrees of freedom
+T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. data: for SFT, "sft", "teachers" or "right"; teachers: of the two, which."""
+    name: str
+    group: str
+    options: str = ""
+    data: str = ""
+    teachers: tuple[str, ...] = ()
+
+
+RIL = Arm("RIL, both teachers", "main")
+ARMS = [
+    RIL,
+    Arm("RIL, teacher A", "main", teachers=("qwen",)),
+    Arm("RIL, teacher B", "main", teachers=("internvl",)),
+    Arm("Dr.GRPO (Algorithm 1)", "main", "--algorithm rl"),
+    Arm("SFT continued", "main", data="sft"),
+    Arm("SFT on teachers", "main", data="teachers"),
+    Arm("SFT on right teacher responses", "main", data="right"),
+    Arm("GRPO (Algorithm 1)", "paper", "--algorithm rl --loss grpo"),
+    Arm("RIL, GRPO", "paper", "--loss grpo"),
+    Arm("D frozen", "paper", "--freeze-discriminator"),
+    Arm("no similarity reward", "paper", "--reward-weights similarity=0"),
+    Arm("no answer reward", "paper", "--reward-weights answer=0"),
+    Arm("no teachers in the group", "paper", "--no-teacher-rollouts"),
+    Arm("similarity ternary", "more", "--similarity ternary"),
+    Arm("similarity in tenths", "more", "--similarity tenths"),
+    Arm("similarity continuous", "more", "--similarity continuous"),
+    Arm("beta 0", "more", "--beta 0"),
+    Arm("beta 0.1", "more", "--beta 0.1"),
+    Arm("mu 2", "more", "--mu 2"),
+    Arm("mu 4", "more", "--mu 4"),
+    Arm("N 1", "more", "--collect 1"),
+    Arm("N 4", "more", "--collect 4"),
+    Arm("vocabulary head frozen", "more", "--freeze lm_head"),
+    Arm("self-attention frozen", "more", "--freeze language_model.*self_attn"),
+    Arm("word embedding frozen", "more", "--freeze embed_tokens"),
+    Arm("FFN frozen", "more", "--freeze language_model.*mlp"),
+    Arm("layer norm frozen", "more", "--freeze norm"),
+    Arm("vision tower frozen", "more", "--freeze visual"),
+]
+
+# What the paper found: this arm is better than that one (tables 1, 2 and 5 of arXiv 2510.19307).
+DIRECTIONS = [
+    ("RIL helps", RIL.name, "SFT"),
+    ("RIL is better than Dr.GRPO alone", RIL.name, "Dr.GRPO (Algorithm 1)"),
+    ("Dr.GRPO helps", "Dr.GRPO (Algorithm 1)", "SFT"),
+    ("Dr.GRPO is better than GRPO", "Dr.GRPO (Algorithm 1)", "GRPO (Algorithm 1)"),
+    ("one teacher (A) is better than none", "RIL, teacher A", "Dr.GRPO (Algorithm 1)"),
+    ("one teacher (B) is better than none", "RIL, teacher B", "Dr.GRPO (Algorithm 1)"),
+    ("two teachers are better than A", RIL.name, "RIL, teacher A"),
+    ("two teachers are better than B", RIL.name, "RIL, teacher B"),
+    ("D that is updated is better than frozen", RIL.name, "D frozen"),
+    ("the answer reward is needed", RIL.name, "no answer reward"),
+    ("binary similarity is better than ternary", RIL.name, "similarity ternary"),
+    ("binary similarity is better than tenths", RIL.name, "similarity in tenths"),
+    ("binary similarity is better than continuous", RIL.name, "similarity continuous"),
+    ("beta 0.01 is better than 0", RIL.name, "beta 0"),
+    ("beta 0.01 is better than 0.1", RIL.name, "beta 0.1"),
+    ("mu 1 is better than 2", RIL.name, "mu 2"),
+    ("mu 1 is better than 4", RIL.name, "mu 4"),
+    ("more cached responses help (16 against 1)", RIL.name, "N 1"),
+    ("freezing the vocabulary head costs", RIL.name, "vocabulary head frozen"),
+    ("freezing self-attention costs", RIL.name, "self-attention frozen"),
+    ("freezing word embeddings costs", RIL.name, "word embedding frozen"),
+    ("freezing FFNs costs", RIL.name, "FFN frozen"),
+    ("(ours) RIL is better than SFT on teachers", RIL.name, "SFT on teachers"),
+    ("(ours) RIL is better than SFT on right responses", RIL.name, "SFT on right teacher responses"),
+    ("(ours) teachers' responses in the group help", RIL.name, "no teachers in the group"),
+    ("(ours) the similarity reward helps", RIL.name, "no similarity reward"),
+]
+
+
+def slug(name):
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-").replace("--", "-")
+
+
+def rows_of(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def train(out, *options):
+    """Run train.py into the folder `out`, unless it has; its console lines go into out.log."""
+    if (out / "evaluation-after.json").exists():
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{out}.log", "a", encoding="utf-8") as log:
+        subprocess.run([sys.executable, ROOT / "train.py", "--out", out, *map(str, options)], check=True,
+                       stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def distilled(ril, right):
+    """The collection as data for SFT: every response, or those that are right. The path of the file."""
+    path = ril.parent / ("right.jsonl" if right else "teachers.jsonl")
+    if not path.exists():
+        questions = {row["id"]: row for row in rows_of(ril / "data" / "train.jsonl")}
+        lines = []
+        for i, row in enumerate(rows_of(ril / "collection.jsonl")):
+            asked = questions[row["id"]]
+            if not right or rule_verdict(asked["question"], asked["answer"], row["text"]):
+                image = str((ril / "data" / asked["image"]).resolve())
+                lines.append(json.dumps(asked | {"id": str(i), "answer": row["text"], "image": image}) + "\n")
+        path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def run_arm(arm, seed, out):
+    """Train one arm on one seed, from the folder of RIL on that seed."""
+    ril, folder = out / f"seed{seed}" / slug(RIL.name), out / f"seed{seed}" / slug(arm.name)
+    try:
+        if arm is RIL:
+            train(ril, "--seed", seed)
+        elif arm.data:
+            data = ril / "data" / "sft.jsonl" if arm.data == "sft" else distilled(ril, arm.data == "right")
+            train(folder, "--seed", seed, "--student", ril / "sft", "--algorithm", "rl", "--steps", 0,
+                  "--sft-data", data, "--sft-steps", len(rows_of(ril / "metrics.jsonl")), "--sft-lr", 1e-3,
+                  "--data", ril / "data" / "train.jsonl", "--eval-data", ril / "data" / "heldout.jsonl",
+                  "--max-new-tokens", 24)
+        else:
+            teachers = [ril / "teachers" / name for name in arm.teachers]
+            train(folder, "--seed", seed, "--from", ril, *arm.options.split(),
+                  *(["--teachers", *teachers] if teachers else []))
+    except subprocess.CalledProcessError as error:
+        print(f"{folder}: exit code {error.returncode}, see {folder}.log; it is left out", file=sys.stderr)
+        return
+    print(f"done: {folder}", file=sys.stderr, flush=True)
+
+
+def accuracy(folder, when="after"):
+    """Held-out accuracy in percent; None where the arm has not been run."""
+    path = folder / f"evaluation-{when}.json"
+    return 100 * json.loads(path.read_text())["accuracy"] if path.exists() else None
+
+
+def accuracies(out, seeds):
+    """{arm: {seed: percent}} of what has been run; "SFT" is where all begin."""
+    found = {name: {} for name in ("SFT", *(arm.name for arm in ARMS))}
+    for seed in seeds:
+        folders = {arm.name: (out / f"seed{seed}" / slug(arm.name), "after") for arm in ARMS}
+        for name, where in {"SFT": (folders[RIL.name][0], "before"), **folders}.items():
+            if (value := accuracy(*where)) is not None:
+                found[name][seed] = value
+    return {name: values for name, values in found.items() if values}
+
+
+def interval(values):
+    """(mean, half of its 95% interval by Student's t); one value has none."""
+    if len(values) < 2:
+        return values[0], float("nan")
+    half = T95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), half
+
+
+def paired(found, better, worse):
+    """The interval of better - worse over the seeds that both have, or None."""
+    if better not in found or worse not in found:
+        return None
+    seeds = found[better].keys() & found[worse].keys()
+    return interval([found[better][s] - found[worse][s] for s in sorted(seeds)]) if seeds else None
+
+
+def verdict(mean, half):
+    if not half < abs(mean):                                       # also where there is no interval
+        return "within noise"
+    return "reproduced" if mean > 0 else "not reproduced"
+
+
+def health(out, seeds):
+    """How steady RIL was, a row a seed: of similarity over the last 60 steps, KL, and the gradient's norm."""
+    for seed in seeds:
+        path = out / f"seed{seed}" / slug(RIL.name) / "metrics.jsonl"
+        if path.exists():
+            rows = rows_of(path)
+            similarity = [row["reward/similarity/student"] for row in rows]
+            answer = [row["reward/answer/student"] for row in rows]
+            last = similarity[-60:]
+            yield (seed, f"{statistics.mean(similarity[:20]):.2f} -> {statistics.mean(similarity[-20:]):.2f}",
+                   f"{statistics.pstdev(last):.2f}", f"{min(last):.2f}",
+                   f"{statistics.mean(answer[:20]):.2f} -> {statistics.mean(answer[-20:]):.2f}",
+                   f"{max(row['kl'] for row in rows[-100:]):.2f}",
+                   f"{max(row['grad_norm'] for row in rows[20:]):.1f}")
+
+
+def draw(found, path):
+    """Each arm as a dot (mean over seeds) on its line (95% interval), with the seeds as small dots."""
+    width, line, left = 1100, 30, 330
+    lows = min(min(values.values()) for values in found.values())
+    highs = max(max(values.values()) for values in found.values())
+    low, high = 5 * int(lows / 5), 5 * (int(highs / 5) + 1)
+    image = Image.new("RGB", (width, line * (len(found) + 2)), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+
+    def x(value):
+        return left + (value - low) / (high - low) * (width - left - 30)
+    for tick in range(low, high + 1, 5):
+        pen.line((x(tick), 0, x(tick), line * len(found)), fill=(230, 230, 230))
+        pen.text((x(tick), line * (len(found) + 0.3)), str(tick), font=font, fill="black", anchor="ma")
+    pen.text((x((low + high) / 2), line * (len(found) + 1)), "held-out accuracy in percent", font=font,
+             fill="black", anchor="ma")
+    for i, (name, values) in enumerate(found.items()):
+        y, (mean, half) = line * (i + 0.5), interval(list(values.values()))
+        colour = (190, 60, 40) if name == RIL.name else (40, 80, 160)
+        pen.text((left - 12, y), name, font=font, fill="black", anchor="rm")
+        if half == half:
+            pen.line((max(left, x(mean - half)), y, min(width, x(mean + half)), y), fill=colour, width=3)
+        for value in values.values():
+            pen.ellipse((x(value) - 2, y - 2, x(value) + 2, y + 2), fill=(120, 120, 120))
+        pen.ellipse((x(mean) - 5, y - 5, x(mean) + 5, y + 5), fill=colour)
+    image.save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
+    groups = ["main", "paper", "more"]
+    parser.add_argument("--arms", nargs="+", default=groups, choices=groups)
+    parser.add_argument("--jobs", type=int, default=1, help="arms that are trained at a time, a core each")
+    args = parser.parse_args()
+    arms = [arm for arm in ARMS if arm.group in args.arms]
+    with ThreadPoolExecutor(args.jobs) as jobs:
+        list(jobs.map(lambda seed: run_arm(RIL, seed, args.out), args.seeds))
+        rest = [(arm, seed) for group in args.arms for arm in arms if arm.group == group and arm is not RIL
+                for seed in args.seeds]
+        list(jobs.map(lambda job: run_arm(*job, args.out), rest))
+
+    found = accuracies(args.out, args.seeds)
+    lines = []
+    for name, values in found.items():
+        mean, half = interval(list(values.values()))
+        difference = paired(found, name, RIL.name)
+        lines.append((name, " ".join(f"{v:.1f}" for v in values.values()), f"{mean:.1f} +-{half:.1f}",
+                      "" if name == RIL.name else f"{difference[0]:+.1f} +-{difference[1]:.1f}"))
+    table(("arm", f"seeds {args.seeds}", "mean", "minus RIL, paired"), lines)
+    print()
+    directions = [(claim, paired(found, better, worse)) for claim, better, worse in DIRECTIONS]
+    table(("the paper's direction", "difference", "here"),
+          [(claim, f"{mean:+.1f} +-{half:.1f}", verdict(mean, half))
+           for claim, (mean, half) in ((claim, d) for claim, d in directions if d)])
+    print()
+    table(("RIL, seed", "similarity, first -> last 20", "sd of last 60", "lowest of these",
+           "answer, first -> last 20", "largest KL of last 100", "largest |g| after 20"),
+          list(health(args.out, args.seeds)))
+    draw(found, args.out / "paper.png")
+
+
+if __name__ == "__main__":
+    main()
