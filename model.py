@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -42,7 +43,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTex
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.smolvlm import processing_smolvlm
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchvision_available, logging
 
 
 class UserError(Exception):
@@ -184,18 +185,53 @@ def load_vlm(path: str, device: str | None = None, dtype: str | None = None, tex
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     kind = AutoModelForImageTextToText if hasattr(processor, "image_processor") else AutoModelForCausalLM
     with naming(path):
-        model = kind.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
-    return VLM(model, processor, *special_ids(model, processor))
+        # attn_implementation None: whatever the config says, sdpa, or eager in parts that do not know it; both
+        # heed our masks
+        model, found = kind.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=None,
+                                            output_loading_info=True, ignore_mismatched_sizes=True)
+    check_weights(path, found)
+    return VLM(model.to(device).eval(), processor, *special_ids(model, processor))
+
+
+def check_weights(path: str, found: dict[str, set]):
+    """UserError where the names or shapes of a checkpoint's weights are not those of the model that its
+    config describes. That would run, with random weights in place of them."""
+    kinds = {"missing": found["missing_keys"], "unexpected": found["unexpected_keys"],
+             "of another shape": {name for name, *_ in found["mismatched_keys"]}}
+    wrong = [f"{len(names)} {kind} ({', '.join(sorted(names)[:3])})"
+             for kind, names in kinds.items() if names]
+    if wrong:
+        raise UserError(f"{path}: its weights are not those of the model in its config.json: "
+                        f"{'; '.join(wrong)}")
+
+
+LFS_POINTER = b"version https://git-lfs"
 
 
 @contextmanager
 def naming(path: str):
-    """Turn what transformers raises over a missing or foreign checkpoint into one sentence."""
+    """Turn what is raised over a missing, foreign or damaged checkpoint into one sentence; log no more."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:                                     # tokenizers raises no other kind
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        for file in filter(Path.is_file, sorted(Path(path).glob("*"))):
+            with open(file, "rb") as contents:
+                if contents.read(len(LFS_POINTER)) == LFS_POINTER:
+                    reason = f"{file.name} is a pointer of git-lfs in the place of the file: git lfs pull"
         raise UserError(f"{path}: not an image-text-to-text checkpoint that can be loaded "
-                        f"({str(error).strip().splitlines()[0]})") from error
+                        f"({reason})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def context_of(path: str) -> float:
+    """How many tokens a checkpoint can read, by its config: infinite where that does not say."""
+    with naming(path):
+        config = AutoConfig.from_pretrained(path).get_text_config()
+    return getattr(config, "max_position_embeddings", None) or float("inf")
 
 
 def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
@@ -229,8 +265,14 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
     if not text_only and not hasattr(processor, "image_processor"):
         raise UserError(f"{path}: a language model without a vision tower; an image-text-to-text model is "
                         f"needed here")
-    if not getattr(processor, "chat_template", None):
+    if not chat_template(processor):
         raise UserError(f"{path}: its processor has no chat template, so it cannot be asked questions")
+    try:
+        plain, shown = (render(processor, chat_turns("?", images)) for images in (0, int(not text_only)))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if not text_only and (shown == plain or "'type'" in shown):    # the second is how a list is printed
+        raise UserError(f"{path}: its chat template has no place for images")
     return processor
 
 
@@ -272,26 +314,45 @@ def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list
     every row of the embedding that the tokenizer has no text for (vocabularies are padded to round sizes).
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    stops = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    stops = list(dict.fromkeys([tokenizer.eos_token_id, *stops]))              # each once, in this order
-    turns = [{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant")]
-    end = tokenizer(render(processor, turns).rsplit("assistant", 1)[1]).input_ids       # what follows a reply
-    stops.sort(key=lambda i: end.index(i) if i in end else len(end))       # Gemma: <end_of_turn> before <eos>
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added, reply = tokenizer.added_tokens_decoder, "[the reply]"
+    turns = chat_turns("?", 0, (("?", reply),))[:2]
+    after = tokenizer(render(processor, turns).partition(reply)[2], add_special_tokens=False).input_ids
+    # the first token after a reply that is no text. Gemma: <end_of_turn>, before <eos>; and it may be one
+    # that neither tokenizer nor generation config names
+    ends = [i for i in after if i in added and added[i].content.strip()][:1]
+    stops = model.generation_config.eos_token_id
+    stops = [*ends, tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])]
+    stops = list(dict.fromkeys(i for i in stops if i is not None))                           # each once
+    if not stops:
+        raise UserError(f"{model.name_or_path}: nothing says which token ends a response")
+    special = {i for i, token in added.items() if token.special}
     named = {getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")} - {None}
     unused = range(len(tokenizer), model.get_output_embeddings().out_features)
     return stops, sorted((special | named | set(unused)) - set(stops))
 
 
+def chat_template(processor: ProcessorMixin) -> str | None:
+    """The chat template of a processor, or else of its tokenizer; of several the default."""
+    for owner in (processor, getattr(processor, "tokenizer", processor)):
+        if template := owner.chat_template:
+            return template.get("default") if isinstance(template, dict) else template
+
+
 def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: bool = False) -> str:
-    """Chat turns, their content a list of image and text parts, as text by the model's chat template."""
+    """Chat turns, their content a list of image and text parts, as text by the model's chat template.
+
+    Raises UserError where the template does, as over a system turn or turns of one role that follow each
+    other.
+    """
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:                                       # a language model: its template wants strings
         tokenizer = processor
         turns = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns]
-    return tokenizer.apply_chat_template(turns, chat_template=processor.chat_template, tokenize=False,
-                                         add_generation_prompt=add_generation_prompt)
+    try:
+        return tokenizer.apply_chat_template(turns, chat_template=chat_template(processor), tokenize=False,
+                                             add_generation_prompt=add_generation_prompt)
+    except (TemplateError, TypeError) as error:
+        raise UserError(f"the chat template refuses such turns ({error})") from error
 
 
 # ---------------------------------------------------------------------------------------------- prompts
@@ -332,17 +393,9 @@ def encode(vlm: VLM, question: str, images: list[Image.Image],
            history: tuple[tuple[str, str], ...] = ()) -> Prompt:
     """Chat prompt that ends in a question, after the turns of `history`. Images of any sizes, or none.
 
-    Raises UserError when a text spells one of the model's image tokens: it would be counted as one more
-    image.
+    Raises UserError where the model cannot be asked that, see prompt_text and process.
     """
-    turns = chat_turns(question, len(images), history)
-    for token in image_tokens(vlm.processor):
-        if any(token in part.get("text", "") for turn in turns for part in turn["content"]):
-            raise UserError(f"the question {question[:80]!r} spells {token}, which this model reads as an "
-                            f"image")
-    text = render(vlm.processor, turns, add_generation_prompt=True)
-    inputs = vlm.processor(text=[text], **({"images": images} if images else {}), return_tensors="pt",
-                           add_special_tokens=needs_bos(vlm.tokenizer, text))
+    inputs = process(vlm.processor, prompt_text(vlm.processor, question, len(images), history), images)
     ids = inputs.pop("input_ids")                                  # (1, P)
     of_text = ("attention_mask", "mm_token_type_ids", "token_type_ids")
     images = {name: x for name, x in inputs.items() if name not in of_text}
@@ -353,6 +406,50 @@ def encode(vlm: VLM, question: str, images: list[Image.Image],
                                              attention_mask=torch.ones_like(ids),
                                              image_grid_thw=images.get("image_grid_thw"))[0][:, 0]
     return Prompt(ids[0], images, positions)
+
+
+def prompt_text(processor: ProcessorMixin, question: str, images: int,
+                history: tuple[tuple[str, str], ...] = ()) -> str:
+    """The chat prompt of a question as text, with one placeholder for each image.
+
+    Raises UserError when a text spells one of the model's image tokens: it would be counted as one more
+    image.
+    """
+    turns = chat_turns(question, images, history)
+    for token in image_tokens(processor):
+        if any(token in part.get("text", "") for turn in turns for part in turn["content"]):
+            raise UserError(f"the question {question[:80]!r} spells {token}, which this model reads as an "
+                            f"image")
+    return render(processor, turns, add_generation_prompt=True)
+
+
+def process(processor: ProcessorMixin, text: str, images: list[Image.Image]):
+    """The tensors that a processor makes of a prompt; UserError where it refuses, as over an odd image."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    try:
+        return processor(text=[text], **({"images": images} if images else {}), return_tensors="pt",
+                         add_special_tokens=needs_bos(tokenizer, text))
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+        raise UserError(f"{type(processor).__name__} refuses a prompt with images of {sizes or 'no'} "
+                        f"pixels ({reason})") from error
+
+
+def length_bound(processor: ProcessorMixin, text: str, sizes: tuple[tuple[int, int], ...]) -> float:
+    """At most how many tokens `process` makes of a prompt with images of these sizes, (width, height).
+
+    Infinite where only the images can tell: in families that do not say, and for odd shapes, which a
+    processor may refuse.
+    """
+    length = len(text.encode())                                    # a token is at least a byte
+    if not sizes:
+        return length
+    odd = any(min(size) < 28 or max(size) > 10 * min(size) for size in sizes)
+    if odd or not hasattr(processor, "_get_num_multimodal_tokens"):
+        return float("inf")
+    numbers = processor._get_num_multimodal_tokens(image_sizes=[(h, w) for w, h in sizes]).num_image_tokens
+    return length + sum(numbers) + 8 * len(sizes)                  # and the marks around each
 
 
 def needs_bos(tokenizer, text: str) -> bool:

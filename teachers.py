@@ -38,7 +38,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterable, Iterator, Protocol
+from typing import Callable, Iterable, Iterator, Protocol
 
 import numpy as np
 import torch
@@ -50,8 +50,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from model import (MARK, VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, encode_responses,
-                   load_processor, load_vlm, run, score, stream, write_atomic)
+from model import (MARK, VLM, Prompt, Sampling, UserError, chat_turns, context_of, decode, encode,
+                   encode_responses, length_bound, load_processor, load_vlm, process, prompt_text, run,
+                   score, stream, write_atomic)
 
 # -------------------------------------------------------------------------------- examples
 
@@ -76,7 +77,7 @@ class Example:
     group: str = ""                                # is scored together, as a caption and its foils
     split: str = ""
     kind: str = ""                                 # "dialogue", "caption", "foil", "picture", an answer_type
-    pixels: int = 0                                # of all its images
+    sizes: tuple[tuple[int, int], ...] = ()        # (width, height) of each image
 
     @property
     def letters(self) -> dict[str, str]:
@@ -97,7 +98,7 @@ class Example:
         return "\n".join([f"{question}\n{reply}" for question, reply in self.history] + [self.text])
 
 
-def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
+def load_examples(path: str, skip_bad: bool = False, checks: Iterable["Check"] = ()) -> list[Example]:
     """Read examples and open every image once, so that errors are known before any work is done.
 
     A file is JSONL, a JSON list or {"data": a list}, in three forms: ours, {"id", "image", "question",
@@ -105,8 +106,9 @@ def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
     chat, {"messages", "images"}. Other names of these columns are in ID_COLUMNS and below. Or it is the file
     of a benchmark: VLMEvalKit's TSV, captions in COCO's form (NoCaps, VizWiz, FOIL), VizWiz-VQA, MM-Vet.
     Images are paths relative to the file's folder, or to `images` in it. Raises UserError, naming file and
-    line, for a bad row, a missing or unreadable image, or a repeated id. With skip_bad, rows with such images
-    are left out and counted on the console.
+    line, for a bad row, a missing or unreadable image, or a repeated id, and for a row that one of the
+    checks refuses (see prompt_checks). With skip_bad, rows with such images and rows so refused are left out
+    and counted on the console.
     """
     examples = []
     ids = Counter()
@@ -120,7 +122,7 @@ def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
             if ids[example.id] > 1:                # common in LLaVA's files
                 example = replace(example, id=f"{example.id}#{ids[example.id]}")
             examples.append(example)
-    examples = check_images(examples, path, skip_bad)
+    examples = check_prompts(check_images(examples, path, skip_bad), path, skip_bad, checks)
     if not examples:
         raise UserError(f"{path}: no examples in it")
     return examples
@@ -142,6 +144,42 @@ def encode_example(vlm: VLM, example: Example) -> Prompt:
     if vlm.room > 0:
         vlm.prompts[example] = prompt
     return prompt
+
+
+Check = Callable[[Example], None]                  # UserError where a model cannot be asked an example
+
+
+def prompt_checks(models: list[str], response: int | None) -> list[Check]:
+    """A check of examples for each checkpoint among the models. response: its tokens, at most; None for the
+    example's truth.
+
+    It raises UserError, naming file and line, where encode_example would, and where prompt and response are
+    longer than the model's context. It reads no weights, and opens images only where sizes do not tell.
+    """
+    teachers = [make_teacher(name) for name in models]
+    return [prompt_check(t.path, response) for t in teachers if isinstance(t, CheckpointTeacher)]
+
+
+def prompt_check(path: str, response: int | None) -> Check:
+    """See prompt_checks."""
+    processor, context = load_processor(path), context_of(path)
+
+    def check(example):
+        said = response
+        if said is None:
+            said = 1 + len(processor.tokenizer(example.truth, add_special_tokens=False).input_ids)
+        try:
+            text = prompt_text(processor, example.text, len(example.images), example.history)
+            if length_bound(processor, text, example.sizes) + said <= context:
+                return
+            images = [open_image(image, example.where) for image in example.images]
+            length = process(processor, text, images)["input_ids"].shape[1]
+        except UserError as error:
+            raise UserError(f"{example.where}: {error}") from error
+        if length + said > context:
+            raise UserError(f"{example.where}: a prompt of {length} tokens and a response of {said} are "
+                            f"more than the {context} that {path} can read")
+    return check
 
 
 # -------------------------------------------------------------------------------- teachers
@@ -1045,13 +1083,12 @@ def check_images(examples: list[Example], path: str, skip_bad: bool) -> list[Exa
     for example in examples:
         for image in example.images:
             wheres.setdefault(image, example.where)
-    pixels = {}
+    sizes = {}
     bad = {}
 
     def look(image):
         try:
-            size = open_image(image, wheres[image]).size
-            pixels[image] = size[0] * size[1]
+            sizes[image] = open_image(image, wheres[image]).size
         except UserError as error:
             bad[image] = error
     with ThreadPoolExecutor(8) as pool:
@@ -1064,7 +1101,25 @@ def check_images(examples: list[Example], path: str, skip_bad: bool) -> list[Exa
         print(f"{path}: {len(examples) - len(kept)} of {len(examples)} examples skipped for {len(bad)} bad "
               f"images, the first: {first}")
         examples = kept
-    return [replace(example, pixels=sum(pixels[image] for image in example.images)) for example in examples]
+    return [replace(example, sizes=tuple(sizes[image] for image in example.images)) for example in examples]
+
+
+def check_prompts(examples: list[Example], path: str, skip_bad: bool,
+                  checks: Iterable[Check]) -> list[Example]:
+    """The examples that pass all checks. UserError on the first other; with skip_bad these are counted."""
+    refused = {}
+    for example in tqdm(examples, f"prompts of {Path(path).name}", unit="prompt", delay=3):
+        try:
+            for check in checks:
+                check(example)
+        except UserError as error:
+            refused[example] = error
+            if not skip_bad or len(refused) == len(examples):
+                raise
+    if refused:
+        print(f"{path}: {len(refused)} of {len(examples)} examples skipped that a model cannot be asked, "
+              f"the first: {next(iter(refused.values()))}")
+    return [example for example in examples if example not in refused]
 
 
 def image_bytes(image: str) -> bytes:
@@ -1562,7 +1617,8 @@ def main():
                              "their log-probability, to --out")
     parser.add_argument("--student", help="checkpoint folder or hub id, for --select")
     parser.add_argument("--skip-bad", action="store_true",
-                        help="leave out examples whose image cannot be read")
+                        help="leave out examples whose image cannot be read, and those that a model cannot "
+                             "be asked")
     parser.add_argument("--batch-size", type=int, default=16, help="questions at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
@@ -1574,7 +1630,8 @@ def main():
         parser.error("give --teachers, or --select K and --student")
     if args.select and Path(args.out).exists():
         parser.error(f"--out {args.out} exists")
-    examples = load_examples(args.data, args.skip_bad)
+    models = [args.student] if args.select else args.teachers
+    examples = load_examples(args.data, args.skip_bad, prompt_checks(models, args.max_new_tokens))
     if args.select:
         vlm = load_vlm(args.student, args.device, args.dtype)
         chosen = select(vlm, examples, args.select, args.max_new_tokens, args.seed, args.batch_size)

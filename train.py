@@ -290,6 +290,9 @@ def main():
 # ==========================================================================================
 
 
+from teachers import prompt_checks  # noqa: E402
+
+
 class Asked:
     """Verdicts that were asked for, of B questions with K responses each.
 
@@ -1302,9 +1305,15 @@ def check_inputs(args, folder: Folder) -> dict[str, list[Example]]:
     is done.
     """
     given = {}
-    for name, load in (("data", load_examples), ("sft_data", load_examples), ("eval_data", tasks_of)):
+    student = [args.student] if args.student != "toy" else []      # the toy does not exist yet
+    # rows that were left out because of a teacher must be left out again
+    again = args.skip_bad or not folder.finished("collection.jsonl")
+    asked = student + args.teachers if again else student
+    for name, load, models, response in (("data", load_examples, asked, args.max_new_tokens),
+                                         ("sft_data", load_examples, student, None),
+                                         ("eval_data", tasks_of, student, args.max_new_tokens)):
         if path := getattr(args, name):
-            given[name] = load(path, skip_bad=args.skip_bad)
+            given[name] = load(path, skip_bad=args.skip_bad, checks=prompt_checks(models, response))
     if not folder.finished("collection.jsonl"):
         for name in args.teachers:
             make_teacher(name, args.device, args.dtype).check()

@@ -175,3 +175,72 @@ def test_checkpoints_that_cannot_be_students_are_one_sentence(folders, tmp_path)
     config = json.loads((tmp_path / "blind" / "config.json").read_text())
     (tmp_path / "blind" / "config.json").write_text(json.dumps(config["text_config"]))
     refused(tmp_path / "blind", "without a vision tower")
+
+
+# -------------------------------------------------------------------------------- damaged and odd checkpoints
+
+
+def changed(folder, tmp_path, **files):
+    """A copy of a checkpoint in which some files are other bytes, or what a function makes of its JSON, or
+    are gone."""
+    shutil.copytree(folder, tmp_path / "changed")
+    for name, change in files.items():
+        file = tmp_path / "changed" / {"weights": "model.safetensors"}.get(name, f"{name}.json")
+        if change is None:
+            file.unlink()
+        elif isinstance(change, bytes):
+            file.write_bytes(change)
+        else:
+            contents = json.loads(file.read_text())
+            change(contents)
+            file.write_text(json.dumps(contents))
+    return str(tmp_path / "changed")
+
+
+def sentence(load, path):
+    with pytest.raises(UserError) as error:
+        load(path)
+    assert path in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def renamed(weights):
+    return {name.replace("self_attn", "attention"): x for name, x in weights.items()}
+
+
+def without_head(weights):
+    return {name: x for name, x in weights.items() if name != "lm_head.weight"}
+
+
+@pytest.mark.parametrize("change, says", [
+    (renamed, r"14 missing \(model\.language_model.*self_attn.*14 unexpected \(.*attention"),
+    (without_head, r"1 missing \(lm_head.weight\)$"),
+    (lambda weights: weights | {"stranger": torch.ones(2)}, r": 1 unexpected \(stranger\)$"),
+    (lambda weights: weights | {"lm_head.weight": torch.ones(7, 32)}, r"1 of another shape \(lm_head.weight\)"),
+])
+def test_weights_of_another_model_are_refused_by_name(folders, tmp_path, change, says, capfd):
+    """A checkpoint whose weights have other names: the model ran on random ones, with a score."""
+    path = changed(folders["llava"], tmp_path)
+    save_file(change(load_file(f"{path}/model.safetensors")), f"{path}/model.safetensors", {"format": "pt"})
+    assert re.search(says, sentence(partial(load_vlm, device="cpu"), path))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("layers, says", [(1, "unexpected"), (3, "missing")])
+def test_a_config_with_other_layers_is_refused(folders, tmp_path, layers, says):
+    """Layers that are not run, or run on random weights."""
+    path = changed(folders["llava"], tmp_path,
+                   config=lambda config: config["text_config"].update(num_hidden_layers=layers))
+    assert says in sentence(partial(load_vlm, device="cpu"), path)
+
+
+def test_tied_weights_are_not_missing(folders, tmp_path):
+    """A head that is the embedding stands in the file once."""
+    path = changed(folders["llava"], tmp_path, config=lambda config: config.update(tie_word_embeddings=True))
+    weights = without_head(load_file(f"{path}/model.safetensors"))
+    save_file(weights, f"{path}/model.safetensors", {"format": "pt"})
+    model = load_vlm(path, "cpu").model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
