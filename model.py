@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from collections import defaultdict, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from typing import Iterable, Iterator
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -185,9 +186,9 @@ def load_vlm(path: str, device: str | None = None, dtype: str | None = None, tex
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     kind = AutoModelForImageTextToText if hasattr(processor, "image_processor") else AutoModelForCausalLM
     with naming(path):
-        # attn_implementation None: whatever the config says, sdpa, or eager in parts that do not know it; both
-        # heed our masks
-        model, found = kind.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation=None,
+        config = AutoConfig.from_pretrained(path)
+        config._attn_implementation = None         # sdpa, or eager in parts that lack it: both heed our masks
+        model, found = kind.from_pretrained(path, config=config, dtype=getattr(torch, dtype),
                                             output_loading_info=True, ignore_mismatched_sizes=True)
     check_weights(path, found)
     return VLM(model.to(device).eval(), processor, *special_ids(model, processor))
@@ -205,9 +206,6 @@ def check_weights(path: str, found: dict[str, set]):
                         f"{'; '.join(wrong)}")
 
 
-LFS_POINTER = b"version https://git-lfs"
-
-
 @contextmanager
 def naming(path: str):
     """Turn what is raised over a missing, foreign or damaged checkpoint into one sentence; log no more."""
@@ -216,15 +214,30 @@ def naming(path: str):
     try:
         yield
     except Exception as error:                                     # tokenizers raises no other kind
-        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        for file in filter(Path.is_file, sorted(Path(path).glob("*"))):
-            with open(file, "rb") as contents:
-                if contents.read(len(LFS_POINTER)) == LFS_POINTER:
-                    reason = f"{file.name} is a pointer of git-lfs in the place of the file: git lfs pull"
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 250)
         raise UserError(f"{path}: not an image-text-to-text checkpoint that can be loaded "
                         f"({reason})") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def check_files(path: str):
+    """UserError where a file in a checkpoint folder is cut off, or a git-lfs pointer in the place of a file.
+    transformers passes over some of these, and reads weights only when it is their turn."""
+    for file in sorted(Path(path).glob("*")):
+        if file.suffix not in (".json", ".jinja", ".model", ".txt", ".safetensors"):
+            continue
+        try:
+            with open(file, "rb") as contents:
+                if contents.read(23) == b"version https://git-lfs":
+                    raise ValueError("it is a git-lfs pointer: git lfs pull")
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass                                           # its header fits its size
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read ({error})") from error
 
 
 def context_of(path: str) -> float:
@@ -242,6 +255,7 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
     one more package, to spell out the times in a video: it never gets to.
     """
     processing_smolvlm.num2words = processing_smolvlm.num2words or str
+    check_files(path)
     with naming(path):
         config = AutoConfig.from_pretrained(path)
         family = PROCESSOR_MAPPING.get(type(config), None)
@@ -267,6 +281,8 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
                         f"needed here")
     if not chat_template(processor):
         raise UserError(f"{path}: its processor has no chat template, so it cannot be asked questions")
+    if not getattr(processor, "tokenizer", processor)("?", add_special_tokens=False).input_ids:
+        raise UserError(f"{path}: its tokenizer knows no text; is a file missing, as tokenizer.json?")
     try:
         plain, shown = (render(processor, chat_turns("?", images)) for images in (0, int(not text_only)))
     except UserError as error:
@@ -430,26 +446,23 @@ def process(processor: ProcessorMixin, text: str, images: list[Image.Image]):
         return processor(text=[text], **({"images": images} if images else {}), return_tensors="pt",
                          add_special_tokens=needs_bos(tokenizer, text))
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 250)
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
         raise UserError(f"{type(processor).__name__} refuses a prompt with images of {sizes or 'no'} "
                         f"pixels ({reason})") from error
 
 
-def length_bound(processor: ProcessorMixin, text: str, sizes: tuple[tuple[int, int], ...]) -> float:
-    """At most how many tokens `process` makes of a prompt with images of these sizes, (width, height).
+def tokens_of_image(processor: ProcessorMixin, size: tuple[int, int]) -> int:
+    """At most how many tokens a processor makes of an image of this (width, height), with the marks around it.
 
-    Infinite where only the images can tell: in families that do not say, and for odd shapes, which a
-    processor may refuse.
+    Most families compute that. Of others, and for odd shapes, which a processor may refuse with a UserError,
+    a blank image tells.
     """
-    length = len(text.encode())                                    # a token is at least a byte
-    if not sizes:
-        return length
-    odd = any(min(size) < 28 or max(size) > 10 * min(size) for size in sizes)
+    odd = min(size) < 28 or max(size) > 10 * min(size)
     if odd or not hasattr(processor, "_get_num_multimodal_tokens"):
-        return float("inf")
-    numbers = processor._get_num_multimodal_tokens(image_sizes=[(h, w) for w, h in sizes]).num_image_tokens
-    return length + sum(numbers) + 8 * len(sizes)                  # and the marks around each
+        blank = process(processor, prompt_text(processor, "?", 1), [Image.new("RGB", size)])
+        return blank["input_ids"].shape[1]
+    return 8 + processor._get_num_multimodal_tokens(image_sizes=[size[::-1]]).num_image_tokens[0]
 
 
 def needs_bos(tokenizer, text: str) -> bool:

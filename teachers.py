@@ -36,7 +36,7 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Protocol
 
@@ -51,8 +51,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from model import (MARK, VLM, Prompt, Sampling, UserError, chat_turns, context_of, decode, encode,
-                   encode_responses, length_bound, load_processor, load_vlm, process, prompt_text, run,
-                   score, stream, write_atomic)
+                   encode_responses, load_processor, load_vlm, process, prompt_text, run, score, stream,
+                   tokens_of_image, write_atomic)
 
 # -------------------------------------------------------------------------------- examples
 
@@ -154,7 +154,7 @@ def prompt_checks(models: list[str], response: int | None) -> list[Check]:
     example's truth.
 
     It raises UserError, naming file and line, where encode_example would, and where prompt and response are
-    longer than the model's context. It reads no weights, and opens images only where sizes do not tell.
+    longer than the model's context. It reads neither weights nor images, only the sizes of these.
     """
     teachers = [make_teacher(name) for name in models]
     return [prompt_check(t.path, response) for t in teachers if isinstance(t, CheckpointTeacher)]
@@ -163,23 +163,27 @@ def prompt_checks(models: list[str], response: int | None) -> list[Check]:
 def prompt_check(path: str, response: int | None) -> Check:
     """See prompt_checks."""
     processor, context = load_processor(path), context_of(path)
+    image_length = cache(partial(tokens_of_image, processor))
 
     def check(example):
-        said = response
-        if said is None:
-            said = 1 + len(processor.tokenizer(example.truth, add_special_tokens=False).input_ids)
+        room = context - (response or response_length(processor.tokenizer, example.truth))
         try:
             text = prompt_text(processor, example.text, len(example.images), example.history)
-            if length_bound(processor, text, example.sizes) + said <= context:
-                return
-            images = [open_image(image, example.where) for image in example.images]
-            length = process(processor, text, images)["input_ids"].shape[1]
+            if len(text.encode()) + sum(map(image_length, example.sizes)) <= room:
+                return                             # as a token is at least a byte
+            blank = [Image.new("RGB", size) for size in example.sizes]
+            length = process(processor, text, blank)["input_ids"].shape[1]
+            if length > room:
+                raise UserError(f"a prompt of {length} tokens, with a response of {context - room}, is longer "
+                                f"than the {context} that {path} can read")
         except UserError as error:
             raise UserError(f"{example.where}: {error}") from error
-        if length + said > context:
-            raise UserError(f"{example.where}: a prompt of {length} tokens and a response of {said} are "
-                            f"more than the {context} that {path} can read")
     return check
+
+
+def response_length(tokenizer, text: str) -> int:
+    """How many tokens a response has, with the stop token after it."""
+    return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids) + 1
 
 
 # -------------------------------------------------------------------------------- teachers
@@ -388,7 +392,7 @@ def too_long(tokenizer, text: str, longest: int) -> bool:
     """Whether a text and the stop token after it are more than `longest` tokens."""
     if len(text.encode()) < longest:               # a token is at least a byte, so there is no need to count
         return False
-    return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids) >= longest
+    return response_length(tokenizer, text) > longest
 
 
 def fill_collection(path: str, teachers: list[Teacher], examples: list[Example], num: int, sampling: Sampling,

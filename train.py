@@ -1089,7 +1089,9 @@ def freeze(model: torch.nn.Module, pattern: str | None, path: str):
 def skeleton(path: str) -> torch.nn.Module:
     """The model of a checkpoint without its weights, from its config alone."""
     with naming(path), torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+        config = AutoConfig.from_pretrained(path)
+        config._attn_implementation = None                         # as in load_vlm
+        return AutoModelForImageTextToText.from_config(config)
 
 
 # -------------------------------------------------------------------------------------------- before the loop
