@@ -1,18 +1,21 @@
 """Nine checkpoints of seven families, each with its own processor, through everything RIL asks of a model."""
 import json
+import re
 import shutil
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import families
 from conftest import TEXTS, call, lamp_files, noise_image, run
 from discriminator import Discriminator, update
-from train import AdamW
+from train import AdamW, skeleton
 from model import (Sampling, UserError, check_packing, checkpoint_layers, encode, encode_responses, generate,
-                   join, load_vlm, save_vlm, score)
+                   join, load_processor, load_vlm, prompt_text, save_vlm, score, tokens_of_image)
 from test_model import transformers_inputs, unpacked
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=8)
@@ -244,3 +247,117 @@ def test_tied_weights_are_not_missing(folders, tmp_path):
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name, contents, says", [
+    ("weights", POINTER, "git-lfs"), ("tokenizer", POINTER, "git-lfs"), ("config", POINTER, "git-lfs"),
+    ("weights", b"", "header"), ("weights", 2000, "header"), ("weights", -1, "not fully covered"),
+    ("tokenizer", 3000, "cannot be read"), ("generation_config", 20, "cannot be read"),
+    ("config", b"[]", "model_type"), ("config", b"{", "cannot be read"), ("tokenizer", b"{}", "added_tokens"),
+    ("preprocessor_config", b"[]", "list"), ("tokenizer", None, "knows no text"),
+])
+def test_damaged_files_are_one_sentence_before_weights_are_read(folders, tmp_path, name, contents, says):
+    """A git-lfs pointer, or a download that stopped: a traceback, or a file that was passed over."""
+    path = folders["llava"]
+    if isinstance(contents, int):
+        file = {"weights": "model.safetensors"}.get(name, f"{name}.json")
+        contents = open(f"{path}/{file}", "rb").read()[:contents]
+    path = changed(path, tmp_path, **{name: contents})
+    assert says in sentence(load_processor, path)
+    if name == "config":
+        sentence(skeleton, path)
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(weights=None), "no file named model.safetensors"),
+    (dict(config=lambda config: config.update(quantization_config={"quant_method": "gptq", "bits": 4})),
+     "optimum"),
+    (dict(config=lambda config: config["text_config"].update(hidden_size="wide")), "expected int, got str"),
+])
+def test_what_cannot_be_loaded_is_one_sentence(folders, tmp_path, change, says):
+    """A traceback over weights that are not there, or a package that is not."""
+    assert says in sentence(partial(load_vlm, device="cpu"), changed(folders["llava"], tmp_path, **change))
+
+
+def asks_for(implementation, *parts):
+    def change(config):
+        for part in parts:
+            (config[part] if part else config)["_attn_implementation"] = implementation
+    return change
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "nonsense"])
+def test_the_attention_that_a_config_asks_for_is_not_used(folders, tmp_path, implementation):
+    """Attention that is not installed, or that does not heed a mask of four dimensions."""
+    path = changed(folders["gemma3"], tmp_path, config=asks_for(implementation, "", "text_config"))
+    one, two = load_vlm(folders["gemma3"], "cpu"), load_vlm(path, "cpu")
+    assert {m.config._attn_implementation for m in two.model.modules() if hasattr(m, "config")} == {"sdpa"}
+    prompts = [encode(one, "How many?", [noise_image(32, 32)])]
+    outputs = encode_responses(one, [["yes", "There are 3."]])
+    torch.testing.assert_close(score(one, prompts, outputs), score(two, prompts, outputs))
+    skeleton(path)
+
+
+def with_template(folders, tmp_path, family, template):
+    """A copy whose chat template stands in tokenizer_config.json alone."""
+    path = changed(folders[family], tmp_path, tokenizer_config=lambda c: c.update(chat_template=template))
+    (tmp_path / "changed" / "chat_template.jinja").unlink()
+    return path
+
+
+LLAVA = families.TEMPLATE.replace("IMAGE", "<image>\n")
+
+
+@pytest.mark.parametrize("template", [LLAVA, [{"name": "default", "template": LLAVA},
+                                              {"name": "tools", "template": "none"}]])
+def test_a_template_of_the_tokenizer_alone_is_used(folders, tmp_path, template):
+    path = with_template(folders, tmp_path, "llava", template)
+    one, two = load_vlm(folders["llava"], "cpu"), load_vlm(path, "cpu")
+    image = noise_image(32, 32)
+    assert encode(one, "How many?", [image]).ids.equal(encode(two, "How many?", [image]).ids)
+    save_vlm(two, str(tmp_path / "saved"))
+    assert load_vlm(str(tmp_path / "saved"), "cpu").stop_ids == one.stop_ids
+
+
+@pytest.mark.parametrize("template, says", [
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", "no place for images"),
+    ("{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "no place for images"),
+    ("{% for m in messages %}{{ 'USER: ' + m.content }}{% endfor %}", "refuses such turns"),
+    ("{% for m in messages %}", "refuses such turns"),
+])
+def test_a_template_without_images_is_refused(folders, tmp_path, template, says):
+    """The template of a language model: the list of parts was printed into the prompt."""
+    assert says in sentence(load_processor, with_template(folders, tmp_path, "llava", template))
+
+
+@pytest.mark.parametrize("end, stops", [
+    ("<|im_end|>\n", ["<|im_end|>", "<|endoftext|>"]), ("\n", ["<|endoftext|>"]),
+    ("\n<|im_start|>\n", ["<|im_start|>", "<|endoftext|>"]),
+    ("<|im_end|>\n<|im_start|>assistant\n", ["<|im_end|>", "<|endoftext|>"])])
+def test_what_ends_a_turn_of_the_template_is_a_stop(folders, tmp_path, end, stops):
+    """A token that neither tokenizer nor generation config names was banned, and every response ran to the
+    limit. The text of a template is no stop."""
+    path = with_template(folders, tmp_path, "llava", LLAVA.replace("<|im_end|>\n", end))
+    for name in ("generation_config", "config"):
+        file = tmp_path / "changed" / f"{name}.json"
+        contents = json.loads(file.read_text())
+        (contents if name == "generation_config" else contents["text_config"])["eos_token_id"] = None
+        file.write_text(json.dumps(contents))
+    file = tmp_path / "changed" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|endoftext|>"}))
+    vlm = load_vlm(path, "cpu")
+    assert vlm.tokenizer.convert_ids_to_tokens(vlm.stop_ids) == stops
+    assert not set(vlm.stop_ids) & set(vlm.banned_ids)
+
+
+SIZES = [(1, 1), (3, 50), (50, 1), (28, 28), (30, 290), (280, 28), (100, 90), (400, 300)]
+
+
+def test_images_have_no_more_tokens_than_their_sizes_tell(vlm):
+    """A prompt that is longer than the check of its length believes."""
+    for size in SIZES:
+        text = prompt_text(vlm.processor, "How many?", 2)
+        length = len(vlm.tokenizer(text).input_ids) + tokens_of_image(vlm.processor, size) + \
+            tokens_of_image(vlm.processor, (32, 32))
+        prompt = encode(vlm, "How many?", [Image.new("RGB", size), noise_image(32, 32)])
+        assert len(prompt.ids) <= length, size
