@@ -283,10 +283,7 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
         raise UserError(f"{path}: its processor has no chat template, so it cannot be asked questions")
     if not getattr(processor, "tokenizer", processor)("?", add_special_tokens=False).input_ids:
         raise UserError(f"{path}: its tokenizer knows no text; is a file missing, as tokenizer.json?")
-    try:
-        plain, shown = (render(processor, chat_turns("?", images)) for images in (0, int(not text_only)))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    plain, shown = (render(processor, chat_turns("?", images)) for images in (0, int(not text_only)))
     if not text_only and (shown == plain or "'type'" in shown):    # the second is how a list is printed
         raise UserError(f"{path}: its chat template has no place for images")
     return processor
@@ -368,7 +365,8 @@ def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: 
         return tokenizer.apply_chat_template(turns, chat_template=chat_template(processor), tokenize=False,
                                              add_generation_prompt=add_generation_prompt)
     except (TemplateError, TypeError) as error:
-        raise UserError(f"the chat template refuses such turns ({error})") from error
+        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses such turns "
+                        f"({error})") from error
 
 
 # ---------------------------------------------------------------------------------------------- prompts
@@ -453,7 +451,7 @@ def process(processor: ProcessorMixin, text: str, images: list[Image.Image]):
 
 
 def tokens_of_image(processor: ProcessorMixin, size: tuple[int, int]) -> int:
-    """At most how many tokens a processor makes of an image of this (width, height), with the marks around it.
+    """At most how many tokens a processor makes of an image of this (width, height), with marks around it.
 
     Most families compute that. Of others, and for odd shapes, which a processor may refuse with a UserError,
     a blank image tells.

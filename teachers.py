@@ -174,8 +174,8 @@ def prompt_check(path: str, response: int | None) -> Check:
             blank = [Image.new("RGB", size) for size in example.sizes]
             length = process(processor, text, blank)["input_ids"].shape[1]
             if length > room:
-                raise UserError(f"a prompt of {length} tokens, with a response of {context - room}, is longer "
-                                f"than the {context} that {path} can read")
+                raise UserError(f"a prompt of {length} tokens, with a response of {context - room}, is "
+                                f"longer than the {context} that {path} can read")
         except UserError as error:
             raise UserError(f"{example.where}: {error}") from error
     return check

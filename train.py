@@ -1328,6 +1328,8 @@ def check_inputs(args, folder: Folder) -> dict[str, list[Example]]:
     processor = None
     if args.student != "toy":
         processor = load_processor(args.student)
+        if args.algorithm == "ril":
+            eq1.around_response(processor)
         if args.freeze:
             freeze(skeleton(args.student), args.freeze, args.student)
     if args.collection:
@@ -1585,7 +1587,8 @@ def add_run_options(parser):
                        "--data")
     group.add_argument("--eval-data", help="held-out questions, or a benchmark as eval.py takes it")
     group.add_argument("--skip-bad", action="store_true",
-                       help="leave out examples whose image cannot be read")
+                       help="leave out examples whose image cannot be read, and those that a model cannot "
+                       "be asked")
     group.add_argument("--out", default="runs/toy", help="folder of the run; finished stages in it are not "
                        "done again")
     group.add_argument("--from", dest="from_run", metavar="RUN", help="folder of another run: its stages "
