@@ -971,6 +971,8 @@ def tasks_of(path: str, metric: str | None = None, skip_bad: bool = False,
         kept = {e.id for e in check_prompts([task.asked(e) for e in task.examples], path, skip_bad, checks)}
         refused = {unit_of(e) for e in task.examples if e.id not in kept}
         task = replace(task, examples=[e for e in task.examples if unit_of(e) not in refused])
+        if not task.examples:
+            raise UserError(f"{path}: of every group, a model cannot be asked some question")
         check_task(task, path)
         tasks.append(task)
     return tasks

@@ -366,7 +366,7 @@ def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: 
                                              add_generation_prompt=add_generation_prompt)
     except (TemplateError, TypeError) as error:
         raise UserError(f"the chat template of {tokenizer.name_or_path} refuses such turns "
-                        f"({error})") from error
+                        f"({textwrap.shorten(str(error), 250)})") from error
 
 
 # ---------------------------------------------------------------------------------------------- prompts

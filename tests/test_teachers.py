@@ -370,13 +370,17 @@ def test_what_a_model_cannot_be_asked_is_refused_before_any_work(tmp_path, check
     assert not out.exists()
 
 
-def test_what_a_model_cannot_be_asked_is_skipped_and_counted(tmp_path, checkpoints, capsys):
+def test_what_a_model_cannot_be_asked_is_skipped_and_counted(tmp_path, checkpoints, capsys, monkeypatch):
     rows = [row | {"id": kind} for kind, row in thin_long_and_spelt(tmp_path).items()]
     path, checks = write(tmp_path / "d.jsonl", *rows), prompt_checks([checkpoints["qwen2_5_vl"]], 24)
     assert [e.id for e in load_examples(path, True, checks)] == ["good"]
     assert f"3 of 4 examples skipped that a model cannot be asked, the first: {path}:1" in \
         capsys.readouterr().out
     assert [e.id for task in tasks_of(path, skip_bad=True, checks=checks) for e in task.examples] == ["good"]
+    pair = [replace(e, group="g", options=("2", "3"), truth="A") for e in load_examples(path)[2:]]
+    monkeypatch.setattr("eval.load_examples", lambda *_: pair)
+    with pytest.raises(UserError, match="of every group"):         # half a group is no group
+        tasks_of(path, "mcq", True, checks=checks)
     path = write(tmp_path / "none.jsonl", *rows[:3])
     with pytest.raises(UserError, match="none.jsonl:3"):           # none is left
         load_examples(path, True, checks)
