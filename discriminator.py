@@ -45,6 +45,14 @@ def discriminator_loss(logits: Tensor, is_student: Tensor) -> Tensor:
     return -(log_d_student.mean() + log_not_d_teacher.mean())
 
 
+def around_response(processor) -> list[str]:
+    """What D reads before a response and after it; UserError where a template has no system turn."""
+    marker = "[the response]"
+    turns = [{"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
+             {"role": "user", "content": [{"type": "text", "text": BEFORE + marker + AFTER}]}]
+    return render(processor, turns, add_generation_prompt=True).split(marker)
+
+
 class Discriminator(nn.Module):
     """D_phi: p_student of a text. It is made from the student, whose tokenizer and chat template it uses."""
 
@@ -54,11 +62,7 @@ class Discriminator(nn.Module):
         self.backbone = copy.deepcopy(student.model.get_decoder())
         width = student.model.get_output_embeddings().in_features
         self.head = nn.Linear(width, 1, device=student.device)     # float32, also beside a bfloat16 backbone
-        marker = "[the response]"
-        turns = [{"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
-                 {"role": "user", "content": [{"type": "text", "text": BEFORE + marker + AFTER}]}]
-        prompt = render(student.processor, turns, add_generation_prompt=True)
-        before, after = prompt.split(marker)
+        before, after = around_response(student.processor)
         bos = needs_bos(self.tokenizer, before)
         self.before = self.tokenizer(before, add_special_tokens=bos).input_ids
         self.after = self.tokenizer(after, add_special_tokens=False).input_ids

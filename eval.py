@@ -42,8 +42,9 @@ from tqdm import tqdm
 
 from model import (VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, load_processor, load_vlm,
                    run, stream, write_atomic)
-from teachers import (CallFailed, Example, chat, check_endpoint, drop_torn_line, encode_example, endpoint_of,
-                      load_examples, messages_of, open_image, read_json, read_jsonl, read_tsv)
+from teachers import (CallFailed, Check, Example, chat, check_endpoint, check_prompts, drop_torn_line,
+                      encode_example, endpoint_of, load_examples, messages_of, open_image, prompt_checks,
+                      read_json, read_jsonl, read_tsv)
 
 # -------------------------------------------------------------------------------- judges
 #
@@ -952,11 +953,12 @@ def unit_of(e: Example) -> str:
 
 
 def tasks_of(path: str, metric: str | None = None, skip_bad: bool = False,
-             limit: int | None = None) -> list[Task]:
+             limit: int | None = None, checks: Iterable[Check] = ()) -> list[Task]:
     """The tasks of a data file: one, or FOIL's three. It is recognised by its name, or else by its content.
 
     metric: score the data so instead. limit: only so many questions, or groups of what is scored together.
-    UserError where a metric makes no sense, see check_task.
+    checks: of the models, as in load_examples; a group is left out as a whole. UserError where a metric
+    makes no sense, see check_task.
     """
     examples = load_examples(path, skip_bad)
     content = f"{Path(path).name}: {content_of(examples)}"
@@ -969,6 +971,11 @@ def tasks_of(path: str, metric: str | None = None, skip_bad: bool = False,
     tasks = []
     for benchmark in chosen:
         task = task_of(benchmark, examples, path, metric or benchmark.metric, limit)
+        kept = {e.id for e in check_prompts([task.asked(e) for e in task.examples], path, skip_bad, checks)}
+        refused = {unit_of(e) for e in task.examples if e.id not in kept}
+        task = replace(task, examples=[e for e in task.examples if unit_of(e) not in refused])
+        if not task.examples:
+            raise UserError(f"{path}: of every group, a model cannot be asked some question")
         check_task(task, path)
         tasks.append(task)
     return tasks
@@ -1053,7 +1060,7 @@ def predict(vlm: VLM, task: Task, max_new_tokens: int, batch_size: int = 64,
     done = {} if done is None else done
 
     def tokens(e):                                                 # roughly
-        return e.pixels / 28 ** 2 + len(e.text) / 4
+        return sum(w * h for w, h in e.sizes) / 28 ** 2 + len(e.text) / 4
     todo = sorted((e for e in task.examples if e.id not in done), key=tokens, reverse=True)
     prompts = (encode_example(vlm, task.asked(e)) for e in todo)
     progress = tqdm(greedy(vlm, prompts, max_new_tokens, batch_size), task.name, len(task.examples),
@@ -1651,7 +1658,8 @@ def parse_args() -> argparse.Namespace:
     add("--judge", default="rule",
         help="who decides what is right where no metric can: rule, a checkpoint, or model@url")
     add("--limit", type=int, help="only so many questions of each file")
-    add("--skip-bad", action="store_true", help="leave out questions whose image cannot be read")
+    add("--skip-bad", action="store_true",
+        help="leave out questions whose image cannot be read, and those that a model cannot be asked")
     add("--max-new-tokens", type=int, default=256, help="tokens of a response, at most")
     add("--batch-size", type=int, default=64, help="questions at a time")
     add("--out", default="runs/eval",
@@ -1668,7 +1676,9 @@ def parse_args() -> argparse.Namespace:
 
 def load_tasks(args: argparse.Namespace) -> list[Task]:
     """The tasks of all data files. UserError where they fit neither together nor with --predictions."""
-    tasks = [task for path in args.data for task in tasks_of(path, args.metric, args.skip_bad, args.limit)]
+    checks = prompt_checks([args.baseline] * bool(args.baseline) + args.model, args.max_new_tokens)
+    tasks = [task for path in args.data
+             for task in tasks_of(path, args.metric, args.skip_bad, args.limit, checks)]
     names = ", ".join(task.name for task in tasks)
     if args.predictions and len(args.predictions) != len(tasks):
         raise UserError(f"{len(args.predictions)} files of --predictions for {len(tasks)} tasks: {names}")

@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from collections import defaultdict, deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,8 +32,9 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -42,7 +44,7 @@ from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, 
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.smolvlm import processing_smolvlm
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchvision_available, logging
 
 
 class UserError(Exception):
@@ -184,21 +186,68 @@ def load_vlm(path: str, device: str | None = None, dtype: str | None = None, tex
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     kind = AutoModelForImageTextToText if hasattr(processor, "image_processor") else AutoModelForCausalLM
     with naming(path):
-        model = kind.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
+        config = AutoConfig.from_pretrained(path)
+        config._attn_implementation = None         # sdpa, or eager in parts that lack it: both heed our masks
+        model, found = kind.from_pretrained(path, config=config, dtype=getattr(torch, dtype),
+                                            output_loading_info=True, ignore_mismatched_sizes=True)
+    check_weights(path, found)
     batch_windows(model)
     # with a mask, cuDNN's attention plans anew for each length, and its gradient can be NaN on an H100
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return VLM(model, processor, *special_ids(model, processor))
+    return VLM(model.to(device).eval(), processor, *special_ids(model, processor))
+
+
+def check_weights(path: str, found: dict[str, set]):
+    """UserError where the names or shapes of a checkpoint's weights are not those of the model that its
+    config describes. That would run, with random weights in place of them."""
+    kinds = {"missing": found["missing_keys"], "unexpected": found["unexpected_keys"],
+             "of another shape": {name for name, *_ in found["mismatched_keys"]}}
+    wrong = [f"{len(names)} {kind} ({', '.join(sorted(names)[:3])})"
+             for kind, names in kinds.items() if names]
+    if wrong:
+        raise UserError(f"{path}: its weights are not those of the model in its config.json: "
+                        f"{'; '.join(wrong)}")
 
 
 @contextmanager
 def naming(path: str):
-    """Turn what transformers raises over a missing or foreign checkpoint into one sentence."""
+    """Turn what is raised over a missing, foreign or damaged checkpoint into one sentence; log no more."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:                                     # tokenizers raises no other kind
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 250)
         raise UserError(f"{path}: not an image-text-to-text checkpoint that can be loaded "
-                        f"({str(error).strip().splitlines()[0]})") from error
+                        f"({reason})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def check_files(path: str):
+    """UserError where a file in a checkpoint folder is cut off, or a git-lfs pointer in the place of a file.
+    transformers passes over some of these, and reads weights only when it is their turn."""
+    for file in sorted(Path(path).glob("*")):
+        if file.suffix not in (".json", ".jinja", ".model", ".txt", ".safetensors"):
+            continue
+        try:
+            with open(file, "rb") as contents:
+                if contents.read(23) == b"version https://git-lfs":
+                    raise ValueError("it is a git-lfs pointer: git lfs pull")
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass                                           # its header fits its size
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read ({error})") from error
+
+
+def context_of(path: str) -> float:
+    """How many tokens a checkpoint can read, by its config: infinite where that does not say."""
+    with naming(path):
+        config = AutoConfig.from_pretrained(path).get_text_config()
+    return getattr(config, "max_position_embeddings", None) or float("inf")
 
 
 def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
@@ -209,6 +258,7 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
     one more package, to spell out the times in a video: it never gets to.
     """
     processing_smolvlm.num2words = processing_smolvlm.num2words or str
+    check_files(path)
     with naming(path):
         config = AutoConfig.from_pretrained(path)
         family = PROCESSOR_MAPPING.get(type(config), None)
@@ -232,8 +282,13 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
     if not text_only and not hasattr(processor, "image_processor"):
         raise UserError(f"{path}: a language model without a vision tower; an image-text-to-text model is "
                         f"needed here")
-    if not getattr(processor, "chat_template", None):
+    if not chat_template(processor):
         raise UserError(f"{path}: its processor has no chat template, so it cannot be asked questions")
+    if not getattr(processor, "tokenizer", processor)("?", add_special_tokens=False).input_ids:
+        raise UserError(f"{path}: its tokenizer knows no text; is a file missing, as tokenizer.json?")
+    plain, shown = (render(processor, chat_turns("?", images)) for images in (0, int(not text_only)))
+    if not text_only and (shown == plain or "'type'" in shown):    # the second is how a list is printed
+        raise UserError(f"{path}: its chat template has no place for images")
     return processor
 
 
@@ -275,26 +330,46 @@ def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list
     every row of the embedding that the tokenizer has no text for (vocabularies are padded to round sizes).
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    stops = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    stops = list(dict.fromkeys([tokenizer.eos_token_id, *stops]))              # each once, in this order
-    turns = [{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant")]
-    end = tokenizer(render(processor, turns).rsplit("assistant", 1)[1]).input_ids       # what follows a reply
-    stops.sort(key=lambda i: end.index(i) if i in end else len(end))       # Gemma: <end_of_turn> before <eos>
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added, reply = tokenizer.added_tokens_decoder, "[the reply]"
+    turns = chat_turns("?", 0, (("?", reply),))[:2]
+    after = tokenizer(render(processor, turns).partition(reply)[2], add_special_tokens=False).input_ids
+    # the first token after a reply that is no text. Gemma: <end_of_turn>, before <eos>; and it may be one
+    # that neither tokenizer nor generation config names
+    ends = [i for i in after if i in added and added[i].content.strip()][:1]
+    stops = model.generation_config.eos_token_id
+    stops = [*ends, tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])]
+    stops = list(dict.fromkeys(i for i in stops if i is not None))                           # each once
+    if not stops:
+        raise UserError(f"{model.name_or_path}: nothing says which token ends a response")
+    special = {i for i, token in added.items() if token.special}
     named = {getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")} - {None}
     unused = range(len(tokenizer), model.get_output_embeddings().out_features)
     return stops, sorted((special | named | set(unused)) - set(stops))
 
 
+def chat_template(processor: ProcessorMixin) -> str | None:
+    """The chat template of a processor, or else of its tokenizer; of several the default."""
+    for owner in (processor, getattr(processor, "tokenizer", processor)):
+        if template := owner.chat_template:
+            return template.get("default") if isinstance(template, dict) else template
+
+
 def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: bool = False) -> str:
-    """Chat turns, their content a list of image and text parts, as text by the model's chat template."""
+    """Chat turns, their content a list of image and text parts, as text by the model's chat template.
+
+    Raises UserError where the template does, as over a system turn or turns of one role that follow each
+    other.
+    """
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:                                       # a language model: its template wants strings
         tokenizer = processor
         turns = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns]
-    return tokenizer.apply_chat_template(turns, chat_template=processor.chat_template, tokenize=False,
-                                         add_generation_prompt=add_generation_prompt)
+    try:
+        return tokenizer.apply_chat_template(turns, chat_template=chat_template(processor), tokenize=False,
+                                             add_generation_prompt=add_generation_prompt)
+    except (TemplateError, TypeError) as error:
+        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses such turns "
+                        f"({textwrap.shorten(str(error), 250)})") from error
 
 
 # ---------------------------------------------------------------------------------------------- prompts
@@ -335,17 +410,9 @@ def encode(vlm: VLM, question: str, images: list[Image.Image],
            history: tuple[tuple[str, str], ...] = ()) -> Prompt:
     """Chat prompt that ends in a question, after the turns of `history`. Images of any sizes, or none.
 
-    Raises UserError when a text spells one of the model's image tokens: it would be counted as one more
-    image.
+    Raises UserError where the model cannot be asked that, see prompt_text and process.
     """
-    turns = chat_turns(question, len(images), history)
-    for token in image_tokens(vlm.processor):
-        if any(token in part.get("text", "") for turn in turns for part in turn["content"]):
-            raise UserError(f"the question {question[:80]!r} spells {token}, which this model reads as an "
-                            f"image")
-    text = render(vlm.processor, turns, add_generation_prompt=True)
-    inputs = vlm.processor(text=[text], **({"images": images} if images else {}), return_tensors="pt",
-                           add_special_tokens=needs_bos(vlm.tokenizer, text))
+    inputs = process(vlm.processor, prompt_text(vlm.processor, question, len(images), history), images)
     ids = inputs.pop("input_ids")                                  # (1, P)
     of_text = ("attention_mask", "mm_token_type_ids", "token_type_ids")
     images = {name: x for name, x in inputs.items() if name not in of_text}
@@ -356,6 +423,47 @@ def encode(vlm: VLM, question: str, images: list[Image.Image],
                                              attention_mask=torch.ones_like(ids),
                                              image_grid_thw=images.get("image_grid_thw"))[0][:, 0]
     return Prompt(ids[0], images, positions)
+
+
+def prompt_text(processor: ProcessorMixin, question: str, images: int,
+                history: tuple[tuple[str, str], ...] = ()) -> str:
+    """The chat prompt of a question as text, with one placeholder for each image.
+
+    Raises UserError when a text spells one of the model's image tokens: it would be counted as one more
+    image.
+    """
+    turns = chat_turns(question, images, history)
+    for token in image_tokens(processor):
+        if any(token in part.get("text", "") for turn in turns for part in turn["content"]):
+            raise UserError(f"the question {question[:80]!r} spells {token}, which this model reads as an "
+                            f"image")
+    return render(processor, turns, add_generation_prompt=True)
+
+
+def process(processor: ProcessorMixin, text: str, images: list[Image.Image]):
+    """The tensors that a processor makes of a prompt; UserError where it refuses, as over an odd image."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    try:
+        return processor(text=[text], **({"images": images} if images else {}), return_tensors="pt",
+                         add_special_tokens=needs_bos(tokenizer, text))
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 250)
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+        raise UserError(f"{type(processor).__name__} refuses a prompt with images of {sizes or 'no'} "
+                        f"pixels ({reason})") from error
+
+
+def tokens_of_image(processor: ProcessorMixin, size: tuple[int, int]) -> int:
+    """At most how many tokens a processor makes of an image of this (width, height), with marks around it.
+
+    Most families compute that. Of others, and for odd shapes, which a processor may refuse with a UserError,
+    a blank image tells.
+    """
+    odd = min(size) < 28 or max(size) > 10 * min(size)
+    if odd or not hasattr(processor, "_get_num_multimodal_tokens"):
+        blank = process(processor, prompt_text(processor, "?", 1), [Image.new("RGB", size)])
+        return blank["input_ids"].shape[1]
+    return 8 + processor._get_num_multimodal_tokens(image_sizes=[size[::-1]]).num_image_tokens[0]
 
 
 def needs_bos(tokenizer, text: str) -> bool:

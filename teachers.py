@@ -36,9 +36,9 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Iterable, Iterator, Protocol
+from typing import Callable, Iterable, Iterator, Protocol
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")                # before torch is imported; see train.py
 
@@ -52,8 +52,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from model import (MARK, VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, encode_responses,
-                   load_processor, load_vlm, run, score, stream, write_atomic)
+from model import (MARK, VLM, Prompt, Sampling, UserError, chat_turns, context_of, decode, encode,
+                   encode_responses, load_processor, load_vlm, process, prompt_text, run, score, stream,
+                   tokens_of_image, write_atomic)
 
 # -------------------------------------------------------------------------------- examples
 
@@ -78,7 +79,7 @@ class Example:
     group: str = ""                                # is scored together, as a caption and its foils
     split: str = ""
     kind: str = ""                                 # "dialogue", "caption", "foil", "picture", an answer_type
-    pixels: int = 0                                # of all its images
+    sizes: tuple[tuple[int, int], ...] = ()        # (width, height) of each image
 
     @property
     def letters(self) -> dict[str, str]:
@@ -99,7 +100,7 @@ class Example:
         return "\n".join([f"{question}\n{reply}" for question, reply in self.history] + [self.text])
 
 
-def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
+def load_examples(path: str, skip_bad: bool = False, checks: Iterable["Check"] = ()) -> list[Example]:
     """Read examples and open every image once, so that errors are known before any work is done.
 
     A file is JSONL, a JSON list or {"data": a list}, in three forms: ours, {"id", "image", "question",
@@ -107,8 +108,9 @@ def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
     chat, {"messages", "images"}. Other names of these columns are in ID_COLUMNS and below. Or it is the file
     of a benchmark: VLMEvalKit's TSV, captions in COCO's form (NoCaps, VizWiz, FOIL), VizWiz-VQA, MM-Vet.
     Images are paths relative to the file's folder, or to `images` in it. Raises UserError, naming file and
-    line, for a bad row, a missing or unreadable image, or a repeated id. With skip_bad, rows with such images
-    are left out and counted on the console.
+    line, for a bad row, a missing or unreadable image, or a repeated id, and for a row that one of the
+    checks refuses (see prompt_checks). With skip_bad, rows with such images and rows so refused are left out
+    and counted on the console.
     """
     examples = []
     ids = Counter()
@@ -122,7 +124,7 @@ def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
             if ids[example.id] > 1:                # common in LLaVA's files
                 example = replace(example, id=f"{example.id}#{ids[example.id]}")
             examples.append(example)
-    examples = check_images(examples, path, skip_bad)
+    examples = check_prompts(check_images(examples, path, skip_bad), path, skip_bad, checks)
     if not examples:
         raise UserError(f"{path}: no examples in it")
     return examples
@@ -150,6 +152,46 @@ def encode_examples(vlm: VLM, examples: list[Example]) -> list[Prompt]:
     """The prompts of some examples. Threads open and resize the pictures: that work does not hold the GIL."""
     with ThreadPoolExecutor() as threads:
         return list(threads.map(partial(encode_example, vlm), examples))
+
+
+Check = Callable[[Example], None]                  # UserError where a model cannot be asked an example
+
+
+def prompt_checks(models: list[str], response: int | None) -> list[Check]:
+    """A check of examples for each checkpoint among the models. response: its tokens, at most; None for the
+    example's truth.
+
+    It raises UserError, naming file and line, where encode_example would, and where prompt and response are
+    longer than the model's context. It reads neither weights nor images, only the sizes of these.
+    """
+    teachers = [make_teacher(name) for name in models]
+    return [prompt_check(t.path, response) for t in teachers if isinstance(t, CheckpointTeacher)]
+
+
+def prompt_check(path: str, response: int | None) -> Check:
+    """See prompt_checks."""
+    processor, context = load_processor(path), context_of(path)
+    image_length = cache(partial(tokens_of_image, processor))
+
+    def check(example):
+        room = context - (response or response_length(processor.tokenizer, example.truth))
+        try:
+            text = prompt_text(processor, example.text, len(example.images), example.history)
+            if len(text.encode()) + sum(map(image_length, example.sizes)) <= room:
+                return                             # as a token is at least a byte
+            blank = [Image.new("RGB", size) for size in example.sizes]
+            length = process(processor, text, blank)["input_ids"].shape[1]
+            if length > room:
+                raise UserError(f"a prompt of {length} tokens, with a response of {context - room}, is "
+                                f"longer than the {context} that {path} can read")
+        except UserError as error:
+            raise UserError(f"{example.where}: {error}") from error
+    return check
+
+
+def response_length(tokenizer, text: str) -> int:
+    """How many tokens a response has, with the stop token after it."""
+    return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids) + 1
 
 
 # -------------------------------------------------------------------------------- teachers
@@ -358,7 +400,7 @@ def too_long(tokenizer, text: str, longest: int) -> bool:
     """Whether a text and the stop token after it are more than `longest` tokens."""
     if len(text.encode()) < longest:               # a token is at least a byte, so there is no need to count
         return False
-    return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids) >= longest
+    return response_length(tokenizer, text) > longest
 
 
 def fill_collection(path: str, teachers: list[Teacher], examples: list[Example], num: int, sampling: Sampling,
@@ -1053,13 +1095,12 @@ def check_images(examples: list[Example], path: str, skip_bad: bool) -> list[Exa
     for example in examples:
         for image in example.images:
             wheres.setdefault(image, example.where)
-    pixels = {}
+    sizes = {}
     bad = {}
 
     def look(image):
         try:
-            size = open_image(image, wheres[image]).size
-            pixels[image] = size[0] * size[1]
+            sizes[image] = open_image(image, wheres[image]).size
         except UserError as error:
             bad[image] = error
     with ThreadPoolExecutor(8) as pool:
@@ -1072,7 +1113,25 @@ def check_images(examples: list[Example], path: str, skip_bad: bool) -> list[Exa
         print(f"{path}: {len(examples) - len(kept)} of {len(examples)} examples skipped for {len(bad)} bad "
               f"images, the first: {first}")
         examples = kept
-    return [replace(example, pixels=sum(pixels[image] for image in example.images)) for example in examples]
+    return [replace(example, sizes=tuple(sizes[image] for image in example.images)) for example in examples]
+
+
+def check_prompts(examples: list[Example], path: str, skip_bad: bool,
+                  checks: Iterable[Check]) -> list[Example]:
+    """The examples that pass all checks. UserError on the first other; with skip_bad these are counted."""
+    refused = {}
+    for example in tqdm(examples, f"prompts of {Path(path).name}", unit="prompt", delay=3):
+        try:
+            for check in checks:
+                check(example)
+        except UserError as error:
+            refused[example] = error
+            if not skip_bad or len(refused) == len(examples):
+                raise
+    if refused:
+        print(f"{path}: {len(refused)} of {len(examples)} examples skipped that a model cannot be asked, "
+              f"the first: {next(iter(refused.values()))}")
+    return [example for example in examples if example not in refused]
 
 
 def image_bytes(image: str) -> bytes:
@@ -1570,7 +1629,8 @@ def main():
                              "their log-probability, to --out")
     parser.add_argument("--student", help="checkpoint folder or hub id, for --select")
     parser.add_argument("--skip-bad", action="store_true",
-                        help="leave out examples whose image cannot be read")
+                        help="leave out examples whose image cannot be read, and those that a model cannot "
+                             "be asked")
     parser.add_argument("--batch-size", type=int, default=16, help="questions at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
@@ -1582,7 +1642,8 @@ def main():
         parser.error("give --teachers, or --select K and --student")
     if args.select and Path(args.out).exists():
         parser.error(f"--out {args.out} exists")
-    examples = load_examples(args.data, args.skip_bad)
+    models = [args.student] if args.select else args.teachers
+    examples = load_examples(args.data, args.skip_bad, prompt_checks(models, args.max_new_tokens))
     if args.select:
         vlm = load_vlm(args.student, args.device, args.dtype)
         chosen = select(vlm, examples, args.select, args.max_new_tokens, args.seed, args.batch_size)

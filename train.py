@@ -296,6 +296,9 @@ def main():
 # ==========================================================================================
 
 
+from teachers import prompt_checks  # noqa: E402
+
+
 class Asked:
     """Verdicts that were asked for, of B questions with K responses each.
 
@@ -1130,7 +1133,9 @@ def freeze(model: torch.nn.Module, pattern: str | None, path: str):
 def skeleton(path: str) -> torch.nn.Module:
     """The model of a checkpoint without its weights, from its config alone."""
     with naming(path), torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
+        config = AutoConfig.from_pretrained(path)
+        config._attn_implementation = None                         # as in load_vlm
+        return AutoModelForImageTextToText.from_config(config)
 
 
 # -------------------------------------------------------------------------------------------- before the loop
@@ -1347,9 +1352,15 @@ def check_inputs(args, folder: Folder) -> dict[str, list[Example]]:
     is done.
     """
     given = {}
-    for name, load in (("data", load_examples), ("sft_data", load_examples), ("eval_data", tasks_of)):
+    student = [args.student] if args.student != "toy" else []      # the toy does not exist yet
+    # rows that were left out because of a teacher must be left out again
+    again = args.skip_bad or not folder.finished("collection.jsonl")
+    asked = student + args.teachers if again else student
+    for name, load, models, response in (("data", load_examples, asked, args.max_new_tokens),
+                                         ("sft_data", load_examples, student, None),
+                                         ("eval_data", tasks_of, student, args.max_new_tokens)):
         if path := getattr(args, name):
-            given[name] = load(path, skip_bad=args.skip_bad)
+            given[name] = load(path, skip_bad=args.skip_bad, checks=prompt_checks(models, response))
     if not folder.finished("collection.jsonl"):
         for name in args.teachers:
             make_teacher(name, args.device, args.dtype).check()
@@ -1362,6 +1373,8 @@ def check_inputs(args, folder: Folder) -> dict[str, list[Example]]:
     processor = None
     if args.student != "toy":
         processor = load_processor(args.student)
+        if args.algorithm == "ril":
+            eq1.around_response(processor)
         if args.freeze:
             freeze(skeleton(args.student), args.freeze, args.student)
     if args.collection:
@@ -1629,7 +1642,8 @@ def add_run_options(parser):
                        "--data")
     group.add_argument("--eval-data", help="held-out questions, or a benchmark as eval.py takes it")
     group.add_argument("--skip-bad", action="store_true",
-                       help="leave out examples whose image cannot be read")
+                       help="leave out examples whose image cannot be read, and those that a model cannot "
+                       "be asked")
     group.add_argument("--out", default="runs/toy", help="folder of the run; finished stages in it are not "
                        "done again")
     group.add_argument("--from", dest="from_run", metavar="RUN", help="folder of another run: its stages "

@@ -1,19 +1,22 @@
 """Nine checkpoints of seven families, each with its own processor, through everything RIL asks of a model."""
 import json
+import re
 import shutil
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import families
 import model
 from conftest import call, lamp_files, noise_image, run
 from discriminator import Discriminator, update
-from train import AdamW
+from train import AdamW, skeleton
 from model import (Sampling, UserError, check_packing, checkpoint_layers, encode, encode_responses, generate,
-                   join, load_vlm, save_vlm, score)
+                   join, load_processor, load_vlm, prompt_text, save_vlm, score, tokens_of_image)
 from test_model import transformers_inputs, unpacked
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=8)
@@ -203,3 +206,205 @@ def test_windows_computed_together_are_as_one_by_one(family, folders):
     assert ours == "flash_windows"
     for a, b in zip(one, other):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+# -------------------------------------------------------------------------------- damaged and odd checkpoints
+
+
+def changed(folder, tmp_path, **files):
+    """A copy of a checkpoint in which some files are other bytes, or what a function makes of its JSON, or
+    are gone."""
+    shutil.copytree(folder, tmp_path / "changed")
+    for name, change in files.items():
+        file = tmp_path / "changed" / {"weights": "model.safetensors"}.get(name, f"{name}.json")
+        if change is None:
+            file.unlink()
+        elif isinstance(change, bytes):
+            file.write_bytes(change)
+        else:
+            contents = json.loads(file.read_text())
+            change(contents)
+            file.write_text(json.dumps(contents))
+    return str(tmp_path / "changed")
+
+
+def sentence(load, path):
+    with pytest.raises(UserError) as error:
+        load(path)
+    assert path in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def renamed(weights):
+    return {name.replace("self_attn", "attention"): x for name, x in weights.items()}
+
+
+HEAD = "language_model.lm_head.weight"
+
+
+def without_head(weights):
+    return {name: x for name, x in weights.items() if name != HEAD}
+
+
+@pytest.mark.parametrize("change, says", [
+    (renamed, r"24 missing \(model\.language_model.*self_attn.*24 unexpected \(.*attention"),
+    (without_head, r"1 missing \(lm_head.weight\)$"),
+    (lambda weights: weights | {"stranger": torch.ones(2)}, r": 1 unexpected \(stranger\)$"),
+    (lambda weights: weights | {HEAD: torch.ones(7, 32)}, r": 1 of another shape \(lm_head.weight\)$"),
+])
+def test_weights_of_another_model_are_refused_by_name(folders, tmp_path, change, says, capfd):
+    """A checkpoint whose weights have other names: the model ran on random ones, with a score."""
+    path = changed(folders["llava"], tmp_path)
+    save_file(change(load_file(f"{path}/model.safetensors")), f"{path}/model.safetensors", {"format": "pt"})
+    assert re.search(says, sentence(partial(load_vlm, device="cpu"), path))
+    assert "REPORT" not in capfd.readouterr().err                  # transformers' own
+
+
+@pytest.mark.parametrize("layers, says", [(1, "unexpected"), (3, "missing")])
+def test_a_config_with_other_layers_is_refused(folders, tmp_path, layers, says):
+    """Layers that are not run, or run on random weights."""
+    path = changed(folders["llava"], tmp_path,
+                   config=lambda config: config["text_config"].update(num_hidden_layers=layers))
+    assert says in sentence(partial(load_vlm, device="cpu"), path)
+
+
+def test_tied_weights_are_not_missing(folders, tmp_path):
+    """A head that is the embedding stands in the file once."""
+    path = changed(folders["llava"], tmp_path, config=lambda config: config.update(tie_word_embeddings=True))
+    weights = without_head(load_file(f"{path}/model.safetensors"))
+    save_file(weights, f"{path}/model.safetensors", {"format": "pt"})
+    model = load_vlm(path, "cpu").model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name, contents, says", [
+    ("weights", POINTER, "git-lfs"), ("tokenizer", POINTER, "git-lfs"), ("config", POINTER, "git-lfs"),
+    ("weights", b"", "header"), ("weights", 2000, "header"), ("weights", -1, "not fully covered"),
+    ("tokenizer", 3000, "cannot be read"), ("generation_config", 20, "cannot be read"),
+    ("config", b"[]", "model_type"), ("config", b"{", "cannot be read"), ("tokenizer", b"{}", "added_tokens"),
+    ("preprocessor_config", b"[]", "list"),
+])
+def test_damaged_files_are_one_sentence_before_weights_are_read(folders, tmp_path, name, contents, says):
+    """A git-lfs pointer, or a download that stopped: a traceback, or a file that was passed over."""
+    path = folders["llava"]
+    if isinstance(contents, int):
+        file = {"weights": "model.safetensors"}.get(name, f"{name}.json")
+        contents = open(f"{path}/{file}", "rb").read()[:contents]
+    path = changed(path, tmp_path, **{name: contents})
+    assert says in sentence(load_processor, path)
+    if name == "config":
+        sentence(skeleton, path)
+
+
+def test_a_tokenizer_without_its_file_is_refused(checkpoints, tmp_path):
+    """It is built without one, and reads every text as nothing."""
+    path = changed(checkpoints["internvl"], tmp_path, tokenizer=None)
+    assert "knows no text" in sentence(load_processor, path)
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(weights=None), "no file named model.safetensors"),
+    (dict(config=lambda config: config.update(quantization_config={"quant_method": "gptq", "bits": 4})),
+     "optimum"),
+    (dict(config=lambda config: config["text_config"].update(hidden_size="wide")), "expected int, got str"),
+])
+def test_what_cannot_be_loaded_is_one_sentence(folders, tmp_path, change, says):
+    """A traceback over weights that are not there, or a package that is not."""
+    assert says in sentence(partial(load_vlm, device="cpu"), changed(folders["llava"], tmp_path, **change))
+
+
+def asks_for(implementation, *parts):
+    def change(config):
+        for part in parts:
+            (config[part] if part else config)["_attn_implementation"] = implementation
+    return change
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "nonsense"])
+def test_the_attention_that_a_config_asks_for_is_not_used(folders, tmp_path, implementation):
+    """Attention that is not installed, or that does not heed a mask of four dimensions."""
+    path = changed(folders["gemma3"], tmp_path, config=asks_for(implementation, "", "text_config"))
+    one, two = load_vlm(folders["gemma3"], "cpu"), load_vlm(path, "cpu")
+    assert {m.config._attn_implementation for m in two.model.modules() if hasattr(m, "config")} == {"sdpa"}
+    prompts = [encode(one, "How many?", [noise_image(32, 32)])]
+    outputs = encode_responses(one, [["yes", "There are 3."]])
+    torch.testing.assert_close(score(one, prompts, outputs), score(two, prompts, outputs))
+    skeleton(path)
+
+
+def with_template(folders, tmp_path, family, template):
+    """A copy whose chat template stands in tokenizer_config.json alone."""
+    path = changed(folders[family], tmp_path, tokenizer_config=lambda c: c.update(chat_template=template))
+    (tmp_path / "changed" / "chat_template.jinja").unlink()
+    return path
+
+
+LLAVA = families.TEMPLATE.replace("IMAGE", "<image>\n")
+
+
+@pytest.mark.parametrize("template", [LLAVA, [{"name": "default", "template": LLAVA},
+                                              {"name": "tools", "template": "none"}]])
+def test_a_template_of_the_tokenizer_alone_is_used(folders, tmp_path, template):
+    path = with_template(folders, tmp_path, "llava", template)
+    one, two = load_vlm(folders["llava"], "cpu"), load_vlm(path, "cpu")
+    image = noise_image(32, 32)
+    assert encode(one, "How many?", [image]).ids.equal(encode(two, "How many?", [image]).ids)
+    save_vlm(two, str(tmp_path / "saved"))
+    assert load_vlm(str(tmp_path / "saved"), "cpu").stop_ids == one.stop_ids
+
+
+@pytest.mark.parametrize("template, says", [
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", "no place for images"),
+    ("{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "no place for images"),
+    ("{% for m in messages %}{{ 'USER: ' + m.content }}{% endfor %}", "refuses such turns"),
+    ("{% for m in messages %}", "refuses such turns"),
+])
+def test_a_template_without_images_is_refused(folders, tmp_path, template, says):
+    """The template of a language model: the list of parts was printed into the prompt."""
+    assert says in sentence(load_processor, with_template(folders, tmp_path, "llava", template))
+
+
+def test_a_template_without_system_turns_is_refused_before_any_work(folders, tmp_path):
+    """D has one: a traceback after the teachers were asked."""
+    none = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    path, (data, responses) = with_template(folders, tmp_path, "llava", none + LLAVA), lamp_files(tmp_path, 2)
+    done = call("train.py", "--student", path, "--data", data, "--collection", responses, "--out",
+                tmp_path / "out")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "no system turns" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("end, stops", [
+    ("<|im_end|>\n", ["<|im_end|>", "<|endoftext|>"]), ("\n", ["<|endoftext|>"]),
+    ("\n<|im_start|>\n", ["<|im_start|>", "<|endoftext|>"]),
+    ("<|im_end|>\n<|im_start|>assistant\n", ["<|im_end|>", "<|endoftext|>"])])
+def test_what_ends_a_turn_of_the_template_is_a_stop(folders, tmp_path, end, stops):
+    """A token that neither tokenizer nor generation config names was banned, and every response ran to the
+    limit. The text of a template is no stop."""
+    path = with_template(folders, tmp_path, "llava", LLAVA.replace("<|im_end|>\n", end))
+    for name in ("generation_config", "config"):
+        file = tmp_path / "changed" / f"{name}.json"
+        contents = json.loads(file.read_text())
+        (contents if name == "generation_config" else contents["text_config"])["eos_token_id"] = None
+        file.write_text(json.dumps(contents))
+    file = tmp_path / "changed" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|endoftext|>"}))
+    vlm = load_vlm(path, "cpu")
+    assert vlm.tokenizer.convert_ids_to_tokens(vlm.stop_ids) == stops
+    assert not set(vlm.stop_ids) & set(vlm.banned_ids)
+
+
+SIZES = [(1, 1), (3, 50), (50, 1), (28, 28), (30, 290), (280, 28), (100, 90), (400, 300)]
+
+
+def test_images_have_no_more_tokens_than_their_sizes_tell(vlm):
+    """A prompt that is longer than the check of its length believes."""
+    for size in SIZES:
+        text = prompt_text(vlm.processor, "How many?", 2)
+        length = len(vlm.tokenizer(text).input_ids) + tokens_of_image(vlm.processor, size) + \
+            tokens_of_image(vlm.processor, (32, 32))
+        prompt = encode(vlm, "How many?", [Image.new("RGB", size), noise_image(32, 32)])
+        assert len(prompt.ids) <= length, size

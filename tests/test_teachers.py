@@ -7,6 +7,8 @@ import struct
 import subprocess
 import sys
 import zlib
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,11 @@ import torch
 from PIL import Image
 
 from conftest import call, lamp_files, noise_image
+from eval import tasks_of
 from model import Sampling, UserError, chat_turns, encode_responses, image_tokens
 from teachers import (Collection, Example, draw_scene, draw_toy_world, drop_torn_line, fill_collection,
-                      load_examples, make_teacher, open_image, questions_about, replies_of, select)
+                      load_examples, make_teacher, open_image, prompt_checks, questions_about, replies_of,
+                      select)
 
 
 def write(path, *rows):
@@ -334,6 +338,69 @@ def test_bad_images_are_refused_by_name_or_skipped_and_counted(tmp_path, name, c
     assert "1 of 2 examples skipped" in capsys.readouterr().out
 
 
+def thin_long_and_spelt(tmp_path):
+    """Rows that Qwen's processor refuses, or that are longer than its context; one that is neither."""
+    noise_image(32, 32).save(tmp_path / "a.png")
+    noise_image(3, 630).save(tmp_path / "thin.png")
+    return {"thin": GOOD | {"image": "thin.png"}, "spelt": GOOD | {"question": "what is <|image_pad|>?"},
+            "long": GOOD | {"question": "how many? " * 900}, "good": GOOD}
+
+
+REFUSED = {"thin": "aspect ratio must be smaller than 200", "spelt": "spells <|image_pad|>",
+           "long": "longer than the 4096 that"}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("command", ["train", "collect", "select", "eval", "sft", "held out"])
+def test_what_a_model_cannot_be_asked_is_refused_before_any_work(tmp_path, checkpoints, command, kind):
+    """A processor's error in the middle of a run of days, as a traceback; a context that is silently
+    exceeded."""
+    row, qwen, out = thin_long_and_spelt(tmp_path)[kind], checkpoints["qwen2_5_vl"], tmp_path / "out"
+    bad = write(tmp_path / "bad.jsonl", GOOD | {"id": "first"}, row)
+    good = write(tmp_path / "good.jsonl", GOOD)
+    train = ["train.py", "--student", qwen, "--teachers", checkpoints["internvl"], "--out", out]
+    done = call(*{
+        "train": [*train, "--data", bad], "eval": ["eval.py", "--model", qwen, "--data", bad, "--out", out],
+        "held out": [*train, "--data", good, "--eval-data", bad],
+        "sft": [*train, "--data", good, "--sft-data", bad, "--sft-steps", 1],
+        "collect": ["teachers.py", "--teachers", qwen, "--data", bad, "--out", out],
+        "select": ["teachers.py", "--select", 1, "--student", qwen, "--data", bad, "--out", out]}[command])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: {bad}:2: ") and REFUSED[kind] in done.stderr
+    assert not out.exists()
+
+
+def test_what_a_model_cannot_be_asked_is_skipped_and_counted(tmp_path, checkpoints, capsys, monkeypatch):
+    rows = [row | {"id": kind} for kind, row in thin_long_and_spelt(tmp_path).items()]
+    path, checks = write(tmp_path / "d.jsonl", *rows), prompt_checks([checkpoints["qwen2_5_vl"]], 24)
+    assert [e.id for e in load_examples(path, True, checks)] == ["good"]
+    assert f"3 of 4 examples skipped that a model cannot be asked, the first: {path}:1" in \
+        capsys.readouterr().out
+    assert [e.id for task in tasks_of(path, skip_bad=True, checks=checks) for e in task.examples] == ["good"]
+    pair = [replace(e, group="g", options=("2", "3"), truth="A") for e in load_examples(path)[2:]]
+    monkeypatch.setattr("eval.load_examples", lambda *_: pair)
+    with pytest.raises(UserError, match="of every group"):         # half a group is no group
+        tasks_of(path, "mcq", True, checks=checks)
+    path = write(tmp_path / "none.jsonl", *rows[:3])
+    with pytest.raises(UserError, match="none.jsonl:3"):           # none is left
+        load_examples(path, True, checks)
+
+
+@pytest.mark.parametrize("response, kept", [(24, ["a"]), (4096, []), (None, ["a"])])
+def test_room_is_kept_for_the_response(tmp_path, checkpoints, response, kept):
+    """A prompt that fits without the response to it; a server needs no check."""
+    noise_image(32, 32).save(tmp_path / "a.png")
+    path = write(tmp_path / "d.jsonl", GOOD)
+    checks = prompt_checks([checkpoints["internvl"], "big@http://localhost:1/v1"], response)
+    assert len(checks) == 1
+    with nullcontext() if kept else pytest.raises(UserError, match="with a response of 4096"):
+        assert [e.id for e in load_examples(path, False, checks)] == kept
+    check, = prompt_checks([checkpoints["internvl"]], None)        # its own truth
+    example, = load_examples(path)
+    with pytest.raises(UserError, match="longer than the 4096"):
+        check(replace(example, truth="no " * 5000))
+
+
 # -------------------------------------------------------------------------------- nothing is lost silently
 
 
@@ -518,7 +585,7 @@ def test_a_bom_or_blank_first_lines_change_nothing(tmp_path, start):
                        ("c.json", json.dumps({"data": rows}, indent=1).encode())):
         (tmp_path / name).write_bytes(start + text)
         got, = load_examples(str(tmp_path / name))
-        assert (got.id, got.question, got.truth, got.pixels) == ("7", "Which animal?", "B", 256), name
+        assert (got.id, got.question, got.truth, got.sizes) == ("7", "Which animal?", "B", ((16, 16),)), name
     (tmp_path / "c").write_bytes(start + b'{"id": "7", "text": "B"}\n')
     assert Collection(str(tmp_path / "c"), [got]).examples == [got]
 
