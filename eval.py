@@ -39,8 +39,9 @@ from tqdm import tqdm
 
 from model import (VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, load_processor, load_vlm,
                    run, stream, write_atomic)
-from teachers import (CallFailed, Example, chat, check_endpoint, drop_torn_line, encode_example, endpoint_of,
-                      load_examples, messages_of, open_image, read_json, read_jsonl, read_tsv)
+from teachers import (CallFailed, Example, as_object, chat, check_endpoint, drop_torn_line, encode_example,
+                      endpoint_of, json_rows, load_examples, look_into, messages_of, open_image, read_json,
+                      read_jsonl, read_tsv, shortened)
 
 # -------------------------------------------------------------------------------- judges
 #
@@ -308,6 +309,7 @@ class LLMJudge:
         self.sampling = Sampling(0, 1, 0, 1, max_new_tokens)       # greedy, without filters or penalty
         self.lock = threading.Lock()
         self.known = {}                                            # hash of a prompt -> verdict
+        self.has_shown = False                                     # a reply without a verdict
         self.endpoint = endpoint_of(model)
         self.remote = self.endpoint is not None
         if self.endpoint:
@@ -365,11 +367,15 @@ class LLMJudge:
             tqdm.write(f"judge: {failed} of {len(prompts)} calls failed; the last: {failures[-1]}")
 
     def remember(self, key: str, reply: str, graded: bool):
-        """Keep the verdict of a reply, also on disk. If it has none, the prompt will be asked again."""
-        verdict = parse_verdict(reply, graded)
-        if verdict is None:
-            return
+        """Keep the verdict of a reply, also on disk. If it has none, the prompt will be asked again, and the
+        first such reply is shown."""
+        verdict = parse_verdict(without_thoughts(reply), graded)
         with self.lock:
+            if verdict is None:
+                if not self.has_shown:
+                    tqdm.write(f"judge: this reply does not end in an <answer>: {shortened(reply)!r}")
+                self.has_shown = True
+                return
             self.known[key] = verdict
             if self.cache:
                 with open(self.cache, "a", encoding="utf-8") as file:
@@ -1100,13 +1106,13 @@ TEXT_KEYS = ("text", "prediction", "response", "caption", "answer")
 def read_predictions(path: str, task: Task) -> list[str]:
     """Responses made elsewhere, in the order of the task.
 
-    The file is a TSV (index, prediction), JSONL, a JSON list, or a JSON object {id: text}. UserError for an
-    id that is repeated or unknown, and for a question without a response.
+    The file is a TSV (index, prediction), JSONL, a JSON list, {"data": such a list}, or {id: text}. UserError
+    for an id that is repeated or unknown, and for a question without a response.
     """
     known = {e.id for e in task.examples}
     found = {}
     for where, row in prediction_rows(path):
-        if not isinstance(row, dict) or "settings" in row:
+        if "settings" in row:
             continue
         name = next((row[key] for key in ID_KEYS if key in row), None)
         text = next((row[key] for key in TEXT_KEYS if key in row), None)
@@ -1116,7 +1122,7 @@ def read_predictions(path: str, task: Task) -> list[str]:
         if name in found:
             raise UserError(f"{where}: a second response to {name}")
         if name not in known:
-            raise UserError(f"{where}: the id {name} is not among the questions of {task.name}: "
+            raise UserError(f"{where}: the id {shortened(name)} is not among the questions of {task.name}: "
                             "answers to another file?")
         found[name] = text
     if missing := known - found.keys():
@@ -1125,20 +1131,20 @@ def read_predictions(path: str, task: Task) -> list[str]:
     return [found[e.id] for e in task.examples]
 
 
-def prediction_rows(path: str) -> Iterator[tuple[str, object]]:
+def prediction_rows(path: str) -> Iterator[tuple[str, dict]]:
     """(where, row) of a file of responses, in any of the formats of read_predictions."""
-    start = Path(path).read_bytes()[:1] if Path(path).is_file() else b""
-    if start == b"[":
-        for number, row in enumerate(read_json(path), 1):
-            yield f"{path}: item {number}", row
-    elif Path(path).suffix == ".tsv":
+    is_tsv, contents = look_into(path)
+    if is_tsv:
         for where, row, _ in read_tsv(path):
+            if "index" in row:                                     # which is what names the question there
+                row.pop("id", None)
             yield where, row
-    elif start == b"{" and Path(path).suffix == ".json":
-        for name, text in read_json(path).items():
+    elif contents and not contents.keys() & {*ID_KEYS, "data", "settings"}:
+        for name, text in read_json(path).items():                 # again: there may be more than a line
             yield f"{path}: item {name}", {"id": name, "text": text}
     else:
-        yield from read_jsonl(path)
+        for where, row, _ in json_rows(path, contents):
+            yield where, as_object(where, row)
 
 
 # -------------------------------------------------------------------------------- scores

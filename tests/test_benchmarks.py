@@ -377,7 +377,7 @@ def broken(name, folder):
             return path, "no known format"
         case "columns":
             path.write_text("a\tb\n1\t2\n")
-            return path, "index, image and question"
+            return path, "columns image and question"
         case "empty":
             path.write_text("")
             return path, "no examples"
