@@ -102,8 +102,22 @@ CJK = r"\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 # A negation up to two words before a value.
 NEGATION = re.compile(r"((\bnot|\bno|n't|\bnever|\bneither|\bnor|\bwithout|\bunlike|\brather than"
                       r"|\binstead of)( \w+){0,2}|[不没非]( [是有])?) ?$")
-NEGATED_AFTER = re.compile(r" ?(で は|じ ゃ|이|가)? ?(な い|あ り ま せ ん|아 니)")
-OR = re.compile(r"\bor\b|或|또 는|혹 은|ま た は")
+# A negation after a value; or the end of a question, as a clause that asks asserts nothing.
+DENIED_AFTER = re.compile(r" ?(で は|じ ゃ|이|가)? ?(な い|あ り ま せ ん|아 니)|[^.]{0,40} "
+                          r"(か( [なねよ])?|吗|嗎|[입습] 니 까|[일을] 까( 요)?|인 가( 요)?) ?(\.|$)")
+# _ is the truth; か is "or" between two nouns, and no part of 確か, 何か, 誰か
+OR = re.compile(r"\bor\b|或|_ [还還] 是|또 는|혹 은|이 거 나|ま た は"
+                r"|(?![確何誰])[_ァ-ヶ\u3400-\u9fff]( い)? か (?=[_ァ-ヶ\u3400-\u9fff])")
+# A hue behind another is a third: 粉红 is no red, and 黑白 is not white. 深红 is a red, as is "dark red".
+HUES = "红橙橘黄绿青蓝紫粉棕褐灰黑白紅黃綠藍赤緑黒"
+# A Chinese or Japanese number up to 99 that counts something or stands alone: not in 第三, 一些, 三角形.
+CJK_DIGITS = {digit: i for i, digit in enumerate("零一二三四五六七八九")} | {"两": 2, "兩": 2}
+COUNTERS = ("个個只隻条條张張本辆輛台位名人匹头頭棵朵颗顆块塊片支枝根把件双雙对對种種层層座间間杯瓶碗盘盤架艘岁歲"
+            "つ枚冊羽")
+DIGITS = f"十{''.join(CJK_DIGITS)}"
+CJK_NUMBER = re.compile(rf"(?<![第几数百千万亿\d{DIGITS}])[{DIGITS}]+(?=[{COUNTERS}])"
+                        rf"|(?:(?<!\w)|(?<=[是为為有共]))[{DIGITS}]+(?!\w)")
+ARTICLE = re.compile(f"(?<!十)一(?=[{COUNTERS}])")
 # The conclusion of a response, normalised or only plain, stands after the last of these.
 CONCLUSION = re.compile(r"answer is|answer ?[:.]|\btherefore|\bthus|\bhence|[.,;!?:] so "
                         r"|答 ?案 ?[是为:.]|答 ?え ?は|답 ?은")
@@ -121,7 +135,16 @@ CURRENCIES = {"dollars?": "$", "euros?": "€", "yen": "¥"}
 def plain(text: str) -> str:
     """Lower case, and one form of each character: full-width letters, dashes, numbers without separators."""
     text = unicodedata.normalize("NFKC", text).translate(DASHES).lower()
+    text = CJK_NUMBER.sub(cjk_number, text)
     return THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+
+
+def cjk_number(match: re.Match) -> str:
+    """The value of a match of CJK_NUMBER, in digits. 三四, three or four, stays as it is."""
+    tens, ten, ones = match[0].rpartition("十")
+    if len(tens) > 1 or len(ones) > 1:
+        return match[0]
+    return str(10 * CJK_DIGITS.get(tens, 1) * len(ten) + CJK_DIGITS.get(ones, 0))
 
 
 def digits_for_words(text: str) -> str:
@@ -163,7 +186,7 @@ def mentions(text: str, phrases: tuple[str, ...] | None) -> set[str]:
     for match in re.finditer(rf"(?<![\w-])({pattern})(?:e?s)?(?!\w)", text):
         near = text[max(0, match.start() - 100):match.start()]     # a bound, as a long list would take long
         clause_before = near.rsplit(".", 1)[-1]
-        negated = NEGATION.search(clause_before) or NEGATED_AFTER.match(text, match.end())
+        negated = NEGATION.search(clause_before) or DENIED_AFTER.match(text, match.end())
         if match.group(1) in ("yes", "no") or not negated:
             asserted.add(match.group(1))
     return asserted
@@ -176,9 +199,14 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
     Where the truth is a number or in one of KINDS, the conclusion must assert exactly one such value, the
     truth: "red or blue" and "red blue" assert two, "not red" asserts none, "12" is not "2". Values that only
     repeat the question are set aside: "the circle beside the blue square is red". A letter is judged by
-    extract_choice, and a truth with signs ("C++", "$7") by signed_verdict. Any other truth must occur word
-    for word, not negated, and with no "or" beside it.
+    extract_choice, and so is the text of an option, where the response names one. A truth with signs ("C++",
+    "$7") is judged by signed_verdict. Any other truth must occur word for word, not negated, and with no "or"
+    beside it.
     """
+    options = lettered_lines(question)
+    letter = letter_of(truth, options)
+    if letter and (said := extract_choice(response, options)):
+        return int(said == letter)
     words = normalise(truth).strip(" .")
     if not words or has_sign(truth):
         return signed_verdict(truth, response)
@@ -187,9 +215,14 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
     conclusion = conclusion_of(normalise(response))
     kind = next((kind for kind in KINDS if words in kind), None)
     if kind is None and not re.fullmatch(DECIMAL, words):
-        hedged = OR.search(conclusion.replace(words, ""))
-        return int(bool(mentions(conclusion, (re.escape(words),))) and not hedged)
+        hedged = OR.search(conclusion.replace(words, "_"))
+        phrase = re.escape(words)
+        if words[0] in HUES:
+            phrase = f"(?<![{HUES}] ){phrase}"
+        return int(bool(mentions(conclusion, (phrase,))) and not hedged)
     said = mentions(conclusion, kind)
+    if kind is None and ARTICLE.search(response):                  # 一个 is "a", but "one" where it is alone
+        said = mentions(conclusion_of(normalise(ARTICLE.sub("", response))), kind) or said
     if kind != ("yes", "no"):
         # "Is it red or blue?" "red": what the question names counts where nothing else is said
         said = (said - mentions(normalise(question), kind)) or said
@@ -239,10 +272,23 @@ def signed_verdict(truth: str, response: str) -> int:
 
 def options_in(question: str, letter: str) -> dict[str, str]:
     """The lettered lines of a question by letter, or else A to at least E and the letter, without texts."""
-    options = dict(re.findall(r"^\W*([A-Z])\W*[.):]\s*(.+?)\s*$", question, re.MULTILINE))
+    options = lettered_lines(question)
     if letter in options:
         return options
     return dict.fromkeys((chr(i) for i in range(ord("A"), max(ord("E"), ord(letter)) + 1)), "")
+
+
+def lettered_lines(question: str) -> dict[str, str]:
+    """The options that lines of a question list, as "A. red" or "(A) red", by letter."""
+    return dict(re.findall(r"^\W*([A-Z])\W*[.):]\s*(.+?)\s*$", question, re.MULTILINE))
+
+
+def letter_of(truth: str, options: dict[str, str]) -> str | None:
+    """The letter of the only option whose text a truth is, with or without its letter: "red" or "A. red"."""
+    truth = plain(truth).strip(" .")
+    found = [letter for letter, option in options.items()
+             if re.fullmatch(rf"(\W*{letter.lower()}\W+)?{re.escape(plain(option).strip(' .'))}", truth)]
+    return found[0] if len(found) == 1 and truth.upper() not in options else None
 
 
 def rule_judge(triples: list[Triple]) -> list[float | None]:
