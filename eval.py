@@ -199,9 +199,9 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
     Where the truth is a number or in one of KINDS, the conclusion must assert exactly one such value, the
     truth: "red or blue" and "red blue" assert two, "not red" asserts none, "12" is not "2". Values that only
     repeat the question are set aside: "the circle beside the blue square is red". A letter is judged by
-    extract_choice, and so is the text of an option, where the response names one. A truth with signs ("C++",
-    "$7") is judged by signed_verdict. Any other truth must occur word for word, not negated, and with no "or"
-    beside it.
+    extract_choice, and so is the text of an option if the response names one; a truth with signs ("C++",
+    "$7") by signed_verdict. Any other truth must occur word for word, not negated, and with no "or" beside
+    it.
     """
     options = lettered_lines(question)
     letter = letter_of(truth, options)
@@ -284,7 +284,7 @@ def lettered_lines(question: str) -> dict[str, str]:
 
 
 def letter_of(truth: str, options: dict[str, str]) -> str | None:
-    """The letter of the only option whose text a truth is, with or without its letter: "red" or "A. red"."""
+    """The letter of the only option whose text is the truth, with or without its letter: "red", "A. red"."""
     truth = plain(truth).strip(" .")
     found = [letter for letter, option in options.items()
              if re.fullmatch(rf"(\W*{letter.lower()}\W+)?{re.escape(plain(option).strip(' .'))}", truth)]
@@ -413,7 +413,7 @@ class LLMJudge:
             tqdm.write(f"judge: {failed} of {len(prompts)} calls failed; the last: {failures[-1]}")
 
     def remember(self, key: str, reply: str, graded: bool):
-        """Keep the verdict of a reply, also on disk. If it has none, the prompt will be asked again, and the
+        """Keep the verdict of a reply, also on disk. If it has none, the prompt will be asked again; the
         first such reply is shown."""
         verdict = parse_verdict(without_thoughts(reply), graded)
         with self.lock:
@@ -1152,8 +1152,8 @@ TEXT_KEYS = ("text", "prediction", "response", "caption", "answer")
 def read_predictions(path: str, task: Task) -> list[str]:
     """Responses made elsewhere, in the order of the task.
 
-    The file is a TSV (index, prediction), JSONL, a JSON list, {"data": such a list}, or {id: text}. UserError
-    for an id that is repeated or unknown, and for a question without a response.
+    The file is a TSV (index, prediction), JSONL, a JSON list, {"data": a list}, or {id: text}. UserError for
+    an id that is repeated or unknown, and for a question without a response.
     """
     known = {e.id for e in task.examples}
     found = {}

@@ -101,12 +101,12 @@ def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
     """Read examples and open every image once, so that errors are known before any work is done.
 
     A file is JSONL, a JSON list or {"data": a list}, in three forms: ours, {"id", "image", "question",
-    "answer", "options", "category", "system", "history"}; LLaVA's, {"id", "image", "conversations"}; and
-    chat, {"messages", "images"}. Other names of these columns are in ID_COLUMNS and below. Or it is the file
-    of a benchmark: VLMEvalKit's TSV, captions in COCO's form (NoCaps, VizWiz, FOIL), VizWiz-VQA, MM-Vet.
-    Images are paths relative to the file's folder, or to `images` in it. Raises UserError, naming file and
-    line, for a bad row, a missing or unreadable image, or a repeated id. With skip_bad, rows with such images
-    are left out and counted on the console.
+    "answer", "hint", "options", "category", "system", "history"}; LLaVA's, {"id", "image", "conversations"};
+    and chat, {"messages", "images"}. Other names of these columns are in ID_COLUMNS and below. Or it is the
+    file of a benchmark: VLMEvalKit's TSV, captions in COCO's form (NoCaps, VizWiz, FOIL), VizWiz-VQA, MM-Vet.
+    Images are paths relative to the file's folder, or to `images` in it; in JSONL also data URLs or base64.
+    Raises UserError, naming file and line, for a bad row, a missing or unreadable image, or a repeated id.
+    With skip_bad, rows with such images are left out and counted on the console.
     """
     examples = []
     ids = Counter()
@@ -115,8 +115,8 @@ def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
             check_example(example, where)
             ids[example.id] += 1
             if ids[example.id] > 1 and example.kind != "dialogue":
-                raise UserError(f"{where}: the id {example.id!r} was used before; ids must be unique within "
-                                "a file")
+                raise UserError(f"{where}: the id {shortened(example.id)!r} was used before; ids must be "
+                                "unique within a file")
             if ids[example.id] > 1:                # common in LLaVA's files
                 example = replace(example, id=f"{example.id}#{ids[example.id]}")
             examples.append(example)
@@ -640,8 +640,8 @@ def embedded_images(examples: list[Example]) -> list[str]:
 
 
 def json_rows(path: str, contents: dict) -> Iterable[tuple[str, dict, int | None]]:
-    """(where, row, offset) of a JSON list, of {"data": that list}, of MM-Vet's object of questions by id, or
-    of JSON lines, which alone have an offset, see json_lines. contents: see look_into."""
+    """(where, row, offset) of a JSON list, of {"data": a list}, of MM-Vet's object of questions by id, or of
+    JSON lines, which alone have an offset, see json_lines. contents: see look_into."""
     rows = None
     if first_line(path).startswith(b"["):
         rows = read_json(path)
@@ -957,7 +957,7 @@ def tsv_examples(path: str) -> Iterator[tuple[str, list[Example]]]:
     without = 0
     for where, row, offset in read_tsv(path):
         if "question" not in row and "image" not in map(str.lower, row):
-            raise UserError(f"{path}: in no known format; a TSV has at least the columns image and question")
+            raise UserError(f"{path}: in no known format; a TSV has at least columns image and question")
         row["index"] = row.get("index") or row_id(row, where.rsplit(":", 1)[1])
         target = row.pop(next((name for name in row if name.lower() == "image"), ""), "")
         if is_image_name(target.removesuffix("']").removesuffix('"]')):
@@ -1083,11 +1083,11 @@ def check_example(example: Example, where: str):
     for text in (*(asked for asked, _ in example.history), example.text):
         if mark := OTHER_MARK.search(text):
             raise UserError(f"{where}: the question marks a {mark[1].lower()}, and only images can be read")
-        if re.search("data:image/[^ ]+;base64,", text):
-            raise UserError(f'{where}: the text of the question holds an image in base64; call it "image"')
+    if re.search("data:image/[^ ]+;base64,", example.dialogue + example.truth):
+        raise UserError(f'{where}: a text holds an image in base64; images are expected in "image"')
     if embedded_images([example]):
-        raise UserError(f'{where}: an image in base64 is read only from JSON lines and from the column "image" '
-                        "of a TSV; write it so, or to a file")
+        raise UserError(f"{where}: an image in base64 is read only from JSON lines, and from the column "
+                        '"image" of a TSV; write it so, or to a file')
     try:
         chat_turns(example.text, len(example.images), example.history)
     except UserError as error:
@@ -1129,7 +1129,7 @@ def check_images(examples: list[Example], path: str, skip_bad: bool) -> list[Exa
 
 
 def image_bytes(image: str) -> bytes:
-    """The bytes of an image file, or of an image within a data file (see tsv_examples); ValueError if that is
+    """The bytes of an image file, or of an image within a data file (see tsv_examples); ValueError if it is
     no base64."""
     inside = re.fullmatch(r"(.+)#(\d+)\.(\d+)", image)
     if not inside or os.path.exists(image):
@@ -1173,7 +1173,8 @@ def open_image(path: str, where: str) -> Image.Image:
         return image.convert("RGB")
     except FileNotFoundError as error:
         raise UserError(f"{where}: image {shortened(path)} does not exist") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error,
+            Image.DecompressionBombError) as error:
         reason = f"{type(error).__name__}: {shortened(error)}"
         raise UserError(f"{where}: image {shortened(path)} cannot be read ({reason})") from error
 

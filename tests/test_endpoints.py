@@ -28,7 +28,8 @@ BODIES = {"empty": b"", "no choices": b'{"choices": []}', "null": b'{"choices": 
 # of these no other attempt would bring more
 NO_COMPLETIONS = {
     "html": b"<html>\n<h1>Welcome</h1>", "list": b"[]", "text": b"Bad model", "null": b"null",
-    "error": b'{"error": {"message": "no such adapter"}}', "object": b'{"object": "error", "message": "no"}',
+    "error": b'{"error": {"message": "no such adapter"}}',
+    "object": b'{"object": "error", "message": "no"}',
     "choices too": b'{"choices": [], "error": {"message": "out of credit"}}',
     "detail": b'{"detail": "Not Found"}', "events": b'data: {"choices": [{"delta": {"content": "Y"}}]}\n\n',
     "other form": b'{"choices": [{"text": "Yes."}]}', "key": b'{"error": "the key sesame is not known"}'}

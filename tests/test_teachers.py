@@ -518,10 +518,10 @@ URL = "data:image/png;base64," + BARE
     PLAIN | {"image": in_base64("WEBP")}, PLAIN | {"image": in_base64("JPEG"), "answers": ["B"] * 4},
     PLAIN | {"image": BARE[:100] + "\n" + BARE[100:]}, PLAIN | {"question": f"Is <img>{URL}</img> old?"},
     chat_of({"type": "image_url", "image_url": {"url": URL}}, {"type": "text", "text": "?"}),
-    chat_of({"type": "input_image", "image_url": URL}, {"type": "input_text", "text": "?"}) | {"images": [URL]},
-    {"image": URL, "conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "!"}]}])
+    chat_of({"type": "input_image", "image_url": URL}, {"type": "text", "text": "?"}) | {"images": [URL]},
+    CHAT | {"image": URL}])
 def test_an_image_in_base64_is_read_where_it_stands(tmp_path, row):
-    """A traceback of a megabyte; a megabyte in every row of a collection or a report; an id of that length."""
+    """A traceback of a megabyte; a megabyte in every row of a collection; an id of that length."""
     path = write(tmp_path / "d.jsonl", PLAIN | {"id": "first"}, row)
     _, got = load_examples(path)
     assert got.pixels == 64 * 48 and len(got.images) == 1 and len(got.images[0] + got.id) < len(path) + 20
@@ -549,7 +549,10 @@ def test_images_in_base64_of_one_row_keep_their_order(tmp_path):
     (PLAIN | {"image": URL[:2000]}, "image .*rows.jsonl#0.0 cannot be read"),
     (PLAIN | {"image": "data:image/svg+xml;utf8,<svg/>"}, "rows.jsonl#0.0 cannot be read"),
     (PLAIN | {"image": "x" * 5000}, "image .*xxx .* xxx"), (PLAIN | {"image": "x/" * 5000}, "image .*x/x"),
-    (PLAIN | {"question": f"![]({URL})\nWhat?"}, "holds an image in base64"), (PLAIN | {"answer": [URL]}, "answer"),
+    (PLAIN | {"question": f"![]({URL})\nWhat?"}, "text holds an image"),
+    (PLAIN | {"options": [URL, URL]}, "text holds an image"),
+    (PLAIN | {"answer": URL}, "text holds an image"), (PLAIN | {"answer": [URL]}, "answer"),
+    (PLAIN | {"image": "rows.jsonl#0.7"}, "rows.jsonl#0.7 cannot be read"),
     (PLAIN | {"image_base64": BARE}, '"image_base64" holds an image'),
     (PLAIN | {"image": {"bytes": BARE}}, "list of strings")])
 def test_images_in_base64_that_cannot_be_read_are_refused_in_a_short_sentence(tmp_path, row, says):
@@ -588,7 +591,7 @@ def test_a_tsv_needs_no_index(tmp_path):
 
 
 def test_examples_without_words_and_with_hints_are_read_as_they_were_written(tmp_path):
-    """--select over MMMU, hours of log-probabilities, and then a file that is refused or lacks its hints."""
+    """--select over MMMU: hours of log-probabilities, and then a file that is refused or lacks hints."""
     cells = [in_base64("PNG", seed) for seed in range(3)]
     (tmp_path / "MMMU.tsv").write_text(
         "index\timage\thint\tquestion\tA\tB\tanswer\n"
