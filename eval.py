@@ -284,7 +284,7 @@ def lettered_lines(question: str) -> dict[str, str]:
 
 
 def letter_of(truth: str, options: dict[str, str]) -> str | None:
-    """The letter of the only option whose text is the truth, with or without its letter: "red", "A. red"."""
+    """The letter of the only option whose text is the truth, alone or with its letter: "red", "A. red"."""
     truth = plain(truth).strip(" .")
     found = [letter for letter, option in options.items()
              if re.fullmatch(rf"(\W*{letter.lower()}\W+)?{re.escape(plain(option).strip(' .'))}", truth)]
@@ -1152,7 +1152,7 @@ TEXT_KEYS = ("text", "prediction", "response", "caption", "answer")
 def read_predictions(path: str, task: Task) -> list[str]:
     """Responses made elsewhere, in the order of the task.
 
-    The file is a TSV (index, prediction), JSONL, a JSON list, {"data": a list}, or {id: text}. UserError for
+    The file is a TSV (index, prediction), JSONL, a JSON list, {"data": a list} or {id: text}. UserError for
     an id that is repeated or unknown, and for a question without a response.
     """
     known = {e.id for e in task.examples}

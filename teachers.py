@@ -101,12 +101,12 @@ def load_examples(path: str, skip_bad: bool = False) -> list[Example]:
     """Read examples and open every image once, so that errors are known before any work is done.
 
     A file is JSONL, a JSON list or {"data": a list}, in three forms: ours, {"id", "image", "question",
-    "answer", "hint", "options", "category", "system", "history"}; LLaVA's, {"id", "image", "conversations"};
-    and chat, {"messages", "images"}. Other names of these columns are in ID_COLUMNS and below. Or it is the
-    file of a benchmark: VLMEvalKit's TSV, captions in COCO's form (NoCaps, VizWiz, FOIL), VizWiz-VQA, MM-Vet.
-    Images are paths relative to the file's folder, or to `images` in it; in JSONL also data URLs or base64.
-    Raises UserError, naming file and line, for a bad row, a missing or unreadable image, or a repeated id.
-    With skip_bad, rows with such images are left out and counted on the console.
+    "answer", "hint", "options", "category", "system", "history"}; LLaVA's, {"id", "image",
+    "conversations"}; and chat, {"messages", "images"}. Other names of these columns are in ID_COLUMNS and
+    below. Or it is the file of a benchmark: VLMEvalKit's TSV, captions in COCO's form (NoCaps, VizWiz, FOIL),
+    VizWiz-VQA, MM-Vet. Images are paths relative to the file's folder, or to `images` in it; in JSONL also
+    data URLs or base64. Raises UserError, naming file and line, for a bad row, a missing or unreadable image,
+    or a repeated id. With skip_bad, rows with such images are left out and counted on the console.
     """
     examples = []
     ids = Counter()
@@ -1072,7 +1072,7 @@ def foil_group(key: str, rows: list[tuple[str, dict]], files: dict) -> list[Exam
 def check_example(example: Example, where: str):
     """UserError unless question and truth are texts, and the question marks as many images as there are."""
     fields = {"question": example.question, "answer": example.truth}
-    if example.kind in WORDLESS:
+    if example.kind in WORDLESS and example.images:
         del fields["question"]
     for name, value in fields.items():
         if (not isinstance(value, str) or not value.replace(MARK, "").strip()

@@ -461,8 +461,8 @@ TABLE = "id\tindex\tprediction\nx\t0\tA\ny\t1\tB\nz\t2\tC\n"
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n", b"\xef\xbb\xbf \n\n"])
 @pytest.mark.parametrize("name, text", [
     ("p.TSV", TABLE), ("p.txt", TABLE), ("p.json", json.dumps(GIVEN)),
-    ("p.jsonl", json.dumps({"data": GIVEN})), ("p.json", json.dumps({"version": 1, "data": GIVEN}, indent=1)),
-    ("p", "\n".join(map(json.dumps, GIVEN))),
+    ("p.jsonl", json.dumps({"data": GIVEN})), ("p", json.dumps({"version": 1, "data": GIVEN}, indent=1)),
+    ("p.json", "\n".join(map(json.dumps, GIVEN))),
     ("p.jsonl", json.dumps({"settings": {}}) + "\n" + "\n".join(map(json.dumps, GIVEN))),
     ("p.JSON", '{"0": "A", "1": "B", "2": "C"}'), ("p", '{\n"0": "A",\n"1": "B",\n"2": "C"\n}')])
 def test_predictions_are_read_as_data_are(start, name, text, tmp_path):

@@ -264,6 +264,7 @@ def test_chat_messages_place_images_where_they_stand(tmp_path):
     ({"question": "?", "answer": "!", "history": [1]}, "no known form"),
     ({"question": "?", "answer": "!", "history": [["\ud83d", "half an emoji"]]}, "non-empty string"),
     ({"question": "<image> or not?", "answer": "yes"}, "marks 1"),
+    ({"question": "", "answer": "yes", "kind": "picture"}, '"question"'),
 ])
 def test_rows_in_no_known_form_are_named(tmp_path, row, says):
     noise_image(32, 32).save(tmp_path / "a.png")
