@@ -774,9 +774,9 @@ def lettered(row: dict) -> list[str]:
 def image_path(path: str, image: str) -> str:
     """The file of an image that a data file names: beside that file, or in the folder `images` beside it.
 
-    An image itself stays as it is: read_examples knows where it stands.
+    An image itself stays as it is: read_examples knows where it stands. So does an address, to be refused.
     """
-    if EMBEDDED.fullmatch(image):
+    if EMBEDDED.fullmatch(image) or "://" in image:
         return image
     beside = Path(path).parent / image
     inside = Path(path).parent / "images" / image
@@ -960,7 +960,7 @@ def tsv_examples(path: str) -> Iterator[tuple[str, list[Example]]]:
             raise UserError(f"{path}: in no known format; a TSV has at least columns image and question")
         row["index"] = row.get("index") or row_id(row, where.rsplit(":", 1)[1])
         target = row.pop(next((name for name in row if name.lower() == "image"), ""), "")
-        if is_image_name(target.removesuffix("']").removesuffix('"]')):
+        if is_image_name(target.removesuffix("']").removesuffix('"]')) or "://" in target:
             row["image"] = target                  # a file, or a list of files
             target = ""
         if len(target) > 64:                       # it is an image, not an index
@@ -1172,7 +1172,7 @@ def open_image(path: str, where: str) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except FileNotFoundError as error:
-        raise UserError(f"{where}: image {shortened(path)} does not exist") from error
+        raise UserError(f"{where}: image {shortened(path)} does not exist as a file") from error
     except (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error,
             Image.DecompressionBombError) as error:
         reason = f"{type(error).__name__}: {shortened(error)}"

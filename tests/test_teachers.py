@@ -554,6 +554,7 @@ def test_images_in_base64_of_one_row_keep_their_order(tmp_path):
     (PLAIN | {"options": [URL, URL]}, "text holds an image"),
     (PLAIN | {"answer": URL}, "text holds an image"), (PLAIN | {"answer": [URL]}, "answer"),
     (PLAIN | {"image": "rows.jsonl#0.7"}, "rows.jsonl#0.7 cannot be read"),
+    (PLAIN | {"image": "https://a.b/c?d=1"}, r"image https://a.b/c\?d=1 does not exist as a file"),
     (PLAIN | {"image_base64": BARE}, '"image_base64" holds an image'),
     (PLAIN | {"image": {"bytes": BARE}}, "list of strings")])
 def test_images_in_base64_that_cannot_be_read_are_refused_in_a_short_sentence(tmp_path, row, says):
@@ -570,6 +571,9 @@ def test_images_in_base64_outside_of_lines_are_refused(tmp_path):
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=f"{name}:.*only from JSON lines"):
             load_examples(str(tmp_path / name))
+    (tmp_path / "d.tsv").write_text("index\timage\tquestion\tanswer\n1\thttps://a.b/c\t?\tB\n")
+    with pytest.raises(UserError, match="d.tsv:2: image https://a.b/c does not exist"):
+        load_examples(str(tmp_path / "d.tsv"))
     (tmp_path / "d.tsv").write_text(f"index\timage\tquestion\tanswer\n1\t{URL}\t?\tB\n")
     assert load_examples(str(tmp_path / "d.tsv"))[0].pixels == 64 * 48
 
