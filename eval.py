@@ -42,9 +42,9 @@ from tqdm import tqdm
 
 from model import (VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, load_processor, load_vlm,
                    run, stream, write_atomic)
-from teachers import (CallFailed, Check, Example, chat, check_endpoint, check_prompts, drop_torn_line,
-                      encode_example, endpoint_of, load_examples, messages_of, open_image, prompt_checks,
-                      read_json, read_jsonl, read_tsv)
+from teachers import (CallFailed, Check, Example, as_object, chat, check_endpoint, check_prompts,
+                      drop_torn_line, encode_example, endpoint_of, json_rows, load_examples, look_into,
+                      messages_of, open_image, prompt_checks, read_json, read_jsonl, read_tsv, shortened)
 
 # -------------------------------------------------------------------------------- judges
 #
@@ -105,8 +105,22 @@ CJK = r"\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 # A negation up to two words before a value.
 NEGATION = re.compile(r"((\bnot|\bno|n't|\bnever|\bneither|\bnor|\bwithout|\bunlike|\brather than"
                       r"|\binstead of)( \w+){0,2}|[不没非]( [是有])?) ?$")
-NEGATED_AFTER = re.compile(r" ?(で は|じ ゃ|이|가)? ?(な い|あ り ま せ ん|아 니)")
-OR = re.compile(r"\bor\b|或|또 는|혹 은|ま た は")
+# A negation after a value; or the end of a question, as a clause that asks asserts nothing.
+DENIED_AFTER = re.compile(r" ?(で は|じ ゃ|이|가)? ?(な い|あ り ま せ ん|아 니)|[^.]{0,40} "
+                          r"(か( [なねよ])?|吗|嗎|[입습] 니 까|[일을] 까( 요)?|인 가( 요)?) ?(\.|$)")
+# _ is the truth; か is "or" between two nouns, and no part of 確か, 何か, 誰か
+OR = re.compile(r"\bor\b|或|_ [还還] 是|또 는|혹 은|이 거 나|ま た は"
+                r"|(?![確何誰])[_ァ-ヶ\u3400-\u9fff]( い)? か (?=[_ァ-ヶ\u3400-\u9fff])")
+# A hue behind another is a third: 粉红 is no red, and 黑白 is not white. 深红 is a red, as is "dark red".
+HUES = "红橙橘黄绿青蓝紫粉棕褐灰黑白紅黃綠藍赤緑黒"
+# A Chinese or Japanese number up to 99 that counts something or stands alone: not in 第三, 一些, 三角形.
+CJK_DIGITS = {digit: i for i, digit in enumerate("零一二三四五六七八九")} | {"两": 2, "兩": 2}
+COUNTERS = ("个個只隻条條张張本辆輛台位名人匹头頭棵朵颗顆块塊片支枝根把件双雙对對种種层層座间間杯瓶碗盘盤架艘岁歲"
+            "つ枚冊羽")
+DIGITS = f"十{''.join(CJK_DIGITS)}"
+CJK_NUMBER = re.compile(rf"(?<![第几数百千万亿\d{DIGITS}])[{DIGITS}]+(?=[{COUNTERS}])"
+                        rf"|(?:(?<!\w)|(?<=[是为為有共]))[{DIGITS}]+(?!\w)")
+ARTICLE = re.compile(f"(?<!十)一(?=[{COUNTERS}])")
 # The conclusion of a response, normalised or only plain, stands after the last of these.
 CONCLUSION = re.compile(r"answer is|answer ?[:.]|\btherefore|\bthus|\bhence|[.,;!?:] so "
                         r"|答 ?案 ?[是为:.]|答 ?え ?は|답 ?은")
@@ -124,7 +138,16 @@ CURRENCIES = {"dollars?": "$", "euros?": "€", "yen": "¥"}
 def plain(text: str) -> str:
     """Lower case, and one form of each character: full-width letters, dashes, numbers without separators."""
     text = unicodedata.normalize("NFKC", text).translate(DASHES).lower()
+    text = CJK_NUMBER.sub(cjk_number, text)
     return THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+
+
+def cjk_number(match: re.Match) -> str:
+    """The value of a match of CJK_NUMBER, in digits. 三四, three or four, stays as it is."""
+    tens, ten, ones = match[0].rpartition("十")
+    if len(tens) > 1 or len(ones) > 1:
+        return match[0]
+    return str(10 * CJK_DIGITS.get(tens, 1) * len(ten) + CJK_DIGITS.get(ones, 0))
 
 
 def digits_for_words(text: str) -> str:
@@ -166,7 +189,7 @@ def mentions(text: str, phrases: tuple[str, ...] | None) -> set[str]:
     for match in re.finditer(rf"(?<![\w-])({pattern})(?:e?s)?(?!\w)", text):
         near = text[max(0, match.start() - 100):match.start()]     # a bound, as a long list would take long
         clause_before = near.rsplit(".", 1)[-1]
-        negated = NEGATION.search(clause_before) or NEGATED_AFTER.match(text, match.end())
+        negated = NEGATION.search(clause_before) or DENIED_AFTER.match(text, match.end())
         if match.group(1) in ("yes", "no") or not negated:
             asserted.add(match.group(1))
     return asserted
@@ -179,9 +202,14 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
     Where the truth is a number or in one of KINDS, the conclusion must assert exactly one such value, the
     truth: "red or blue" and "red blue" assert two, "not red" asserts none, "12" is not "2". Values that only
     repeat the question are set aside: "the circle beside the blue square is red". A letter is judged by
-    extract_choice, and a truth with signs ("C++", "$7") by signed_verdict. Any other truth must occur word
-    for word, not negated, and with no "or" beside it.
+    extract_choice, and so is the text of an option if the response names one; a truth with signs ("C++",
+    "$7") by signed_verdict. Any other truth must occur word for word, not negated, and with no "or" beside
+    it.
     """
+    options = lettered_lines(question)
+    letter = letter_of(truth, options)
+    if letter and (said := extract_choice(response, options)):
+        return int(said == letter)
     words = normalise(truth).strip(" .")
     if not words or has_sign(truth):
         return signed_verdict(truth, response)
@@ -190,9 +218,14 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
     conclusion = conclusion_of(normalise(response))
     kind = next((kind for kind in KINDS if words in kind), None)
     if kind is None and not re.fullmatch(DECIMAL, words):
-        hedged = OR.search(conclusion.replace(words, ""))
-        return int(bool(mentions(conclusion, (re.escape(words),))) and not hedged)
+        hedged = OR.search(conclusion.replace(words, "_"))
+        phrase = re.escape(words)
+        if words[0] in HUES:
+            phrase = f"(?<![{HUES}] ){phrase}"
+        return int(bool(mentions(conclusion, (phrase,))) and not hedged)
     said = mentions(conclusion, kind)
+    if kind is None and ARTICLE.search(response):                  # 一个 is "a", but "one" where it is alone
+        said = mentions(conclusion_of(normalise(ARTICLE.sub("", response))), kind) or said
     if kind != ("yes", "no"):
         # "Is it red or blue?" "red": what the question names counts where nothing else is said
         said = (said - mentions(normalise(question), kind)) or said
@@ -242,10 +275,23 @@ def signed_verdict(truth: str, response: str) -> int:
 
 def options_in(question: str, letter: str) -> dict[str, str]:
     """The lettered lines of a question by letter, or else A to at least E and the letter, without texts."""
-    options = dict(re.findall(r"^\W*([A-Z])\W*[.):]\s*(.+?)\s*$", question, re.MULTILINE))
+    options = lettered_lines(question)
     if letter in options:
         return options
     return dict.fromkeys((chr(i) for i in range(ord("A"), max(ord("E"), ord(letter)) + 1)), "")
+
+
+def lettered_lines(question: str) -> dict[str, str]:
+    """The options that lines of a question list, as "A. red" or "(A) red", by letter."""
+    return dict(re.findall(r"^\W*([A-Z])\W*[.):]\s*(.+?)\s*$", question, re.MULTILINE))
+
+
+def letter_of(truth: str, options: dict[str, str]) -> str | None:
+    """The letter of the only option whose text is the truth, alone or with its letter: "red", "A. red"."""
+    truth = plain(truth).strip(" .")
+    found = [letter for letter, option in options.items()
+             if re.fullmatch(rf"(\W*{letter.lower()}\W+)?{re.escape(plain(option).strip(' .'))}", truth)]
+    return found[0] if len(found) == 1 and truth.upper() not in options else None
 
 
 def rule_judge(triples: list[Triple]) -> list[float | None]:
@@ -312,6 +358,7 @@ class LLMJudge:
         self.sampling = Sampling(0, 1, 0, 1, max_new_tokens)       # greedy, without filters or penalty
         self.lock = threading.Lock()
         self.known = {}                                            # hash of a prompt -> verdict
+        self.has_shown = False                                     # a reply without a verdict
         self.endpoint = endpoint_of(model)
         self.remote = self.endpoint is not None
         if self.endpoint:
@@ -369,11 +416,15 @@ class LLMJudge:
             tqdm.write(f"judge: {failed} of {len(prompts)} calls failed; the last: {failures[-1]}")
 
     def remember(self, key: str, reply: str, graded: bool):
-        """Keep the verdict of a reply, also on disk. If it has none, the prompt will be asked again."""
-        verdict = parse_verdict(reply, graded)
-        if verdict is None:
-            return
+        """Keep the verdict of a reply, also on disk. If it has none, the prompt will be asked again; the
+        first such reply is shown."""
+        verdict = parse_verdict(without_thoughts(reply), graded)
         with self.lock:
+            if verdict is None:
+                if not self.has_shown:
+                    tqdm.write(f"judge: this reply does not end in an <answer>: {shortened(reply)!r}")
+                self.has_shown = True
+                return
             self.known[key] = verdict
             if self.cache:
                 with open(self.cache, "a", encoding="utf-8") as file:
@@ -1110,13 +1161,13 @@ TEXT_KEYS = ("text", "prediction", "response", "caption", "answer")
 def read_predictions(path: str, task: Task) -> list[str]:
     """Responses made elsewhere, in the order of the task.
 
-    The file is a TSV (index, prediction), JSONL, a JSON list, or a JSON object {id: text}. UserError for an
-    id that is repeated or unknown, and for a question without a response.
+    The file is a TSV (index, prediction), JSONL, a JSON list, {"data": a list} or {id: text}. UserError for
+    an id that is repeated or unknown, and for a question without a response.
     """
     known = {e.id for e in task.examples}
     found = {}
     for where, row in prediction_rows(path):
-        if not isinstance(row, dict) or "settings" in row:
+        if "settings" in row:
             continue
         name = next((row[key] for key in ID_KEYS if key in row), None)
         text = next((row[key] for key in TEXT_KEYS if key in row), None)
@@ -1126,7 +1177,7 @@ def read_predictions(path: str, task: Task) -> list[str]:
         if name in found:
             raise UserError(f"{where}: a second response to {name}")
         if name not in known:
-            raise UserError(f"{where}: the id {name} is not among the questions of {task.name}: "
+            raise UserError(f"{where}: the id {shortened(name)} is not among the questions of {task.name}: "
                             "answers to another file?")
         found[name] = text
     if missing := known - found.keys():
@@ -1135,20 +1186,20 @@ def read_predictions(path: str, task: Task) -> list[str]:
     return [found[e.id] for e in task.examples]
 
 
-def prediction_rows(path: str) -> Iterator[tuple[str, object]]:
+def prediction_rows(path: str) -> Iterator[tuple[str, dict]]:
     """(where, row) of a file of responses, in any of the formats of read_predictions."""
-    start = Path(path).read_bytes()[:1] if Path(path).is_file() else b""
-    if start == b"[":
-        for number, row in enumerate(read_json(path), 1):
-            yield f"{path}: item {number}", row
-    elif Path(path).suffix == ".tsv":
+    is_tsv, contents = look_into(path)
+    if is_tsv:
         for where, row, _ in read_tsv(path):
+            if "index" in row:                                     # which is what names the question there
+                row.pop("id", None)
             yield where, row
-    elif start == b"{" and Path(path).suffix == ".json":
-        for name, text in read_json(path).items():
+    elif contents and not contents.keys() & {*ID_KEYS, "data", "settings"}:
+        for name, text in read_json(path).items():                 # again: there may be more than a line
             yield f"{path}: item {name}", {"id": name, "text": text}
     else:
-        yield from read_jsonl(path)
+        for where, row, _ in json_rows(path, contents):
+            yield where, as_object(where, row)
 
 
 # -------------------------------------------------------------------------------- scores

@@ -104,13 +104,13 @@ def load_examples(path: str, skip_bad: bool = False, checks: Iterable["Check"] =
     """Read examples and open every image once, so that errors are known before any work is done.
 
     A file is JSONL, a JSON list or {"data": a list}, in three forms: ours, {"id", "image", "question",
-    "answer", "options", "category", "system", "history"}; LLaVA's, {"id", "image", "conversations"}; and
-    chat, {"messages", "images"}. Other names of these columns are in ID_COLUMNS and below. Or it is the file
-    of a benchmark: VLMEvalKit's TSV, captions in COCO's form (NoCaps, VizWiz, FOIL), VizWiz-VQA, MM-Vet.
-    Images are paths relative to the file's folder, or to `images` in it. Raises UserError, naming file and
-    line, for a bad row, a missing or unreadable image, or a repeated id, and for a row that one of the
-    checks refuses (see prompt_checks). With skip_bad, rows with such images and rows so refused are left out
-    and counted on the console.
+    "answer", "hint", "options", "category", "system", "history"}; LLaVA's, {"id", "image",
+    "conversations"}; and chat, {"messages", "images"}. Other names of these columns are in ID_COLUMNS and
+    below. Or it is the file of a benchmark: VLMEvalKit's TSV, captions in COCO's form (NoCaps, VizWiz, FOIL),
+    VizWiz-VQA, MM-Vet. Images are paths relative to the file's folder, or to `images` in it; in JSONL also
+    data URLs or base64. Raises UserError, naming file and line, for a bad row, a missing or unreadable image,
+    or a repeated id, and for a row that one of the checks refuses (see prompt_checks). With skip_bad, rows
+    with such images and rows so refused are left out and counted on the console.
     """
     examples = []
     ids = Counter()
@@ -119,8 +119,8 @@ def load_examples(path: str, skip_bad: bool = False, checks: Iterable["Check"] =
             check_example(example, where)
             ids[example.id] += 1
             if ids[example.id] > 1 and example.kind != "dialogue":
-                raise UserError(f"{where}: the id {example.id!r} was used before; ids must be unique within "
-                                "a file")
+                raise UserError(f"{where}: the id {shortened(example.id)!r} was used before; ids must be "
+                                "unique within a file")
             if ids[example.id] > 1:                # common in LLaVA's files
                 example = replace(example, id=f"{example.id}#{ids[example.id]}")
             examples.append(example)
@@ -543,8 +543,8 @@ def write_examples(examples: list[Example], path: str):
     with open(path, "w", encoding="utf-8") as file:
         for e in examples:
             images = [os.path.relpath(image, Path(path).parent) for image in e.images]
-            row = {"id": e.id, "image": images, "question": e.question, "answer": e.truth,
-                   "options": e.options, "category": e.category, "history": e.history}
+            row = {"id": e.id, "image": images, "question": e.question, "answer": e.truth, "hint": e.hint,
+                   "options": e.options, "category": e.category, "history": e.history, "kind": e.kind}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -560,6 +560,7 @@ ID_COLUMNS = ("id", "index", "question_id")        # the first that a row has, a
 IMAGE_COLUMNS = ("image", "images", "imagename", "image_path", "image_paths", "img", "imgs", "img_path",
                  "image_file", "image_files", "file_name")
 OPTION_COLUMNS = ("options", "choices")
+WORDLESS = ("caption", "picture")                  # kinds of examples without a question in words
 SYSTEM_COLUMNS = ("system", "system_prompt")
 PAIRS = (("question", "answer"), ("user", "assistant"), ("human", "gpt"), ("human", "assistant"),
          ("prompt", "response"), ("query", "response"))            # a turn of `history` that is a dict
@@ -567,6 +568,14 @@ OTHER_MEDIA = re.compile("(video|audio)s?(_?(file|path|url)s?)?", re.IGNORECASE)
 OTHER_IMAGE = re.compile(r"(image|img|picture|photo)(_?\d+$)?", re.IGNORECASE)    # with group 2 if numbered
 OTHER_MARK = re.compile("<([Vv]ideo|[Aa]udio|VIDEO|AUDIO)>")
 IMAGE_TAG = re.compile("<img>(.+?)</img>")
+# An image itself instead of its name: a data URL, or base64 that begins as PNG, JPEG, WebP and GIF do.
+EMBEDDED = re.compile(r"data:.*|(iVBORw0KGgo|/9j/|UklGR|R0lGOD)[\w+/=\s]{64,}", re.DOTALL)
+
+
+def shortened(text, most: int = 200) -> str:
+    """A text on one line, without its middle where it is long."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}"
 
 
 def read_json(path: str):
@@ -578,16 +587,25 @@ def read_json(path: str):
 
 
 def read_jsonl(path: str, torn: bool = False) -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) for each line of a JSONL file; UserError, naming the line, where it is no object.
+    """Yield (where, row) for each line of a JSONL file; see json_lines."""
+    return ((where, row) for where, row, _ in json_lines(path, torn))
+
+
+def json_lines(path: str, torn: bool = False) -> Iterator[tuple[str, dict, int]]:
+    """Yield (where, row, the byte at which it begins) for each line of a JSONL file; UserError, naming the
+    line, where it is no object.
 
     torn: the writer may have been killed in the middle of the last line. If that line has no end and is not
     JSON, it is left out, and that is said.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
+    consumed = 0                                   # bytes
     with open(path, "rb") as file:                 # bytes: what is not UTF-8 is then a bad line with a number
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
+            offset = consumed
+            consumed += len(line)
             if not line.removeprefix(BOM).strip():
                 continue
             try:
@@ -597,7 +615,7 @@ def read_jsonl(path: str, torn: bool = False) -> Iterator[tuple[str, dict]]:
                     print(f"{where}: the last line was not finished and is left out")
                     return
                 raise UserError(f"{where}: not JSON ({error})") from error
-            yield where, as_object(where, row)
+            yield where, as_object(where, row), offset
 
 
 def as_object(where: str, row) -> dict:
@@ -621,45 +639,69 @@ def is_text(value: str) -> bool:
     return not re.search("[\ud800-\udfff]", value)
 
 
-def read_examples(path: str) -> Iterator[tuple[str, list[Example]]]:
-    """Yield (where, examples) for each row of a data file. What is in the file tells which format it has."""
+def first_line(path: str) -> bytes:
+    """The first line of a file that is not blank, without spaces around it."""
+    with open(path, "rb") as file:                 # one line, as a file of JSON lines may be large
+        return next(filter(None, (line.removeprefix(BOM).strip() for line in file)), b"")
+
+
+def look_into(path: str) -> tuple[bool, dict]:
+    """(whether a file is a TSV, the JSON object that it begins with, or {}); UserError where it is neither
+    JSON nor a TSV."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    with open(path, "rb") as file:                 # one line, as a file of JSON lines may be large
-        first = next(filter(None, (line.removeprefix(BOM).strip() for line in file)), b"")
+    first = first_line(path)
     if first and not first.startswith((b"{", b"[")):
         if b"\t" not in first:
             raise UserError(f"{path}: in no known format; expected JSON lines, a JSON list or object, or a "
                             "TSV with a header")
-        yield from tsv_examples(path)
-        return
+        return True, {}
     contents = {}
     if first.startswith(b"{"):                     # an object on one line or many, or JSON lines
         with suppress(ValueError, RecursionError, UserError):
             contents = json.loads(first) if first.endswith(b"}") else read_json(path)
+    return False, contents
+
+
+def read_examples(path: str) -> Iterator[tuple[str, list[Example]]]:
+    """Yield (where, examples) for each row of a data file. What is in the file tells which format it has."""
+    is_tsv, contents = look_into(path)
+    if is_tsv:
+        yield from tsv_examples(path)
+        return
     if isinstance(contents.get("images"), list) and ("annotations" in contents or "info" in contents):
         yield from coco_examples(path, contents)
         return
-    for where, row in json_rows(path, first, contents):
+    for where, row, offset in json_rows(path, contents):
         row = as_object(where, row)
         with malformed(where):
             examples = examples_of(path, where, row)
-        yield where, examples
+        # as in a TSV, an image that is in a line of the file stays there until it is looked at
+        places = {}
+        if offset is not None:
+            places = {image: f"{path}#{offset}.{k}" for k, image in enumerate(embedded_images(examples))}
+        yield where, [replace(e, images=tuple(places.get(image, image) for image in e.images))
+                      for e in examples]
 
 
-def json_rows(path: str, first: bytes, contents: dict) -> Iterable[tuple[str, dict]]:
-    """Pairs (where, row) of a JSON list, of {"data": that list}, of MM-Vet's object of questions by id, or of
-    JSON lines."""
+def embedded_images(examples: list[Example]) -> list[str]:
+    """The images of a row that are not names of files, each once."""
+    return list(dict.fromkeys(image for e in examples for image in e.images if EMBEDDED.fullmatch(image)))
+
+
+def json_rows(path: str, contents: dict) -> Iterable[tuple[str, dict, int | None]]:
+    """(where, row, offset) of a JSON list, of {"data": a list}, of MM-Vet's object of questions by id, or of
+    JSON lines, which alone have an offset, see json_lines. contents: see look_into."""
     rows = None
-    if first.startswith(b"["):
+    if first_line(path).startswith(b"["):
         rows = read_json(path)
     elif isinstance(contents.get("data"), list) and not contents.keys() & ROW_COLUMNS:
         rows = read_json(path)["data"]             # again: there may be more than the first line
     if rows is not None:
-        return ((f"{path}: item {number}", row) for number, row in enumerate(rows, 1))
+        return ((f"{path}: item {number}", row, None) for number, row in enumerate(rows, 1))
     if contents and all(isinstance(row, dict) and "question" in row for row in contents.values()):
-        return ((f"{path}: item {name}", row | {"id": name}) for name, row in contents.items())
-    return read_jsonl(path)
+        return ((f"{path}: item {name}", row | {"id": name}, None) for name, row in contents.items())
+    return json_lines(path)
 
 
 def examples_of(path: str, where: str, row: dict) -> list[Example]:
@@ -688,15 +730,17 @@ def examples_of(path: str, where: str, row: dict) -> list[Example]:
         if not truth:
             truth = truths[0] if truths else None
         category = row.get("answer_type", category)
-        name = row_id(row, images[0] if images else name)
+        if images and not EMBEDDED.fullmatch(images[0]):
+            name = row_id(row, images[0])
     return [Example(name, tuple(image_path(path, image) for image in images), turns[-1][0], truth,
                     tuple(row_options(row, where)), str(category), where, tuple(turns[:-1]),
-                    truths=tuple(truths), split=str(row.get("split", "")))]
+                    str(row.get("hint") or ""), tuple(truths), split=str(row.get("split", "")),
+                    kind=row["kind"] if row.get("kind") in WORDLESS else "")]
 
 
 def row_id(row: dict, default: str) -> str:
     """The id of a row, under any of its names."""
-    return str(next((row[name] for name in ID_COLUMNS if row.get(name) is not None), default))
+    return str(next((row[name] for name in ID_COLUMNS if row.get(name) not in (None, "")), default))
 
 
 def is_image_name(text: str) -> bool:
@@ -750,7 +794,8 @@ def looks_like_image(value) -> bool:
         return any(map(looks_like_image, value))
     if isinstance(value, dict):
         return bool(value.keys() & {"bytes", "path", "url"})
-    return isinstance(value, str) and (is_image_name(value) or value.startswith(("data:image", "http")))
+    return isinstance(value, str) and bool(is_image_name(value) or value.startswith("http")
+                                           or EMBEDDED.fullmatch(value))
 
 
 def row_options(row: dict, where: str) -> list[str]:
@@ -777,10 +822,16 @@ def lettered(row: dict) -> list[str]:
 
 
 def image_path(path: str, image: str) -> str:
-    """The file of an image that a data file names: beside that file, or in the folder `images` beside it."""
+    """The file of an image that a data file names: beside that file, or in the folder `images` beside it.
+
+    An image itself stays as it is: read_examples knows where it stands. So does an address, to be refused.
+    """
+    if EMBEDDED.fullmatch(image) or "://" in image:
+        return image
     beside = Path(path).parent / image
     inside = Path(path).parent / "images" / image
-    return str(inside if not beside.exists() and inside.exists() else beside)
+    # os.path: a Path complains of a name that is too long
+    return str(inside if not os.path.exists(beside) and os.path.exists(inside) else beside)
 
 
 def dialogue_examples(path: str, where: str, row: dict, name: str) -> list[Example]:
@@ -795,13 +846,17 @@ def dialogue_examples(path: str, where: str, row: dict, name: str) -> list[Examp
     turns = [turn for turn in turns if len(turn) == 2]
     if not turns:
         raise UserError(f"{where}: no question with an answer in it")
+    options = tuple(row_options(row, where))
+    if options and len(turns) > 1:
+        raise UserError(f"{where}: options beside {len(turns)} questions; write them into the one that has "
+                        "them")
     examples = []
     for i, (question, reply) in enumerate(turns):
         shown = images
         if marks:                                  # images of later turns are not yet shown
             shown = images[:sum(text.count(MARK) for text, _ in turns[:i + 1])]
         examples.append(Example(name if len(turns) == 1 else f"{name}-{i + 1}",
-                                tuple(image_path(path, image) for image in shown), question, reply, (),
+                                tuple(image_path(path, image) for image in shown), question, reply, options,
                                 str(row.get("category", "")), where, tuple(turns[:i]), kind="dialogue"))
     return examples
 
@@ -941,7 +996,7 @@ def listed(cell: str) -> list[str]:
 
 
 def tsv_examples(path: str) -> Iterator[tuple[str, list[Example]]]:
-    """Yield (where, [example]) of a VLMEvalKit TSV.
+    """Yield (where, [example]) of a VLMEvalKit TSV. A row without an `index` has its line's number.
 
     The cell `image` holds an image in base64, or a list of several, or the `index` of another row, which
     holds it. Else a file is named in `image_path`. An image in a cell stays in the file until it is looked
@@ -951,11 +1006,11 @@ def tsv_examples(path: str) -> Iterator[tuple[str, list[Example]]]:
     rows = []
     without = 0
     for where, row, offset in read_tsv(path):
-        if "index" not in row or "question" not in row and "image" not in map(str.lower, row):
-            raise UserError(f"{path}: in no known format; a TSV has at least the columns index, image and "
-                            "question")
+        if "question" not in row and "image" not in map(str.lower, row):
+            raise UserError(f"{path}: in no known format; a TSV has at least columns image and question")
+        row["index"] = row.get("index") or row_id(row, where.rsplit(":", 1)[1])
         target = row.pop(next((name for name in row if name.lower() == "image"), ""), "")
-        if is_image_name(target.removesuffix("']").removesuffix('"]')):
+        if is_image_name(target.removesuffix("']").removesuffix('"]')) or "://" in target:
             row["image"] = target                  # a file, or a list of files
             target = ""
         if len(target) > 64:                       # it is an image, not an index
@@ -1067,16 +1122,22 @@ def foil_group(key: str, rows: list[tuple[str, dict]], files: dict) -> list[Exam
 def check_example(example: Example, where: str):
     """UserError unless question and truth are texts, and the question marks as many images as there are."""
     fields = {"question": example.question, "answer": example.truth}
-    if example.kind in ("caption", "picture"):     # has no question, or none in words
+    if example.kind in WORDLESS and example.images:
         del fields["question"]
     for name, value in fields.items():
         if (not isinstance(value, str) or not value.replace(MARK, "").strip()
                 or not is_text(example.dialogue + value)):
             hint = " (a test split?)" if name == "answer" and not value else ""
-            raise UserError(f'{where}: expected a non-empty string as "{name}", found {value!r}{hint}')
+            raise UserError(f'{where}: expected a non-empty string as "{name}", found '
+                            f"{shortened(repr(value))}{hint}")
     for text in (*(asked for asked, _ in example.history), example.text):
         if mark := OTHER_MARK.search(text):
             raise UserError(f"{where}: the question marks a {mark[1].lower()}, and only images can be read")
+    if re.search("data:image/[^ ]+;base64,", example.dialogue + example.truth):
+        raise UserError(f'{where}: a text holds an image in base64; images are expected in "image"')
+    if embedded_images([example]):
+        raise UserError(f"{where}: an image in base64 is read only from JSON lines, and from the column "
+                        '"image" of a TSV; write it so, or to a file')
     try:
         chat_turns(example.text, len(example.images), example.history)
     except UserError as error:
@@ -1135,18 +1196,24 @@ def check_prompts(examples: list[Example], path: str, skip_bad: bool,
 
 
 def image_bytes(image: str) -> bytes:
-    """The bytes of an image file, or an image in a TSV (see tsv_examples); ValueError if it is no base64."""
+    """The bytes of an image file, or of an image within a data file (see tsv_examples); ValueError if it is
+    no base64."""
     inside = re.fullmatch(r"(.+)#(\d+)\.(\d+)", image)
-    if not inside or Path(image).exists():
+    if not inside or os.path.exists(image):
         return Path(image).read_bytes()
     path, offset, number = inside.groups()
+    is_tsv = not first_line(path).startswith(b"{")
     with open(path, "rb") as file:
-        header = next(filter(is_header, tsv_reader(file)))
-    column = [name.lower() for name in header].index("image")
-    with open(path, "rb") as file:
+        if is_tsv:
+            header = next(filter(is_header, tsv_reader(file)))
+            column = [name.lower() for name in header].index("image")
         file.seek(int(offset))
-        cell = next(tsv_reader(file))[column]
-    return base64.b64decode("".join(listed(cell)[int(number)].split()), validate=True)
+        if is_tsv:
+            images = listed(next(tsv_reader(file))[column])
+        else:
+            images = embedded_images(examples_of(path, f"{path}:{offset}", json.loads(file.readline())))
+    text = re.sub("^data:[^,]*,", "", images[int(number)])
+    return base64.b64decode("".join(text.split()), validate=True)
 
 
 def tsv_reader(file):
@@ -1172,9 +1239,11 @@ def open_image(path: str, where: str) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except FileNotFoundError as error:
-        raise UserError(f"{where}: image {path} does not exist") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: image {path} cannot be read ({type(error).__name__}: {error})") from error
+        raise UserError(f"{where}: image {shortened(path)} does not exist as a file") from error
+    except (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error,
+            Image.DecompressionBombError) as error:
+        reason = f"{type(error).__name__}: {shortened(error)}"
+        raise UserError(f"{where}: image {shortened(path)} cannot be read ({reason})") from error
 
 
 # -------------------------------------------------------------------------------- models behind a URL
@@ -1201,9 +1270,11 @@ class CallFailed(Exception):
 
 
 class Refused(CallFailed):
-    """HTTP 4xx: the server understood the call and will not do it, so asking again is no use."""
+    """HTTP 4xx, or a complete reply that is none to our call: asking again is no use."""
     def __init__(self, status: int, text: str):
-        super().__init__(f"HTTP {status}, {text[:200]}")
+        if key := os.environ.get(KEY, "").strip():
+            text = text.replace(key, "***")        # servers may echo it
+        super().__init__(f"HTTP {status}, {shortened(text)}")
         self.status = status
         self.text = text
 
@@ -1233,8 +1304,8 @@ def endpoint_of(name: str) -> Endpoint | None:
     return None
 
 
-def attempt(endpoint: Endpoint, path: str, body: dict | None = None) -> dict:
-    """The JSON object that one HTTP request brings: POST with a body, GET without.
+def attempt(endpoint: Endpoint, path: str, body: dict | None = None) -> dict | list:
+    """The JSON object or list that one HTTP request brings: POST with a body, GET without.
 
     Raises one of PASSING for what may go well another time, Refused for what will not; UserError for a key
     that cannot be one.
@@ -1250,17 +1321,15 @@ def attempt(endpoint: Endpoint, path: str, body: dict | None = None) -> dict:
         request.add_header("Authorization", f"Bearer {key}")
     try:
         with urllib.request.build_opener(NoRedirects).open(request, timeout=endpoint.timeout) as response:
-            contents = json.loads(read_until(response, deadline))
+            contents = read_until(response, deadline).strip()
     except urllib.error.HTTPError as error:
         text = error.read(2000).decode("utf-8", "replace")
         if error.code in (408, 409, 425, 429) or error.code >= 500:
             raise Busy(error.code, error.headers.get("Retry-After")) from error
-        if key:
-            text = text.replace(key, "***")        # servers may echo it
         raise Refused(error.code, text) from error
-    if not isinstance(contents, dict):
-        raise ValueError("not a JSON object")
-    return contents
+    if contents and contents[:1] not in b"{[":     # a page, or events: nothing that was cut off
+        raise Refused(response.status, contents[:2000].decode("utf-8", "replace"))
+    return json.loads(contents)
 
 
 def read_until(response: http.client.HTTPResponse, deadline: float) -> bytes:
@@ -1289,7 +1358,7 @@ def call_until_good(endpoint: Endpoint, body: dict) -> list[tuple[str, bool]]:
     while True:
         try:
             return replies_of(attempt(endpoint, "/chat/completions", body))
-        except (*PASSING, LookupError, TypeError, AttributeError) as error:
+        except PASSING as error:
             pause = endpoint.pause * 2 ** tries * random.uniform(0.5, 1.5)
             retry_after = str(getattr(error, "retry_after", None))
             if retry_after.isdigit():
@@ -1308,9 +1377,13 @@ def check_endpoint(endpoint: Endpoint):
     load models when asked.
     """
     try:
-        served = probe(endpoint, "/models").get("data")
-    except Refused:
+        served = probe(endpoint, "/models")
+    except Refused as error:
+        if error.status == 200:
+            raise UserError(f"{endpoint.url} is no OpenAI-compatible server ({error})") from error
         return
+    if isinstance(served, dict):                   # some servers give the list alone
+        served = served.get("data")
     if not isinstance(served, list):
         return
     names = [str(row.get("id")) for row in served if isinstance(row, dict)]
@@ -1325,7 +1398,7 @@ def check_endpoint(endpoint: Endpoint):
                             f"{', '.join(names[:5])}") from error
 
 
-def probe(endpoint: Endpoint, path: str, body: dict | None = None) -> dict:
+def probe(endpoint: Endpoint, path: str, body: dict | None = None) -> dict | list:
     """As attempt, but {} from a busy server, and UserError where there is none or it refuses our key."""
     try:
         return attempt(endpoint, path, body)
@@ -1391,13 +1464,20 @@ def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling,
         return replies
 
 
-def replies_of(completion: dict) -> list[tuple[str, bool]]:
-    """The (text, finished) of each choice of a chat completion; some exception of Python's if it has none."""
+def replies_of(completion: dict | list) -> list[tuple[str, bool]]:
+    """The (text, finished) of each choice of a chat completion; Refused where it is none."""
     replies = []
-    for choice in completion["choices"]:
-        text = choice["message"].get("content") or ""
-        text = text.encode("utf-8", "replace").decode().strip()        # half of an emoji could not be written
-        replies.append((text, bool(text) and choice.get("finish_reason") not in CUT_OFF))
+    try:
+        if completion.get("error"):
+            raise LookupError("an error, sent as if it were a reply")
+        for choice in completion["choices"] or ():
+            text = choice["message"].get("content") or ""
+            if isinstance(text, list):             # in parts, beside which there may be thoughts
+                text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
+            text = text.encode("utf-8", "replace").decode().strip()    # without halves of emoji
+            replies.append((text, bool(text) and choice.get("finish_reason") not in CUT_OFF))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise Refused(200, json.dumps(completion, ensure_ascii=False)) from error
     if not replies:
         raise ValueError("no choices in it")
     return replies
@@ -1405,7 +1485,7 @@ def replies_of(completion: dict) -> list[tuple[str, bool]]:
 
 def blamed_settings(error: Refused, body: dict) -> list[str]:
     """The settings that the server complains about, of those in the body that it can do without."""
-    if error.status not in (400, 422):
+    if error.status not in (200, 400, 422):        # some send a complaint as if it were a reply
         return []
     candidates = list(OPTIONAL)
     if re.search("max_completion_tokens|unsupported|unrecognized", error.text, re.IGNORECASE):

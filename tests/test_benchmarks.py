@@ -377,7 +377,7 @@ def broken(name, folder):
             return path, "no known format"
         case "columns":
             path.write_text("a\tb\n1\t2\n")
-            return path, "index, image and question"
+            return path, "columns image and question"
         case "empty":
             path.write_text("")
             return path, "no examples"
@@ -452,6 +452,50 @@ def test_predictions_that_do_not_fit(rows, message, tmp_path):
     done = call("eval.py", "--data", choices("AI2D_TEST", tmp_path), "--predictions", path, "--out",
                 tmp_path / "out")
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+GIVEN = [{"question_id": i, "text": text} for i, text in enumerate("ABC")]
+TABLE = "id\tindex\tprediction\nx\t0\tA\ny\t1\tB\nz\t2\tC\n"
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n", b"\xef\xbb\xbf \n\n"])
+@pytest.mark.parametrize("name, text", [
+    ("p.TSV", TABLE), ("p.txt", TABLE), ("p.json", json.dumps(GIVEN)),
+    ("p.jsonl", json.dumps({"data": GIVEN})), ("p", json.dumps({"version": 1, "data": GIVEN}, indent=1)),
+    ("p.json", "\n".join(map(json.dumps, GIVEN))),
+    ("p.jsonl", json.dumps({"settings": {}}) + "\n" + "\n".join(map(json.dumps, GIVEN))),
+    ("p.JSON", '{"0": "A", "1": "B", "2": "C"}'), ("p", '{\n"0": "A",\n"1": "B",\n"2": "C"\n}')])
+def test_predictions_are_read_as_data_are(start, name, text, tmp_path):
+    """Formats told by the name or the first byte of a file, where the data's are told by what is in it."""
+    (tmp_path / name).write_bytes(start + text.encode())
+    task = e.tasks_of(str(choices("AI2D_TEST", tmp_path)))[0]
+    assert e.read_predictions(str(tmp_path / name), task) == ["A", "B", "C"]
+
+
+@pytest.mark.parametrize("text, says", [
+    ("index,prediction\n0,A\n", "no known format"), ('{"0": "A"}\n{"1": "B"}\n{"2": "C"}', "not JSON"),
+    ('["A", "B", "C"]', "item 1: expected an object"),
+    ('{"0": {"text": "A"}}', "item 0: expected a response"),
+    ('[{"id": "%s", "text": "A"}]' % ("x" * 5000), "item 1: the id x{100} ... x{100} is not among")])
+def test_predictions_in_other_forms_are_refused(text, says, tmp_path):
+    """Rows that are passed over, and a sentence that speaks of missing ones."""
+    (tmp_path / "p").write_text(text)
+    task = e.tasks_of(str(choices("AI2D_TEST", tmp_path)))[0]
+    with pytest.raises(UserError, match=says):
+        e.read_predictions(str(tmp_path / "p"), task)
+
+
+def test_a_report_shows_images_that_are_in_lines_of_the_data(tmp_path):
+    """A traceback, or a megabyte of base64 in scores.json, of a row whose image is in the row."""
+    row = {"question": "?", "image": f"data:image/png;base64,{b64(0, (300, 300))}"}
+    rows = [row | {"id": str(i), "answer": answer} for i, answer in enumerate(["red", "blue"])]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dump(tmp_path / "p.json", {"0": "red", "1": "red"})
+    done = call("eval.py", "--data", tmp_path / "d.jsonl", "--predictions", tmp_path / "p.json",
+                "--out", tmp_path / "out")
+    assert done.returncode == 0 and "50.0" in done.stdout, done.stderr
+    assert (tmp_path / "out" / "report.html").read_text().count("data:image/jpeg") == 2
+    assert (tmp_path / "out" / "scores.json").stat().st_size < 4000
 
 
 def test_a_metric_that_the_data_cannot_have(tmp_path):

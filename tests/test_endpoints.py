@@ -22,7 +22,17 @@ from model import Sampling, UserError
 from teachers import (KEY, CallFailed, Endpoint, ServerTeacher, chat, check_endpoint, endpoint_of,
                       fill_collection, load_examples)
 
-FAULTS = ("429", "500", "hang", "half", "not json", "list", "no choices", "null")
+FAULTS = ("429", "500", "hang", "half", "torn", "empty", "no choices", "null")
+# what is sent in place of a chat completion, with HTTP 200 and its length
+BODIES = {"empty": b"", "no choices": b'{"choices": []}', "null": b'{"choices": null}'}
+# of these no other attempt would bring more
+NO_COMPLETIONS = {
+    "html": b"<html>\n<h1>Welcome</h1>", "list": b"[]", "text": b"Bad model", "null": b"null",
+    "error": b'{"error": {"message": "no such adapter"}}',
+    "object": b'{"object": "error", "message": "no"}',
+    "choices too": b'{"choices": [], "error": {"message": "out of credit"}}',
+    "detail": b'{"detail": "Not Found"}', "events": b'data: {"choices": [{"delta": {"content": "Y"}}]}\n\n',
+    "other form": b'{"choices": [{"text": "Yes."}]}', "key": b'{"error": "the key sesame is not known"}'}
 ASK = [{"role": "user", "content": "?"}]
 
 
@@ -99,8 +109,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.connection.close()
         else:
-            self.send(200, {"not json": b"<html>", "list": b"[]", "no choices": b'{"choices": []}',
-                            "null": b'{"choices": null}'}.get(fault, good))
+            self.send(200, good[:len(good) // 2] if fault == "torn" else BODIES.get(fault, good))
 
 
 def picture(body):
@@ -193,6 +202,38 @@ def test_a_server_that_is_down_for_good_is_given_up_in_bounded_time(tmp_path):
     with pytest.raises(UserError, match="not one of the first"):
         fill_collection(str(tmp_path / "c"), [ServerTeacher(endpoint)], load_examples(data), 2, Sampling())
     assert time.time() - start < 10
+
+
+@pytest.mark.parametrize("name", NO_COMPLETIONS)
+def test_a_reply_that_is_no_completion_is_quoted_at_once(name, monkeypatch):
+    """Ten silent minutes of retries of what comes out the same each time."""
+    monkeypatch.setitem(BODIES, name, NO_COMPLETIONS[name])
+    monkeypatch.setenv(KEY, "sesame")
+    server = Hostile(lambda body: "Yes.", lambda number: name)
+    with pytest.raises(CallFailed, match="HTTP 200") as error:
+        chat(Endpoint("m", server.url, limit=1), ASK, 1, Sampling(), 0)
+    said = str(error.value)
+    assert server.calls == 1 and "\n" not in said and "sesame" not in said
+    assert "".join(BODIES[name].decode().split()).replace("sesame", "***") in said.replace(" ", "")
+
+
+def test_a_complaint_with_http_200_about_a_setting_is_followed(monkeypatch):
+    monkeypatch.setitem(BODIES, "complaint", b'{"error": {"message": "top_k is not supported"}}')
+    server = Hostile(lambda body: "Yes.", lambda number: "complaint" if number == 1 else None)
+    assert chat(Endpoint("m", server.url, limit=1), ASK, 1, Sampling(), 0) == [("Yes.", True)]
+    assert "top_k" not in server.bodies[1]
+
+
+def test_a_page_is_no_server_and_a_list_of_models_is(monkeypatch):
+    """An address without its /v1 that is believed until hours later the judge is asked."""
+    pages = {"/v1/models": b'[{"id": "m"}]', "/models": b"<!doctype html>"}
+    monkeypatch.setattr(Handler, "do_GET", lambda handler: handler.send(200, pages[handler.path]))
+    server = Hostile(says)
+    check_endpoint(Endpoint("m", server.url))
+    with pytest.raises(UserError, match="does not serve big; it serves m"):
+        check_endpoint(Endpoint("big", server.url))
+    with pytest.raises(UserError, match="no OpenAI-compatible server .*doctype"):
+        check_endpoint(Endpoint("m", server.url.removesuffix("/v1")))
 
 
 def test_a_server_that_drips_does_not_hold_a_call(tmp_path):
@@ -432,6 +473,21 @@ def test_a_fifth_of_garbage_changes_no_other_reward(tmp_path):
         assert 0 < metrics["judge/failed"] < 0.6
         failed = sum(row["rewards"]["answer"] is None for row in shown)
         assert metrics["judge/failed"] == pytest.approx(failed / len(shown))
+
+
+def test_a_reply_without_a_verdict_is_shown_once(capsys):
+    """A judge that never says what is asked for: a count of failures tells nobody why."""
+    server = Hostile(lambda body: "The\nresponse is right" + "." * 999 + " Verdict: 1")
+    judge = LLMJudge(f"m@{server.url}")
+    assert judge([("q", "a", str(i)) for i in range(9)]) == [None] * 9
+    assert judge([("q", "a", "again")]) == [None]
+    said = capsys.readouterr().out
+    assert said.count("The response is right") == said.count("Verdict: 1") == 1 and len(said) < 400
+
+
+def test_a_verdict_that_was_only_considered_is_none():
+    server = Hostile(lambda body: "<think><answer>1</answer>?</think> No. <answer>0</answer>")
+    assert LLMJudge(f"m@{server.url}")([("q", "a", "b")]) == [0]
 
 
 def test_a_judge_that_is_down_is_said_and_given_up(capsys):

@@ -1,5 +1,6 @@
 """Readers, the toy world and the collection."""
 import base64
+import io
 import json
 import math
 import random
@@ -19,9 +20,9 @@ from PIL import Image
 from conftest import call, lamp_files, noise_image
 from eval import tasks_of
 from model import Sampling, UserError, chat_turns, encode_responses, image_tokens
-from teachers import (Collection, Example, draw_scene, draw_toy_world, drop_torn_line, fill_collection,
-                      load_examples, make_teacher, open_image, prompt_checks, questions_about, replies_of,
-                      select)
+from teachers import (Collection, Example, draw_scene, draw_toy_world, drop_torn_line, example_messages,
+                      fill_collection, load_examples, make_teacher, open_image, prompt_checks, questions_about,
+                      replies_of, select, write_examples)
 
 
 def write(path, *rows):
@@ -265,6 +266,7 @@ def test_chat_messages_place_images_where_they_stand(tmp_path):
     ({"question": "?", "answer": "!", "history": [1]}, "no known form"),
     ({"question": "?", "answer": "!", "history": [["\ud83d", "half an emoji"]]}, "non-empty string"),
     ({"question": "<image> or not?", "answer": "yes"}, "marks 1"),
+    ({"question": "", "answer": "yes", "kind": "picture"}, '"question"'),
 ])
 def test_rows_in_no_known_form_are_named(tmp_path, row, says):
     noise_image(32, 32).save(tmp_path / "a.png")
@@ -568,6 +570,113 @@ def test_history_is_read_in_the_common_forms(tmp_path, history):
     assert files(got) == ["x.png"]
 
 
+def in_base64(kind, seed=0):
+    noise_image(64, 48, seed).save(buffer := io.BytesIO(), kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+BARE = in_base64("PNG")
+URL = "data:image/png;base64," + BARE
+
+
+@pytest.mark.parametrize("row", [
+    PLAIN | {"image": URL}, PLAIN | {"image": BARE}, PLAIN | {"images": [BARE]},
+    PLAIN | {"image": in_base64("WEBP")}, PLAIN | {"image": in_base64("JPEG"), "answers": ["B"] * 4},
+    PLAIN | {"image": BARE[:100] + "\n" + BARE[100:]}, PLAIN | {"question": f"Is <img>{URL}</img> old?"},
+    chat_of({"type": "image_url", "image_url": {"url": URL}}, {"type": "text", "text": "?"}),
+    chat_of({"type": "input_image", "image_url": URL}, {"type": "text", "text": "?"}) | {"images": [URL]},
+    CHAT | {"image": URL}])
+def test_an_image_in_base64_is_read_where_it_stands(tmp_path, row):
+    """A traceback of a megabyte; a megabyte in every row of a collection; an id of that length."""
+    path = write(tmp_path / "d.jsonl", PLAIN | {"id": "first"}, row)
+    _, got = load_examples(path)
+    assert got.pixels == 64 * 48 and len(got.images) == 1 and len(got.images[0] + got.id) < len(path) + 20
+    assert open_image(got.images[0], "").size == (64, 48)
+    assert "data:image/png;base64," in json.dumps(example_messages(got))
+    (tmp_path / "sub").mkdir()
+    write_examples([got], str(tmp_path / "sub" / "chosen.jsonl"))
+    chosen, = load_examples(str(tmp_path / "sub" / "chosen.jsonl"))
+    assert open_image(chosen.images[0], "").tobytes() == open_image(got.images[0], "").tobytes()
+
+
+def test_images_in_base64_of_one_row_keep_their_order(tmp_path):
+    """The second picture in the place of the first; a later turn's shown too early."""
+    other = in_base64("PNG", 1)
+    path = write(tmp_path / "d.jsonl", {"messages": [
+        *chat_of({"image": URL}, {"text": "?"})["messages"],
+        *chat_of({"image": other}, {"image": URL}, {"text": "?"})["messages"]]})
+    first, second = load_examples(path)
+    pictures = [noise_image(64, 48, seed).tobytes() for seed in (0, 1, 0)]
+    assert [open_image(image, "").tobytes() for image in first.images] == pictures[:1]
+    assert [open_image(image, "").tobytes() for image in second.images] == pictures
+
+
+@pytest.mark.parametrize("row, says", [
+    (PLAIN | {"image": URL[:2000]}, "image .*rows.jsonl#0.0 cannot be read"),
+    (PLAIN | {"image": "data:image/svg+xml;utf8,<svg/>"}, "rows.jsonl#0.0 cannot be read"),
+    (PLAIN | {"image": "x" * 5000}, "image .*xxx .* xxx"), (PLAIN | {"image": "x/" * 5000}, "image .*x/x"),
+    (PLAIN | {"question": f"![]({URL})\nWhat?"}, "text holds an image"),
+    (PLAIN | {"options": [URL, URL]}, "text holds an image"),
+    (PLAIN | {"answer": URL}, "text holds an image"), (PLAIN | {"answer": [URL]}, "answer"),
+    (PLAIN | {"image": "rows.jsonl#0.7"}, "rows.jsonl#0.7 cannot be read"),
+    (PLAIN | {"image": "https://a.b/c?d=1"}, r"image https://a.b/c\?d=1 does not exist as a file"),
+    (PLAIN | {"image_base64": BARE}, '"image_base64" holds an image'),
+    (PLAIN | {"image": {"bytes": BARE}}, "list of strings")])
+def test_images_in_base64_that_cannot_be_read_are_refused_in_a_short_sentence(tmp_path, row, says):
+    refused(tmp_path, row, says)
+    with pytest.raises(UserError) as error:
+        one(tmp_path, row)
+    assert len(str(error.value)) < 900
+
+
+def test_images_in_base64_outside_of_lines_are_refused(tmp_path):
+    """A list is read as a whole, so its images would have to stay in memory."""
+    for name, text in (("d.json", json.dumps([PLAIN | {"image": URL}])),
+                       ("d.tsv", f"index\timg\tquestion\tanswer\n1\t{URL}\t?\tB\n")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=f"{name}:.*only from JSON lines"):
+            load_examples(str(tmp_path / name))
+    (tmp_path / "d.tsv").write_text("index\timage\tquestion\tanswer\n1\thttps://a.b/c\t?\tB\n")
+    with pytest.raises(UserError, match="d.tsv:2: image https://a.b/c does not exist"):
+        load_examples(str(tmp_path / "d.tsv"))
+    (tmp_path / "d.tsv").write_text(f"index\timage\tquestion\tanswer\n1\t{URL}\t?\tB\n")
+    assert load_examples(str(tmp_path / "d.tsv"))[0].pixels == 64 * 48
+
+
+@pytest.mark.parametrize("more", [
+    {"choices": ["red", "blue"], "answer": "blue"}, {"A": "red", "B": "blue"}])
+def test_options_beside_a_dialogue_are_asked(tmp_path, more):
+    """Options that are shown in flat rows only."""
+    assert one(tmp_path, CHAT | more).text == "What?\nA. red\nB. blue"
+    refused(tmp_path, {"messages": 2 * CHAT["messages"]} | more, "options beside 2 questions")
+
+
+def test_a_tsv_needs_no_index(tmp_path):
+    """A table made by hand, refused for the lack of a column of numbers."""
+    noise_image(16, 16).save(tmp_path / "x.png")
+    (tmp_path / "d.tsv").write_text("image\tquestion\tanswer\nx.png\tWho?\tcow\nx.png\tWhat?\thay\n")
+    assert [(e.id, e.truth) for e in load_examples(str(tmp_path / "d.tsv"))] == [("2", "cow"), ("3", "hay")]
+    (tmp_path / "d.tsv").write_text("question_id\timage\tquestion\tanswer\n7\tx.png\tWho?\tcow\n")
+    assert load_examples(str(tmp_path / "d.tsv"))[0].id == "7"
+
+
+def test_examples_without_words_and_with_hints_are_read_as_they_were_written(tmp_path):
+    """--select over MMMU: hours of log-probabilities, and then a file that is refused or lacks hints."""
+    cells = [in_base64("PNG", seed) for seed in range(3)]
+    (tmp_path / "MMMU.tsv").write_text(
+        "index\timage\thint\tquestion\tA\tB\tanswer\n"
+        f'1\t"{cells}"\tSee <image 3>.\t<image 1>\t<image 2>\tno\tA\n2\t{cells[0]}\t\t\tyes\tno\tB\n')
+    asked = load_examples(str(tmp_path / "MMMU.tsv"))
+    for e in asked:
+        write_examples([e], str(tmp_path / "chosen.jsonl"))
+        got, = load_examples(str(tmp_path / "chosen.jsonl"))
+        assert (got.text, got.truth, got.options, got.id) == (e.text, e.truth, e.options, e.id)
+        pictures = [open_image(image, "").tobytes() for image in e.images]
+        assert [open_image(image, "").tobytes() for image in got.images] == pictures
+    write_examples([replace(asked[1], kind="caption")], str(tmp_path / "chosen.jsonl"))
+    assert load_examples(str(tmp_path / "chosen.jsonl"))[0].kind == "caption"
+
+
 BOM = b"\xef\xbb\xbf"
 
 
@@ -657,6 +766,9 @@ def test_only_two_finish_reasons_mean_unfinished(reason, finished):
     assert replies_of({"choices": [choice]}) == [("Yes.", True)]
     choice["message"]["content"] = None
     assert replies_of({"choices": [choice]}) == [("", False)]
+    choice["message"]["content"] = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Ye"},
+                                    {"text": "s."}]
+    assert replies_of({"choices": [choice]}) == [("Yes.", True)]   # in parts, as some servers have it
 
 
 def test_a_reply_without_text_is_asked_for_again(tmp_path, monkeypatch, capsys):
