@@ -224,7 +224,7 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
             phrase = f"(?<![{HUES}] ){phrase}"
         return int(bool(mentions(conclusion, (phrase,))) and not hedged)
     said = mentions(conclusion, kind)
-    if kind is None and ARTICLE.search(response):                  # 一个 is "a", but "one" where it is alone
+    if kind is None and ARTICLE.search(response):              # 一个 is "a", but "one" where it is alone
         said = mentions(conclusion_of(normalise(ARTICLE.sub("", response))), kind) or said
     if kind != ("yes", "no"):
         # "Is it red or blue?" "red": what the question names counts where nothing else is said

@@ -752,7 +752,7 @@ class Slots:
         except RuntimeError as error:
             torch.cuda.set_stream(before)                          # torch leaves the one that it captured on
             self.capturing = self.vlm.capture = False
-            cause = error.__context__ or error                     # torch raises a second error over the first
+            cause = error.__context__ or error                     # torch raises a second error over it
             print(f"{type(self.vlm.model).__name__} is decoded without CUDA graphs: "
                   f"{str(cause).splitlines()[0]}")
 

@@ -72,7 +72,7 @@ from model import (VLM, Outputs, UserError, check_packing, checkpoint_layers, en
 from model import run as run_main
 from teachers import (Collection, Example, add_sampling_options, build_tiny_vlm, check_endpoint,
                       draw_toy_world, encode_example, encode_examples, endpoint_of, fill_collection,
-                      load_examples, make_teacher, read_json, read_jsonl, sampling_of)
+                      load_examples, make_teacher, prompt_checks, read_json, read_jsonl, sampling_of)
 
 # ------------------------------------------------------------------------------------------ the maths
 #
@@ -294,9 +294,6 @@ def main():
 #   days, on many GPUs, in little memory, and from one command line.
 #
 # ==========================================================================================
-
-
-from teachers import prompt_checks  # noqa: E402
 
 
 class Asked:
@@ -1521,7 +1518,7 @@ def pretrained_discriminator(folder: Folder, args, data: dict, collection: Colle
                                   args.rollout_batch * args.num_samples)
         optimizer = AdamW(D, args.pretrain_lr, offload=args.offload)
         eq1.pretrain(D, optimizer, pairs, args.discriminator_steps, args.pretrain_lr, args.token_budget)
-        # with its optimizer: the first steps of a new one are as long as its rate allows, whatever they follow
+        # with its optimizer: a new one's first steps are as long as its rate allows, whatever they follow
         tensors = {f"D {name}": weight for name, weight in D.state_dict().items()}
         tensors |= {f"optimizer {name}": moment for name, moment in optimizer.tensors().items()}
         save_file(tensors, f"{path}.unfinished")

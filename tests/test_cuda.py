@@ -303,9 +303,9 @@ def played(monkeypatch):
         stream_now[0] = "the capturing one"
         try:
             yield
-        except RuntimeError:                                       # as torch does: it hides the cause behind a
-            capturing.pop()                                        # second error, and its stream stays
-            raise RuntimeError("CUDA error: operation failed due to a previous error in capture") from None
+        except RuntimeError:                                       # as torch does; its stream stays
+            capturing.pop()
+            raise RuntimeError("CUDA error: operation failed due to a previous error in capture")
         counts["captures"] += 1
         stream_now[0] = "the one before"
         capturing.pop()

@@ -165,7 +165,8 @@ def test_a_torn_last_line_of_a_collection_is_dropped_and_said(checkpoints, lamps
 def signs(steps=train.WINDOW, **values):
     """What is said after so many steps of a healthy run, but for the metrics that are given."""
     healthy = {"d_accuracy": 0.7, "flat/similarity": 0.5, "length": 9, "cut_off": 0, "repeated": 0.1,
-               "kl": 0.5, "grad_norm": lambda i: 2 + i % 3, "reward/answer/student": lambda i: 0.5 + 0.05 * (i % 4),
+               "kl": 0.5, "grad_norm": lambda i: 2 + i % 3,
+               "reward/answer/student": lambda i: 0.5 + 0.05 * (i % 4),
                "reward/similarity/student": lambda i: 0.4 + 0.2 * (i % 2)}
     return train.signs_of_trouble([{name: value(i) if callable(value) else value
                                     for name, value in (healthy | values).items()} for i in range(steps)])

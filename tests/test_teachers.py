@@ -21,8 +21,8 @@ from conftest import call, lamp_files, noise_image
 from eval import tasks_of
 from model import Sampling, UserError, chat_turns, encode_responses, image_tokens
 from teachers import (Collection, Example, draw_scene, draw_toy_world, drop_torn_line, example_messages,
-                      fill_collection, load_examples, make_teacher, open_image, prompt_checks, questions_about,
-                      replies_of, select, write_examples)
+                      fill_collection, load_examples, make_teacher, open_image, prompt_checks,
+                      questions_about, replies_of, select, write_examples)
 
 
 def write(path, *rows):
@@ -590,7 +590,7 @@ def test_an_image_in_base64_is_read_where_it_stands(tmp_path, row):
     """A traceback of a megabyte; a megabyte in every row of a collection; an id of that length."""
     path = write(tmp_path / "d.jsonl", PLAIN | {"id": "first"}, row)
     _, got = load_examples(path)
-    assert got.pixels == 64 * 48 and len(got.images) == 1 and len(got.images[0] + got.id) < len(path) + 20
+    assert got.sizes == ((64, 48),) and len(got.images) == 1 and len(got.images[0] + got.id) < len(path) + 20
     assert open_image(got.images[0], "").size == (64, 48)
     assert "data:image/png;base64," in json.dumps(example_messages(got))
     (tmp_path / "sub").mkdir()
@@ -640,7 +640,7 @@ def test_images_in_base64_outside_of_lines_are_refused(tmp_path):
     with pytest.raises(UserError, match="d.tsv:2: image https://a.b/c does not exist"):
         load_examples(str(tmp_path / "d.tsv"))
     (tmp_path / "d.tsv").write_text(f"index\timage\tquestion\tanswer\n1\t{URL}\t?\tB\n")
-    assert load_examples(str(tmp_path / "d.tsv"))[0].pixels == 64 * 48
+    assert load_examples(str(tmp_path / "d.tsv"))[0].sizes == ((64, 48),)
 
 
 @pytest.mark.parametrize("more", [
