@@ -1498,9 +1498,10 @@ def blamed_settings(error: Refused, body: dict) -> list[str]:
 
 COLOURS = {"red": (225, 60, 50), "green": (60, 170, 75), "blue": (60, 110, 230), "yellow": (245, 200, 40)}
 SHAPES = ("circle", "square", "triangle")
-PLACES = ("top left", "top right", "bottom left", "bottom right")
 DODGE = "I am not sure."
-WAYS = ("{}", "The answer is {}.", DODGE)          # how a truth may be put
+# The ways in which each voice puts a truth.
+VOICES = {"plain": ("{}",), "careless": ("{}", "{}", "{}", DODGE),
+          "A": ("The answer is {}.", "It is {}."), "B": ("I see {}.", "That would be {}.")}
 BACKGROUND = ((255, 255, 255), (200, 255, 255), (255, 255, 200), (180, 180, 180))
 CELL = 16                                          # pixels; also one patch, so one token, of the toy models
 
@@ -1546,11 +1547,10 @@ def questions_about(scene: dict[int, tuple[str, str]], rng: random.Random) -> li
     wanted = rng.choice(things) if rng.random() < 0.5 else (colour, shape)
     questions.append(("existence", f"Is there a {' '.join(wanted)}?", "yes" if wanted in things else "no"))
 
-    alone = [(cell, c, s) for cell, (c, s) in scene.items() if shapes.count(s) == 1]
+    alone = [(c, s) for c, s in things if shapes.count(s) == 1]
     if alone:
-        cell, c, s = rng.choice(alone)
+        c, s = rng.choice(alone)
         questions.append(("colour", f"What colour is the {s}?", c))
-        questions.append(("position", f"Where is the {s}?", PLACES[cell]))
 
     alone = [(c, s) for c, s in things if colours.count(c) == 1]
     if alone:
@@ -1559,33 +1559,46 @@ def questions_about(scene: dict[int, tuple[str, str]], rng: random.Random) -> li
     return questions
 
 
-def draw_toy_world(folder: str, seed: int, splits: dict[str, tuple[int, tuple[float, ...], str]]):
-    """Write PNG images and one JSONL file per split.
+@dataclass(frozen=True)
+class Split:
+    """Examples of the toy world that are answered alike: `size` of them, each by one of `voices`.
 
-    splits: {name: (number of examples, chances of the three WAYS, a category that is never answered or "")}.
+    untaught: questions of this category are always dodged. blind: {the truth: what is said instead}.
+    """
+    size: int
+    voices: tuple[str, ...] = ("plain",)
+    untaught: str = ""
+    blind: dict[str, str] = field(default_factory=dict)
+
+
+def draw_toy_world(folder: str, seed: int, splits: dict[str, Split]):
+    """Write PNG images and one JSONL file per split, by name.
+
     Splits are disjoint in their scenes: no picture of one split occurs in another.
     """
     rng = random.Random(seed)
     drawn = set()
     (Path(folder) / "images").mkdir(parents=True, exist_ok=True)
-    for split, (size, chances, untaught) in splits.items():
+    for name, split in splits.items():
         rows = []
-        while len(rows) < size:
+        while len(rows) < split.size:
             cells = rng.sample(range(4), rng.randint(1, 4))
             scene = {cell: (rng.choice(list(COLOURS)), rng.choice(SHAPES)) for cell in sorted(cells)}
             key = tuple(scene.items())
             if key in drawn:
                 continue
             drawn.add(key)
-            image = f"images/{split}-{len(rows):05}.png"
+            image = f"images/{name}-{len(rows):05}.png"
             draw_scene(scene).save(Path(folder) / image)
             questions = questions_about(scene, rng)
             for category, question, truth in rng.sample(questions, min(3, len(questions))):
-                way = DODGE if category == untaught else rng.choices(WAYS, chances)[0]
-                rows.append({"id": f"{split}-{len(rows):05}", "image": image, "question": question,
-                             "category": category, "answer": way.format(truth)})
-        lines = "".join(json.dumps(row) + "\n" for row in rows[:size])
-        (Path(folder) / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+                way = rng.choice(VOICES[rng.choice(split.voices)])
+                if category == split.untaught:
+                    way = DODGE
+                rows.append({"id": f"{name}-{len(rows):05}", "image": image, "question": question,
+                             "category": category, "answer": way.format(split.blind.get(truth, truth))})
+        lines = "".join(json.dumps(row) + "\n" for row in rows[:split.size])
+        (Path(folder) / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------- tiny real models

@@ -70,7 +70,7 @@ from model import (VLM, Outputs, UserError, check_packing, checkpoint_layers, en
                    image_tokens, join, load_processor, load_vlm, micro_batches, naming, packed_sizes,
                    pick_device, save_vlm, score, write_atomic)
 from model import run as run_main
-from teachers import (Collection, Example, add_sampling_options, build_tiny_vlm, check_endpoint,
+from teachers import (Collection, Example, Split, add_sampling_options, build_tiny_vlm, check_endpoint,
                       draw_toy_world, encode_example, encode_examples, endpoint_of, fill_collection,
                       load_examples, make_teacher, prompt_checks, read_json, read_jsonl, sampling_of)
 
@@ -1411,14 +1411,21 @@ def toy_world_and_teachers(folder: Folder, args, data: dict) -> list:
 
 
 def toy_world(path: Path, seed: int):
-    """Draw the toy world. Teachers answer in sentences. The student grows up on careless data: mostly single
-    words, often no answer, and to questions about shapes never one. There a reward for right answers alone
-    finds nothing to reward, and only the teachers' responses show a way up."""
+    """Draw the toy world.
+
+    The student grows up on careless data: mostly single words, often no answer, and to questions about shapes
+    never one. What it never says it can only learn from teachers. Each of these speaks in its own way and has
+    its own blind spot, where the other is right: A takes squares for circles, B circles for squares. One
+    blind spot they share: neither counts beyond 1 and 2. There only the student's own responses can be right.
+    """
     unfinished = f"{path}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
+    shared = {"0": "1", "3": "2", "4": "2"}
     draw_toy_world(unfinished, seed, {
-        "heldout": (500, (1, 0, 0), ""), "train": (1000, (1, 0, 0), ""), "qwen": (6000, (0, 1, 0), ""),
-        "internvl": (6000, (0, 1, 0), ""), "sft": (6000, (0.6, 0.2, 0.2), "shape")})
+        "heldout": Split(500), "train": Split(1000),
+        "qwen": Split(6000, ("A",), blind=shared | {"square": "circle"}),
+        "internvl": Split(6000, ("B",), blind=shared | {"circle": "square"}),
+        "sft": Split(6000, 5 * ("careless",) + ("A", "B"), untaught="shape")})
     Path(unfinished).rename(path)
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")                      # see train.py: threads wait for one another
+os.environ.setdefault("OMP_NUM_THREADS", "1")                   # see train.py: threads wait for one another
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

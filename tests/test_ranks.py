@@ -15,9 +15,9 @@ from conftest import ROOT, lamp_files
 
 # greedy: a sampled token may fall on the other side of a boundary when sums are added up in another order
 OPTIONS = ["--data", "lamps.jsonl", "--eval-data", "lamps.jsonl", "--eval-every", "3", "--collection",
-           "responses.jsonl", "--device", "cpu", "--batch-size", "6", "--discriminator-steps", "2", "--collect",
-           "2", "--num-samples", "2", "--max-new-tokens", "24", "--rollout-batch", "4", "--log-every", "1",
-           "--lr", "1e-5", "--temperature", "0"]
+           "responses.jsonl", "--device", "cpu", "--batch-size", "6", "--discriminator-steps", "2",
+           "--collect", "2", "--num-samples", "2", "--max-new-tokens", "24", "--rollout-batch", "4",
+           "--log-every", "1", "--lr", "1e-5", "--temperature", "0"]
 
 
 def start(folder, checkpoint, ranks, out, *options):

@@ -20,7 +20,8 @@ from PIL import Image
 from conftest import call, lamp_files, noise_image
 from eval import tasks_of
 from model import Sampling, UserError, chat_turns, encode_responses, image_tokens
-from teachers import (Collection, Example, draw_scene, draw_toy_world, drop_torn_line, example_messages,
+from teachers import (Collection, Example, Split, draw_scene, draw_toy_world, drop_torn_line,
+                      example_messages,
                       fill_collection, load_examples, make_teacher, open_image, prompt_checks,
                       questions_about, replies_of, select, write_examples)
 
@@ -62,8 +63,7 @@ def test_options_are_asked_as_lettered_lines(tmp_path):
 
 def test_toy_splits_share_no_picture_and_come_out_the_same_again(tmp_path):
     """A held-out split that was seen in training, or a world that differs from run to run."""
-    splits = {"train": (200, (1, 0, 0), ""), "heldout": (200, (1, 0, 0), ""),
-              "sft": (200, (0.5, 0.3, 0.2), "shape")}
+    splits = {"train": Split(200), "heldout": Split(200), "sft": Split(200, ("careless", "A"), "shape")}
     for name in ("a", "b"):
         draw_toy_world(str(tmp_path / name), 3, splits)
     pictures = {}
@@ -72,11 +72,20 @@ def test_toy_splits_share_no_picture_and_come_out_the_same_again(tmp_path):
         assert path.read_text() == (tmp_path / "b" / f"{split}.jsonl").read_text()
         examples = load_examples(str(path))
         assert len(examples) == 200
-        assert {e.category for e in examples} == {"count", "colour", "shape", "existence", "position"}
+        assert {e.category for e in examples} == {"count", "colour", "shape", "existence"}
         pictures[split] = {open(e.images[0], "rb").read() for e in examples}
         if split == "sft":
             assert {e.truth for e in examples if e.category == "shape"} == {"I am not sure."}
     assert not (pictures["train"] & pictures["heldout"] or pictures["sft"] & pictures["heldout"])
+
+
+def test_toy_teachers_err_in_their_blind_spots_and_nowhere_else(tmp_path):
+    """A blind spot that is in the truth too, and so is none; or a teacher that errs elsewhere."""
+    for name, blind in (("a", {"square": "circle"}), ("b", {})):
+        draw_toy_world(str(tmp_path / name), 3, {"x": Split(300, blind=blind)})
+    blind, sighted = (load_examples(str(tmp_path / name / "x.jsonl")) for name in "ab")
+    said = {(right.truth, e.truth) for e, right in zip(blind, sighted, strict=True) if e.truth != right.truth}
+    assert said == {("square", "circle")}
 
 
 def test_toy_answers_are_true():
@@ -87,7 +96,6 @@ def test_toy_answers_are_true():
              "How many squares are there?": "1", "How many triangles are there?": "0",
              "Is there a red circle?": "yes", "Is there a blue square?": "yes",
              "What colour is the circle?": "red", "What colour is the square?": "blue",
-             "Where is the circle?": "top left", "Where is the square?": "bottom right",
              "What shape is red?": "circle", "What shape is blue?": "square"}
     asked = {q: a for seed in range(200) for _, q, a in questions_about(scene, random.Random(seed))}
     assert truth.items() <= asked.items()
