@@ -155,32 +155,41 @@ def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor,
-                valid: Tensor, eps: float, beta: float, mean_over_tokens: bool = False) -> Tensor:
+                valid: Tensor, own: Tensor, eps: float, beta: float, mean_over_tokens: bool = False) -> Tensor:
     """Eq. 2, negated, summed over the questions given, so that micro-batches of questions add up -> scalar.
 
-        (1/2G) sum_i  sum_t [ min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) - beta KL_t ]
+        1/2G sum_i sum_t min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) - beta/G sum_own sum_t KL_t
 
-    logp, old_logp, ref_logp, mask: (B, K, R); advantage, valid: (B, K). The sum over tokens is Dr.GRPO's.
-    GRPO takes their mean instead, which makes each token of a long wrong answer cheaper.
+    logp, old_logp, ref_logp, mask: (B, K, R); advantage, valid, own: (B, K). The sum over tokens is
+    Dr.GRPO's. GRPO takes their mean instead, which makes each token of a long wrong answer cheaper.
+
+    The KL is a mean over the policy's own responses: on what it has sampled k3 is an estimate of it. On a
+    teacher's word that the policy has left, k3 has no bound, and one such word would be most of the gradient.
     """
     ratio = importance_ratio(logp, old_logp, mask)
     A = advantage[..., None]                                                          # (B, K, 1)
     gain = torch.minimum(ratio * A, ratio.clamp(1 - eps, 1 + eps) * A)                # (B, K, R)
-    gain = gain - beta * k3_kl(logp, ref_logp)
-    gain = (gain * mask).sum(-1)                                                      # (B, K)
+    gain, kl = (gain * mask).sum(-1), (k3_kl(logp, ref_logp) * mask).sum(-1)          # (B, K)
     if mean_over_tokens:
-        gain = gain / mask.sum(-1).clamp(min=1)
-    outputs = valid.sum(1, keepdim=True).clamp(min=1)                                 # 2G, less failed judges
-    return -(gain * valid / outputs).sum()
+        length = mask.sum(-1).clamp(min=1)
+        gain, kl = gain / length, kl / length
+    return -(mean_over(gain, valid) - beta * mean_over(kl, valid & own)).sum()
+
+
+def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean over the chosen responses of each question, (B,): 2G or G, less failed judges."""
+    return (values * chosen).sum(1) / chosen.sum(1).clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------------ Algorithm 2
 
 
-def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid: Tensor) -> dict[str, float]:
+def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid: Tensor,
+                  own: Tensor) -> dict[str, float]:
     """Lines 11-13: mu updates of the policy by Eq. 2, each summed over micro-batches of questions.
 
-    prompts: B; outputs: (B, K, R); advantage, valid: (B, K). Returns loss, kl, clip_fraction and grad_norm.
+    prompts: B; outputs: (B, K, R); advantage, valid, own (sampled by the policy): (B, K). Returns loss, kl,
+    clip_fraction and grad_norm.
     """
     args, policy, reference = run.args, run.policy, run.reference
     parts = run.world.even(micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget))
@@ -197,19 +206,22 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
             old_logp = old_logps.setdefault(i, logp.detach())                         # line 4
             ref_logp = ref_logps.get(i, old_logp)      # without beta it does not matter
             mask = outputs.mask[part]
-            loss = policy_loss(logp, old_logp, ref_logp, advantage[part], mask, valid[part], args.eps,
-                               args.beta, LOSSES[args.loss].mean_over_tokens)
+            loss = policy_loss(logp, old_logp, ref_logp, advantage[part], mask, valid[part], own[part],
+                               args.eps, args.beta, LOSSES[args.loss].mean_over_tokens)
             loss = weight * loss / len(run.questions)
             loss.backward()
             stats["loss"] += loss.detach()
-            stats["kl"] += weight * k3_kl(logp.detach(), ref_logp)[mask].sum()
+            sampled = mask & own[part][..., None]                                     #          (b, K, R)
+            stats["kl"] += weight * k3_kl(logp.detach(), ref_logp)[sampled].sum()
+            stats["sampled"] += weight * sampled.sum()
+            stats["tokens"] += weight * mask.sum()
             clipped = (importance_ratio(logp.detach(), old_logp, mask) - 1).abs() > args.eps
             stats["clip_fraction"] += weight * clipped[mask].sum()
         norms.append(run.optimizer.step(max_norm=1.0))                                # line 12
 
-    tokens = run.world.sum(outputs.mask.sum()).item()
     sums = {name: run.world.sum(total).item() / args.mu for name, total in stats.items()}
-    return {"loss": sums["loss"], "kl": sums["kl"] / tokens, "clip_fraction": sums["clip_fraction"] / tokens,
+    return {"loss": sums["loss"], "kl": sums["kl"] / sums["sampled"],
+            "clip_fraction": sums["clip_fraction"] / sums["tokens"],
             "grad_norm": torch.stack(norms).mean().item()}
 
 
@@ -252,7 +264,7 @@ def ril_step(run, collection: Collection | None, judge) -> tuple[dict, list[dict
     advantage = advantages(reward, valid, LOSSES[args.loss].divide_by_std)            # line 10  (B, 2G)
 
     with run.phase("update"):
-        row |= update_policy(run, prompts, outputs, advantage, valid)                 # lines 11-13, Eq. 2
+        row |= update_policy(run, prompts, outputs, advantage, valid, is_student)     # lines 11-13, Eq. 2
     return run.describe(row, group, terms, reward, valid, advantage)
 
 

@@ -84,7 +84,7 @@ def test_frozen_weights_do_not_move_and_the_others_do(qwen):
                           optimizer=AdamW(policy.model, 1e-2, offload=True),
                           using=lambda module: contextlib.nullcontext(),
                           score=partial(train.Run.score, SimpleNamespace(args=args)))
-    update_policy(run, prompts, outputs, torch.tensor([[1.0, -1.0]]), valid)
+    update_policy(run, prompts, outputs, torch.tensor([[1.0, -1.0]]), valid, valid)
     for name, weight in policy.model.named_parameters():
         frozen = "visual" in name or "self_attn" in name
         assert torch.equal(weight, before[name]) == frozen or not frozen and "bias" in name, name
