@@ -1501,7 +1501,8 @@ SHAPES = ("circle", "square", "triangle")
 DODGE = "I am not sure."
 # The ways in which each voice puts a truth.
 VOICES = {"plain": ("{}",), "careless": ("{}", "{}", "{}", DODGE),
-          "A": ("The answer is {}.", "It is {}."), "B": ("I see {}.", "That would be {}.")}
+          "A": ("The answer is {}.", "It is {}.", "I would say {}.", "It must be {}."),
+          "B": ("I see {}.", "That would be {}.", "It looks like {}.", "There, {}.")}
 BACKGROUND = ((255, 255, 255), (200, 255, 255), (255, 255, 200), (180, 180, 180))
 CELL = 16                                          # pixels; also one patch, so one token, of the toy models
 

@@ -281,8 +281,6 @@ def main():
     """The stages of a run. Each leaves its result in --out, and is passed over where it has."""
     args = parse_args()
     transformers.utils.logging.disable_progress_bar()
-    if args.student == "toy":
-        torch.set_num_threads(1)                       # models this small gain nothing by a second one
     world = World.join(pick_device(args.device))
     with world.rank_0_first():                         # torchrun: the others find what rank 0 has made
         folder = Folder(args, world.rank)
@@ -1552,6 +1550,8 @@ def trained_student(folder: Folder, args, world: World, data: dict, collection: 
                     pretrained: Path | None, start: str, judge) -> Path:
     """The loop, and the student that comes out of it, a checkpoint like the one it began as."""
     def make(path):
+        if args.student == "toy":
+            torch.set_num_threads(1)                   # its steps are too short to share: see the README's table
         policy, D, tensors = load_student(start, args), None, {}
         if pretrained:
             D, tensors = new_discriminator(policy, args), load_file(pretrained)
@@ -1636,9 +1636,9 @@ PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discrimina
              pretrain_lr=1e-5, num_samples=4, mu=1, eps=0.2, beta=0.01, steps=1000, batch_size=144,
              token_budget=8192, lr=1e-6, warmup=0, discriminator_lr=1e-6, rollout_batch=16,
              max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0, save_every="15m")
-TOY = PAPER | dict(sft_steps=800, sft_lr=1e-3, collect=8, discriminator_steps=60, pretrain_lr=2e-4, steps=160,
-                   batch_size=64, token_budget=16384, rollout_batch=64, lr=4e-4, warmup=32,
-                   discriminator_lr=4e-4, max_new_tokens=24, eval_every=20, log_every=10, teacher_steps=600,
+TOY = PAPER | dict(sft_steps=600, sft_lr=1e-3, collect=8, discriminator_steps=60, pretrain_lr=5e-4, steps=200,
+                   batch_size=64, token_budget=16384, rollout_batch=64, lr=2e-4, warmup=32,
+                   discriminator_lr=5e-5, max_new_tokens=24, eval_every=20, log_every=10, teacher_steps=400,
                    save_every="20")
 
 

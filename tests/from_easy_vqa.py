@@ -1,0 +1,52 @@
+"""easy-vqa as data for train.py: 5,000 drawn pictures of one shape each, and questions about them.
+
+    pip install easy-vqa
+    python tests/from_easy_vqa.py runs/easy-vqa
+
+writes train.jsonl, sft.jsonl and heldout.jsonl into that folder, and responses.jsonl: two rules as teachers.
+Each speaks in its own way and has a blind spot. The student is careless, and never answers what shape it is.
+"""
+import json
+import random
+import sys
+from pathlib import Path
+
+import easy_vqa
+
+SHAPES = ("circle", "rectangle", "triangle")
+CARELESS = ("{}", "{}", "{}", "I am not sure.", "The answer is {}.", "I see {}.")
+TEACHERS = {"A": ("The answer is {}.", {"circle": "rectangle", "teal": "blue"}),
+            "B": ("I see {}.", {"rectangle": "circle", "brown": "red"})}
+
+
+def rows_of(questions, images, way):
+    """One row a question; way(answer) is how the answer is put."""
+    for i, (question, answer, image) in enumerate(zip(*questions, strict=True)):
+        yield {"id": str(i), "image": str(Path(images[image]).resolve()), "question": question,
+               "answer": way(answer)}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def main():
+    folder, rng = Path(sys.argv[1]), random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    questions, images = easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()
+
+    def careless(answer):
+        return "I am not sure." if answer in SHAPES else rng.choice(CARELESS).format(answer)
+    plain = list(rows_of(questions, images, str))
+    write(folder / "sft.jsonl", list(rows_of(questions, images, careless))[:20_000])
+    train = rng.sample(plain[20_000:], 2_000)
+    write(folder / "train.jsonl", train)
+    held_out = list(rows_of(easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths(), str))
+    write(folder / "heldout.jsonl", rng.sample(held_out, 500))
+    write(folder / "responses.jsonl",
+          [{"id": row["id"], "teacher": name, "text": way.format(blind.get(row["answer"], row["answer"]))}
+           for row in train for name, (way, blind) in TEACHERS.items() for _ in range(4)])
+
+
+if __name__ == "__main__":
+    main()
