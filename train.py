@@ -155,30 +155,23 @@ def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor,
-                valid: Tensor, own: Tensor, eps: float, beta: float, mean_over_tokens: bool = False) -> Tensor:
+                valid: Tensor, eps: float, beta: float, mean_over_tokens: bool = False) -> Tensor:
     """Eq. 2, negated, summed over the questions given, so that micro-batches of questions add up -> scalar.
 
-        1/2G sum_i sum_t min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) - beta/G sum_own sum_t KL_t
+        (1/2G) sum_i  sum_t [ min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) - beta KL_t ]
 
-    logp, old_logp, ref_logp, mask: (B, K, R); advantage, valid, own: (B, K). The sum over tokens is
-    Dr.GRPO's. GRPO takes their mean instead, which makes each token of a long wrong answer cheaper.
-
-    The KL is a mean over the policy's own responses: on what it has sampled k3 is an estimate of it. On a
-    teacher's word that the policy has left, k3 has no bound, and one such word would be most of the gradient.
+    logp, old_logp, ref_logp, mask: (B, K, R); advantage, valid: (B, K). The sum over tokens is Dr.GRPO's.
+    GRPO takes their mean instead, which makes each token of a long wrong answer cheaper.
     """
     ratio = importance_ratio(logp, old_logp, mask)
     A = advantage[..., None]                                                          # (B, K, 1)
     gain = torch.minimum(ratio * A, ratio.clamp(1 - eps, 1 + eps) * A)                # (B, K, R)
-    gain, kl = (gain * mask).sum(-1), (k3_kl(logp, ref_logp) * mask).sum(-1)          # (B, K)
+    gain = gain - beta * k3_kl(logp, ref_logp)
+    gain = (gain * mask).sum(-1)                                                      # (B, K)
     if mean_over_tokens:
-        length = mask.sum(-1).clamp(min=1)
-        gain, kl = gain / length, kl / length
-    return -(mean_over(gain, valid) - beta * mean_over(kl, valid & own)).sum()
-
-
-def mean_over(values: Tensor, chosen: Tensor) -> Tensor:
-    """The mean over the chosen responses of each question, (B,): 2G or G, less failed judges."""
-    return (values * chosen).sum(1) / chosen.sum(1).clamp(min=1)
+        gain = gain / mask.sum(-1).clamp(min=1)
+    outputs = valid.sum(1, keepdim=True).clamp(min=1)                                 # 2G, less failed judges
+    return -(gain * valid / outputs).sum()
 
 
 # ------------------------------------------------------------------------------------------ Algorithm 2
@@ -206,8 +199,8 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
             old_logp = old_logps.setdefault(i, logp.detach())                         # line 4
             ref_logp = ref_logps.get(i, old_logp)      # without beta it does not matter
             mask = outputs.mask[part]
-            loss = policy_loss(logp, old_logp, ref_logp, advantage[part], mask, valid[part], own[part],
-                               args.eps, args.beta, LOSSES[args.loss].mean_over_tokens)
+            loss = policy_loss(logp, old_logp, ref_logp, advantage[part], mask, valid[part], args.eps,
+                               args.beta, LOSSES[args.loss].mean_over_tokens)
             loss = weight * loss / len(run.questions)
             loss.backward()
             stats["loss"] += loss.detach()

@@ -40,8 +40,7 @@ def plain_logps(vlm, prompts, outputs):
 
 
 def loss_of(logp, advantage, mask):
-    ref_logp, valid = logp.detach() - 0.1, mask[..., 0]
-    return policy_loss(logp, logp.detach(), ref_logp, advantage, mask, valid, valid, 0.2, 0.01)
+    return policy_loss(logp, logp.detach(), logp.detach() - 0.1, advantage, mask, mask[..., 0], 0.2, 0.01)
 
 
 def update(vlm, logps, prompts, outputs, advantage, budget):
