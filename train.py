@@ -255,6 +255,8 @@ def ril_step(run, collection: Collection | None, judge) -> tuple[dict, list[dict
     if args.no_teacher_rollouts:
         valid = valid & is_student
     advantage = advantages(reward, valid, LOSSES[args.loss].divide_by_std)            # line 10  (B, 2G)
+    if not args.push_teachers_down:                    # what a student hardly says falls without end
+        advantage = torch.where(is_student, advantage, advantage.clamp(min=0))
 
     with run.phase("update"):
         row |= update_policy(run, prompts, outputs, advantage, valid, is_student)     # lines 11-13, Eq. 2
@@ -1185,8 +1187,8 @@ SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_toke
 SFT_OPTIONS = ("sft_steps", "sft_lr", "sft_batch_size", "seed", "dtype")
 D_OPTIONS = ("collect", "discriminator_steps", "pretrain_lr", "batch_size", "num_samples", *SAMPLING)
 LOOP_OPTIONS = ("algorithm", "loss", "similarity", "reward_weights", "freeze_discriminator",
-                "no_teacher_rollouts", "num_samples", "mu", "beta", "eps", "batch_size", "lr", "warmup",
-                "discriminator_lr", "freeze", *SAMPLING)
+                "no_teacher_rollouts", "push_teachers_down", "num_samples", "mu", "beta", "eps", "batch_size",
+                "lr", "warmup", "discriminator_lr", "freeze", *SAMPLING)
 
 
 class Folder:
@@ -1544,7 +1546,7 @@ def trained_student(folder: Folder, args, world: World, data: dict, collection: 
     """The loop, and the student that comes out of it, a checkpoint like the one it began as."""
     def make(path):
         if args.student == "toy":
-            torch.set_num_threads(1)                   # its steps are too short to share: see the README's table
+            torch.set_num_threads(1)                   # its steps are too short to be shared
         policy, D, tensors = load_student(start, args), None, {}
         if pretrained:
             D, tensors = new_discriminator(policy, args), load_file(pretrained)
@@ -1628,11 +1630,12 @@ def report(folder: Folder, args, data: dict, judge, start: str):
 PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discriminator_steps=1111,
              pretrain_lr=1e-5, num_samples=4, mu=1, eps=0.2, beta=0.01, steps=1000, batch_size=144,
              token_budget=8192, lr=1e-6, warmup=0, discriminator_lr=1e-6, rollout_batch=16,
-             max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0, save_every="15m")
-TOY = PAPER | dict(sft_steps=600, sft_lr=1e-3, collect=8, discriminator_steps=60, pretrain_lr=5e-4, steps=200,
+             max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0, save_every="15m",
+             push_teachers_down=True)
+TOY = PAPER | dict(sft_steps=600, sft_lr=1e-3, collect=8, discriminator_steps=60, pretrain_lr=1e-3, steps=200,
                    batch_size=64, token_budget=16384, rollout_batch=64, lr=2e-4, warmup=32,
-                   discriminator_lr=5e-5, max_new_tokens=24, eval_every=20, log_every=10, teacher_steps=400,
-                   save_every="20")
+                   discriminator_lr=1e-4, max_new_tokens=24, eval_every=20, log_every=10, teacher_steps=400,
+                   save_every="20", push_teachers_down=False)
 
 
 def add_run_options(parser):
@@ -1686,6 +1689,9 @@ def add_loop_options(parser):
                        "pre-trained")
     group.add_argument("--no-teacher-rollouts", action="store_true", help="teachers' responses train D, not "
                        "the policy")
+    group.add_argument("--push-teachers-down", action=argparse.BooleanOptionalAction, help="also follow "
+                       "negative advantages of teachers' responses, as the paper does; where the student "
+                       "hardly says such things, that has no bound, and breaks a small one's language")
     group.add_argument("--num-samples", type=int, help="G, responses of the student, and as many of "
                        "teachers, a question")
     group.add_argument("--mu", type=int, help="updates of D and of the policy per step")
