@@ -90,7 +90,7 @@ class Group:
     verdicts: Tensor                   # (B, K): 1 right, 0 wrong, NaN where the judge failed
 
 
-# The weights of the reward terms below. --reward-weights changes them.
+# The weights of the reward terms below. --reward-weights changes them; the toy has its own.
 REWARD_WEIGHTS = {"similarity": 1.0, "answer": 1.0}
 
 
@@ -1278,7 +1278,7 @@ class Folder:
     def differences(self, there: dict, here: dict) -> str:
         """What two records differ in, in words; "" if in nothing."""
         defaults, words = vars(make_parser(self.args.student).parse_args([])), []
-        defaults["reward_weights"] = REWARD_WEIGHTS
+        defaults["reward_weights"] = REWARD_WEIGHTS | defaults["reward_weights"]
         options, inputs = there.get("options"), there.get("inputs")
         if not isinstance(options, dict) or not isinstance(inputs, dict):
             return f"the record in {self.path.name} is damaged"
@@ -1631,11 +1631,11 @@ PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discrimina
              pretrain_lr=1e-5, num_samples=4, mu=1, eps=0.2, beta=0.01, steps=1000, batch_size=144,
              token_budget=8192, lr=1e-6, warmup=0, discriminator_lr=1e-6, rollout_batch=16,
              max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0, save_every="15m",
-             push_teachers_down=True)
+             push_teachers_down=True, reward_weights={})
 TOY = PAPER | dict(sft_steps=600, sft_lr=1e-3, collect=8, discriminator_steps=60, pretrain_lr=1e-3, steps=200,
                    batch_size=64, token_budget=16384, rollout_batch=64, lr=2e-4, warmup=32,
                    discriminator_lr=1e-4, max_new_tokens=24, eval_every=20, log_every=10, teacher_steps=400,
-                   save_every="20", push_teachers_down=False)
+                   save_every="20", push_teachers_down=False, reward_weights={"similarity": 0.3})
 
 
 def add_run_options(parser):
@@ -1682,9 +1682,8 @@ def add_loop_options(parser):
                        "length")
     group.add_argument("--similarity", choices=list(SIMILARITIES), default="binary",
                        help="how finely the similarity reward is graded")
-    group.add_argument("--reward-weights", nargs="+", type=reward_weight, metavar="NAME=WEIGHT", default=[],
-                       help="weights of the rewards, 1 unless given; answer=0: the judge is heard, but not "
-                       "rewarded")
+    group.add_argument("--reward-weights", nargs="+", type=reward_weight, metavar="NAME=WEIGHT",
+                       help="weights of the rewards; answer=0: the judge is heard, but not rewarded")
     group.add_argument("--freeze-discriminator", action="store_true", help="skip lines 7-9: D stays as "
                        "pre-trained")
     group.add_argument("--no-teacher-rollouts", action="store_true", help="teachers' responses train D, not "
@@ -1765,7 +1764,8 @@ def parse_args(argv=None):
         re.compile(args.freeze or "")
     except re.error as error:
         parser.error(f"--freeze {args.freeze} is not a regular expression ({error})")
-    args.reward_weights = REWARD_WEIGHTS | dict(args.reward_weights)
+    usual = (TOY if args.student == "toy" else PAPER)["reward_weights"]
+    args.reward_weights = REWARD_WEIGHTS | usual | dict(args.reward_weights)
     terms = set(REWARD_WEIGHTS) - ({"similarity"} if args.algorithm == "rl" else set())
     if not any(args.reward_weights[name] for name in terms):
         parser.error("--reward-weights leaves no reward")

@@ -54,6 +54,7 @@ ARMS = [
     Arm("no similarity reward", "paper", "--reward-weights similarity=0"),
     Arm("no answer reward", "paper", "--reward-weights answer=0"),
     Arm("no teachers in the group", "paper", "--no-teacher-rollouts"),
+    Arm("teachers pushed down too", "paper", "--push-teachers-down"),
     Arm("similarity ternary", "more", "--similarity ternary"),
     Arm("similarity in tenths", "more", "--similarity tenths"),
     Arm("similarity continuous", "more", "--similarity continuous"),

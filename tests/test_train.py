@@ -46,8 +46,8 @@ def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
             "advantage"} <= rollouts[0].keys()
     assert {row["source"] for row in rollouts} == {"student", "qwen", "internvl"}
     for row in rollouts:                                         # the reward that was logged is Algorithm 2's
-        by_hand = (row["p_student"] < 0.5) + row["rewards"]["answer"]
-        assert row["reward"] == by_hand or abs(row["p_student"] - 0.5) < 1e-3
+        by_hand = 0.3 * (row["p_student"] < 0.5) + row["rewards"]["answer"]      # 0.3: the toy's weight
+        assert row["reward"] == pytest.approx(by_hand) or abs(row["p_student"] - 0.5) < 1e-3
     group = rollouts[:4]
     mean = sum(row["reward"] for row in group) / 4
     for row in group:                                              # the toy's teachers are not pushed down
