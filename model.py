@@ -32,19 +32,18 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
                           AutoProcessor, AutoTokenizer, DynamicCache, PreTrainedModel, ProcessorMixin)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.smolvlm import processing_smolvlm
-from transformers.utils import is_torchvision_available, logging
+from transformers.utils import chat_template_utils, is_torchvision_available, logging
 
 
 class UserError(Exception):
@@ -367,7 +366,7 @@ def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: 
     try:
         return tokenizer.apply_chat_template(turns, chat_template=chat_template(processor), tokenize=False,
                                              add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError) as error:
+    except (chat_template_utils.jinja2.TemplateError, TypeError) as error:
         raise UserError(f"the chat template of {tokenizer.name_or_path} refuses such turns "
                         f"({textwrap.shorten(str(error), 250)})") from error
 

@@ -3,6 +3,7 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from conftest import call, run
@@ -54,6 +55,8 @@ def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
         by_hand = row["reward"] - mean
         by_hand = by_hand if row["source"] == "student" else max(0, by_hand)
         assert row["advantage"] == pytest.approx(by_hand, abs=1e-3)
+    # D goes on with the optimizer of its pre-training: 2 steps, and 3 of the loop
+    assert load_file(out / "checkpoint-000003" / "d_optimizer.safetensors")["0.step"] == 2 + 3
     assert "before" in done.stdout and "after" in done.stdout
     AutoModelForImageTextToText.from_pretrained(out / "student")
 
