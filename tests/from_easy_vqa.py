@@ -2,12 +2,13 @@ r"""easy-vqa as data for train.py: 5,000 drawn pictures of one shape each, and q
 
     pip install easy-vqa
     python tests/from_easy_vqa.py runs/easy-vqa
-    python train.py --data runs/easy-vqa/train.jsonl --sft-data runs/easy-vqa/sft.jsonl --out runs/easy-vqa/run \
-        --collection runs/easy-vqa/responses.jsonl --eval-data runs/easy-vqa/heldout.jsonl
+    python train.py --data runs/easy-vqa/train.jsonl --sft-data runs/easy-vqa/sft.jsonl \
+        --collection runs/easy-vqa/responses.jsonl --eval-data runs/easy-vqa/heldout.jsonl \
+        --out runs/easy-vqa/run
 
-The first writes these files; responses.jsonl is of two rules as teachers. Each speaks in its own way and has a
-blind spot. The student is careless, and never answers what shape it is. With seed 0, held-out accuracy rose
-from 68.6 to 72.6, in ten minutes on one core.
+The first writes these files; responses.jsonl is of two rules as teachers. Each speaks in its own way and has
+a blind spot. The student is careless, and never answers what shape it is. With seed 0, held-out accuracy
+rose from 68.6 to 72.6, in a quarter of an hour on one core.
 """
 import json
 import random
