@@ -276,6 +276,8 @@ def main():
     """The stages of a run. Each leaves its result in --out, and is passed over where it has."""
     args = parse_args()
     transformers.utils.logging.disable_progress_bar()
+    if args.student == "toy":
+        torch.set_num_threads(1)                       # its steps are too short to be shared
     world = World.join(pick_device(args.device))
     with world.rank_0_first():                         # torchrun: the others find what rank 0 has made
         folder = Folder(args, world.rank)
@@ -1545,8 +1547,6 @@ def trained_student(folder: Folder, args, world: World, data: dict, collection: 
                     pretrained: Path | None, start: str, judge) -> Path:
     """The loop, and the student that comes out of it, a checkpoint like the one it began as."""
     def make(path):
-        if args.student == "toy":
-            torch.set_num_threads(1)                   # its steps are too short to be shared
         policy, D, tensors = load_student(start, args), None, {}
         if pretrained:
             D, tensors = new_discriminator(policy, args), load_file(pretrained)
