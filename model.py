@@ -215,6 +215,8 @@ def naming(path: str):
     logging.set_verbosity_error()
     try:
         yield
+    except (UserError, torch.OutOfMemoryError):                    # which say themselves what is wrong
+        raise
     except Exception as error:                                     # tokenizers raises no other kind
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 250)
         raise UserError(f"{path}: not an image-text-to-text checkpoint that can be loaded "
