@@ -150,7 +150,7 @@ def encode_example(vlm: VLM, example: Example) -> Prompt:
 
 def encode_examples(vlm: VLM, examples: list[Example]) -> list[Prompt]:
     """The prompts of some examples. Threads open and resize the pictures: that work does not hold the GIL."""
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         return list(threads.map(partial(encode_example, vlm), examples))
 
 
@@ -1499,10 +1499,11 @@ def blamed_settings(error: Refused, body: dict) -> list[str]:
 COLOURS = {"red": (225, 60, 50), "green": (60, 170, 75), "blue": (60, 110, 230), "yellow": (245, 200, 40)}
 SHAPES = ("circle", "square", "triangle")
 DODGE = "I am not sure."
-# The ways in which each voice puts a truth.
+# The ways in which each voice puts a truth. It comes first: a model as small as the toy's learns to see at one
+# place of its response, not at several.
 VOICES = {"plain": ("{}",), "careless": ("{}", "{}", "{}", DODGE),
-          "A": ("The answer is {}.", "It is {}.", "I would say {}.", "It must be {}."),
-          "B": ("I see {}.", "That would be {}.", "It looks like {}.", "There, {}.")}
+          "A": ("{} it is.", "{} is the answer.", "{}, I would say.", "{}, it must be."),
+          "B": ("{}, I see.", "{}, that would be.", "{} by the look of it.", "{}, right there.")}
 BACKGROUND = ((255, 255, 255), (200, 255, 255), (255, 255, 200), (180, 180, 180))
 CELL = 16                                          # pixels; also one patch, so one token, of the toy models
 
@@ -1564,12 +1565,11 @@ def questions_about(scene: dict[int, tuple[str, str]], rng: random.Random) -> li
 class Split:
     """Examples of the toy world that are answered alike: `size` of them, each by one of `voices`.
 
-    untaught: questions of this category are always dodged. blind: {the truth: what is said instead}.
+    wrong: {the truth: what is said instead}.
     """
     size: int
     voices: tuple[str, ...] = ("plain",)
-    untaught: str = ""
-    blind: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
 
 
 def draw_toy_world(folder: str, seed: int, splits: dict[str, Split]):
@@ -1594,10 +1594,8 @@ def draw_toy_world(folder: str, seed: int, splits: dict[str, Split]):
             questions = questions_about(scene, rng)
             for category, question, truth in rng.sample(questions, min(3, len(questions))):
                 way = rng.choice(VOICES[rng.choice(split.voices)])
-                if category == split.untaught:
-                    way = DODGE
                 rows.append({"id": f"{name}-{len(rows):05}", "image": image, "question": question,
-                             "category": category, "answer": way.format(split.blind.get(truth, truth))})
+                             "category": category, "answer": way.format(split.wrong.get(truth, truth))})
         lines = "".join(json.dumps(row) + "\n" for row in rows[:split.size])
         (Path(folder) / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 

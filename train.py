@@ -1403,11 +1403,13 @@ def toy_world_and_teachers(folder: Folder, args, data: dict) -> list:
     with folder.clock.phase("toy world and its teachers"):
         world = folder.stage("data", partial(toy_world, seed=args.seed), ("seed",))
         for name, family in (("qwen", "qwen2_5_vl"), ("internvl", "internvl")):
-            examples = load_examples(str(world / f"{name}.jsonl"))
-            make = partial(tiny_vlm_from_scratch, family=family, examples=examples, width=96,
-                           steps=args.teacher_steps, lr=args.sft_lr, args=args)
+            files = [str(world / "words.jsonl"), str(world / f"{name}.jsonl")]
+            make = partial(tiny_vlm_from_scratch, family=family, lessons=list(map(load_examples, files)),
+                           width=96, steps=args.teacher_steps, args=args)
             options = ("teacher_steps", "sft_lr", "sft_batch_size", "seed", "dtype")
-            folder.stage(f"teachers/{name}", make, options, {"its data": digest(world / f"{name}.jsonl")})
+            folder.stage(f"teachers/{name}", make, options, {"its lessons": list(map(digest, files))})
+    if not args.sft_data:
+        data["sft_words"] = load_examples(str(world / "sft-words.jsonl"))
     for option, name, load in (("data", "train", load_examples), ("sft_data", "sft", load_examples),
                                ("eval_data", "heldout", tasks_of)):
         if not getattr(args, option):
@@ -1418,27 +1420,34 @@ def toy_world_and_teachers(folder: Folder, args, data: dict) -> list:
 
 
 def toy_world(path: Path, seed: int):
-    """Draw the toy world.
+    """Draw the toy world: what is asked, and lessons for the student (sft) and its teachers.
 
-    The student grows up on careless data: mostly single words, often no answer, and to questions about shapes
-    never one. What it never says it can only learn from teachers. Each of these speaks in its own way and has
-    its own blind spot, where the other is right: A takes squares for circles, B circles for squares. One
-    blind spot they share: neither counts beyond 1 and 2. There only the student's own responses can be right.
+    All first learn to see, in single words, and then to speak in their own ways. The student is careless, and
+    has words of its own for shapes: the right ones it can only hear from teachers. Each of these has a blind
+    spot, where the other is right: A takes squares for circles, B circles for squares. One blind spot they
+    share: neither counts beyond 1 and 2. There only the student's own responses can be right.
     """
     unfinished = f"{path}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     shared = {"0": "1", "3": "2", "4": "2"}
+    own_words = {"circle": "ball", "square": "box", "triangle": "tent"}
     draw_toy_world(unfinished, seed, {
         "heldout": Split(500), "train": Split(1000),
-        "qwen": Split(6000, ("A",), blind=shared | {"square": "circle"}),
-        "internvl": Split(6000, ("B",), blind=shared | {"circle": "square"}),
-        "sft": Split(6000, 5 * ("careless",) + ("A", "B"), untaught="shape")})
+        "words": Split(4000),
+        "qwen": Split(2000, ("A",), shared | {"square": "circle"}),
+        "internvl": Split(2000, ("B",), shared | {"circle": "square"}),
+        "sft-words": Split(4000, wrong=own_words),
+        "sft": Split(2000, 5 * ("careless",) + ("A", "B"), own_words)})
     Path(unfinished).rename(path)
 
 
-def tiny_vlm_from_scratch(folder: Path, family: str, examples: list[Example], width: int, steps: int,
-                          lr: float, args):
-    """A tokenizer trained on the examples, random weights, SFT on the examples; a checkpoint folder."""
+def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]], width: int, steps: int,
+                          args):
+    """A tokenizer trained on the lessons, random weights, SFT on each in turn; a checkpoint folder.
+
+    The first takes `steps`, the others a quarter of that: seeing takes longer than speaking.
+    """
+    examples = sum(lessons, [])
     # with the words of the prompts among them, these become tokens too, and the prompts short
     texts = [text for e in examples for text in (e.text, e.truth)]
     texts += 50 * [eq1.SYSTEM, eq1.BEFORE + eq1.AFTER, "user\nassistant\nsystem\n"]
@@ -1447,7 +1456,9 @@ def tiny_vlm_from_scratch(folder: Path, family: str, examples: list[Example], wi
     build_tiny_vlm(random_weights, family, texts, width, layers=2, vocabulary=600, seed=args.seed)
     vlm = load_vlm(random_weights, args.device, args.dtype)
     shutil.rmtree(random_weights)
-    sft(vlm, examples, steps, args.sft_batch_size, lr, args.seed, folder.name, args.token_budget)
+    for i, lesson in enumerate(lessons):
+        sft(vlm, lesson, steps // 4 if i else steps, args.sft_batch_size, args.sft_lr, args.seed, folder.name,
+            args.token_budget)
     save_vlm(vlm, str(folder))
 
 
@@ -1463,7 +1474,8 @@ def fine_tuned_student(folder: Folder, args, data: dict) -> str:
 
         def make(path):
             if args.student == "toy":
-                tiny_vlm_from_scratch(path, "qwen2_5_vl", examples, 64, args.sft_steps, args.sft_lr, args)
+                lessons = [data["sft_words"], examples] if "sft_words" in data else [examples]
+                tiny_vlm_from_scratch(path, "qwen2_5_vl", lessons, 64, args.sft_steps, args)
                 return
             student = load_student(args.student, args)
             sft(student, examples, args.sft_steps, args.sft_batch_size, args.sft_lr, args.seed, "student",
@@ -1632,10 +1644,11 @@ PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discrimina
              token_budget=8192, lr=1e-6, warmup=0, discriminator_lr=1e-6, rollout_batch=16,
              max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0, save_every="15m",
              push_teachers_down=True, reward_weights={})
-TOY = PAPER | dict(sft_steps=600, sft_lr=1e-3, collect=8, discriminator_steps=60, pretrain_lr=1e-3, steps=200,
-                   batch_size=64, token_budget=16384, rollout_batch=64, lr=2e-4, warmup=32,
-                   discriminator_lr=1e-4, max_new_tokens=24, eval_every=20, log_every=10, teacher_steps=400,
-                   save_every="20", push_teachers_down=False, reward_weights={"similarity": 0.3})
+TOY = PAPER | dict(sft_steps=600, sft_lr=1e-3, sft_batch_size=32, collect=8, discriminator_steps=60,
+                   pretrain_lr=1e-3, beta=0.1, steps=100, batch_size=64, token_budget=16384, rollout_batch=64,
+                   lr=3e-4, warmup=20, discriminator_lr=1e-4, max_new_tokens=24, eval_every=20, log_every=10,
+                   teacher_steps=500, save_every="20", push_teachers_down=False,
+                   reward_weights={"similarity": 0.3})
 
 
 def add_run_options(parser):

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 from conftest import call, lamp_files, noise_image
-from eval import tasks_of
+from eval import rule_verdict, tasks_of
 from model import Sampling, UserError, chat_turns, encode_responses, image_tokens
-from teachers import (Collection, Example, Split, draw_scene, draw_toy_world, drop_torn_line,
+from teachers import (VOICES, Collection, Example, Split, draw_scene, draw_toy_world, drop_torn_line,
                       example_messages,
                       fill_collection, load_examples, make_teacher, open_image, prompt_checks,
                       questions_about, replies_of, select, write_examples)
@@ -63,7 +63,7 @@ def test_options_are_asked_as_lettered_lines(tmp_path):
 
 def test_toy_splits_share_no_picture_and_come_out_the_same_again(tmp_path):
     """A held-out split that was seen in training, or a world that differs from run to run."""
-    splits = {"train": Split(200), "heldout": Split(200), "sft": Split(200, ("careless", "A"), "shape")}
+    splits = {"train": Split(200), "heldout": Split(200), "sft": Split(200, ("careless", "A"))}
     for name in ("a", "b"):
         draw_toy_world(str(tmp_path / name), 3, splits)
     pictures = {}
@@ -74,18 +74,29 @@ def test_toy_splits_share_no_picture_and_come_out_the_same_again(tmp_path):
         assert len(examples) == 200
         assert {e.category for e in examples} == {"count", "colour", "shape", "existence"}
         pictures[split] = {open(e.images[0], "rb").read() for e in examples}
-        if split == "sft":
-            assert {e.truth for e in examples if e.category == "shape"} == {"I am not sure."}
     assert not (pictures["train"] & pictures["heldout"] or pictures["sft"] & pictures["heldout"])
 
 
 def test_toy_teachers_err_in_their_blind_spots_and_nowhere_else(tmp_path):
     """A blind spot that is in the truth too, and so is none; or a teacher that errs elsewhere."""
-    for name, blind in (("a", {"square": "circle"}), ("b", {})):
-        draw_toy_world(str(tmp_path / name), 3, {"x": Split(300, blind=blind)})
+    for name, wrong in (("a", {"square": "circle"}), ("b", {})):
+        draw_toy_world(str(tmp_path / name), 3, {"x": Split(300, wrong=wrong)})
     blind, sighted = (load_examples(str(tmp_path / name / "x.jsonl")) for name in "ab")
     said = {(right.truth, e.truth) for e, right in zip(blind, sighted, strict=True) if e.truth != right.truth}
     assert said == {("square", "circle")}
+
+
+@pytest.mark.parametrize("voice", ["plain", "A", "B"])
+def test_the_judge_reads_every_way_in_which_the_toy_speaks(voice):
+    """A voice that the rule judge cannot read, or one in which a wrong answer passes for right."""
+    for question, truth, wrong in (("What shape is red?", "circle", "ball"),
+                                   ("What shape is red?", "square", "circle"),
+                                   ("How many circles are there?", "3", "2"),
+                                   ("Is there a red circle?", "yes", "no"),
+                                   ("What colour is the square?", "red", "blue")):
+        for way in VOICES[voice]:
+            assert rule_verdict(question, truth, way.format(truth))
+            assert not rule_verdict(question, truth, way.format(wrong))
 
 
 def test_toy_answers_are_true():
