@@ -1499,8 +1499,8 @@ def blamed_settings(error: Refused, body: dict) -> list[str]:
 COLOURS = {"red": (225, 60, 50), "green": (60, 170, 75), "blue": (60, 110, 230), "yellow": (245, 200, 40)}
 SHAPES = ("circle", "square", "triangle")
 DODGE = "I am not sure."
-# The ways in which each voice puts a truth. It comes first: a model as small as the toy's learns to see at one
-# place of its response, not at several.
+# The ways in which each voice puts a truth. It comes first: a model as small as the toy's learns to see at
+# one place of its response, not at several.
 VOICES = {"plain": ("{}",), "careless": ("{}", "{}", "{}", DODGE),
           "A": ("{} it is.", "{} is the answer.", "{}, I would say.", "{}, it must be."),
           "B": ("{}, I see.", "{}, that would be.", "{} by the look of it.", "{}, right there.")}

@@ -568,7 +568,7 @@ def signs_of_trouble(rows) -> list[str]:
     return sudden_signs(rows[-SHORT:]) + (slow_signs(rows) if len(rows) == WINDOW else [])
 
 
-def values_of(rows: list[dict], name: str) -> np.ndarray:
+def column(rows: list[dict], name: str) -> np.ndarray:
     """The values of a metric, where there are any."""
     return np.array([row[name] for row in rows if row.get(name) is not None], dtype=float)
 
@@ -578,19 +578,19 @@ def sudden_signs(rows: list[dict]) -> list[str]:
     if len(rows) < SHORT // 2:
         return []
     signs, ends = [], SHORT // 4                                   # steps that are averaged at either end
-    if values_of(rows, "kl")[-ends:].mean() > 5:
+    if column(rows, "kl")[-ends:].mean() > 5:
         signs.append("`kl` is above 5: the student has left the reference, and soon its language; lower "
                      "--lr, or raise --beta")
-    norms = values_of(rows, "grad_norm")
+    norms = column(rows, "grad_norm")
     if norms[-ends:].mean() > 10 * np.median(norms):
         signs.append("`grad_norm` is ten times what it was: the updates are no longer small; lower --lr")
-    answer = values_of(rows, "reward/answer/student")
+    answer = column(rows, "reward/answer/student")
     fall = answer[:ends].mean() - answer[-ends:].mean()
     noise = np.diff(answer).std() / 2 ** 0.5 * (2 / ends) ** 0.5   # of the fall, if there were none
     if fall > max(0.1, 4 * noise):
         signs.append("`reward/answer/student` falls: the student gets worse; lower --lr and "
                      "--discriminator-lr, or give `answer` more weight (--reward-weights)")
-    jumps = np.abs(np.diff(values_of(rows, "reward/similarity/student"))) > 0.5
+    jumps = np.abs(np.diff(column(rows, "reward/similarity/student"))) > 0.5
     if jumps.sum() >= 3:
         signs.append("`reward/similarity/student` jumps up and down: D and the student chase each other; "
                      "lower --discriminator-lr and --lr")
@@ -600,7 +600,7 @@ def sudden_signs(rows: list[dict]) -> list[str]:
 def slow_signs(rows: list[dict]) -> list[str]:
     """Signs that a run gets nowhere, over WINDOW steps."""
     def mean(name, part=slice(None)):
-        values = values_of(rows[part], name)
+        values = column(rows[part], name)
         return values.mean() if len(values) else float("nan")
     signs, accuracy = [], mean("d_accuracy")
     if accuracy > 0.98:
