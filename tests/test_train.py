@@ -68,7 +68,7 @@ def test_a_second_run_repeats_nothing_and_other_settings_are_refused(finished):
     assert again.returncode == 0 and {path: path.stat().st_mtime_ns
                                       for path in out.rglob("*.safetensors")} == before
     other = call("train.py", "--out", out, *FAST, "--teacher-steps", 40, "--sft-steps", 20, "--lr", 0.5)
-    assert other.returncode == 2 and "--lr 0.0002 there, 0.5 here" in other.stderr
+    assert other.returncode == 2 and "--lr 0.0003 there, 0.5 here" in other.stderr
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
 
 
