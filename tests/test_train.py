@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from conftest import call, run
+from teachers import SHAPES
 
 FAST = ["--device", "cpu", "--batch-size", "4", "--steps", "3", "--discriminator-steps", "2", "--num-samples",
         "2", "--max-new-tokens", "12", "--eval-every", "2", "--log-every", "1", "--collect", "2"]
@@ -59,6 +60,17 @@ def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
     assert load_file(out / "checkpoint-000003" / "d_optimizer.safetensors")["0.step"] == 2 + 3
     assert "before" in done.stdout and "after" in done.stdout
     AutoModelForImageTextToText.from_pretrained(out / "student")
+
+
+def test_the_right_words_for_shapes_are_heard_from_teachers_alone(finished):
+    """A student that was taught them, so that teachers are not needed; teachers with the same blind spot."""
+    def said(name):
+        rows = [row for row in rows_of(finished[0] / "data" / f"{name}.jsonl") if row["category"] == "shape"]
+        assert len(rows) > 100
+        return {shape for shape in SHAPES for row in rows if shape in row["answer"]}
+    assert said("sft-words") == said("sft") == set()
+    assert said("qwen") == {"circle", "triangle"} and said("internvl") == {"square", "triangle"}
+    assert said("train") == said("heldout") == set(SHAPES)
 
 
 def test_a_second_run_repeats_nothing_and_other_settings_are_refused(finished):
