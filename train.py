@@ -7,8 +7,8 @@ the teachers' responses included. So the student learns to speak like its teache
 question on which all its own responses are wrong still has a way up. What comes out is a plain checkpoint of
 the same model, as fast as before.
 
-Algorithm 2 of the paper. Its line numbers stand in `ril`, `ril_step` and `update_policy` below, which are all
-of it:
+Algorithm 2 of the paper. Lines 1 and 2 make a `Run`; the others stand by their numbers in `ril_step` and
+`update_policy` below:
 
      1  ref <- init    2  policy <- init    3  for each batch of questions
      4    old <- policy                     5    sample G student outputs per question from old
@@ -197,7 +197,7 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
         for i, (part, weight) in enumerate(parts):
             logp = run.score(policy, prompts, outputs, part)                          #          (b, K, R)
             old_logp = old_logps.setdefault(i, logp.detach())                         # line 4
-            ref_logp = ref_logps.get(i, old_logp)      # without beta it does not matter
+            ref_logp = ref_logps.get(i, old_logp)      # without beta only the metric kl reads it
             mask = outputs.mask[part]
             loss = policy_loss(logp, old_logp, ref_logp, advantage[part], mask, valid[part], args.eps,
                                args.beta, LOSSES[args.loss].mean_over_tokens)
