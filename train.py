@@ -1646,7 +1646,7 @@ PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discrimina
              push_teachers_down=True, reward_weights={})
 TOY = PAPER | dict(sft_steps=600, sft_lr=1e-3, sft_batch_size=32, collect=8, discriminator_steps=60,
                    pretrain_lr=1e-3, beta=0.15, steps=100, batch_size=64, token_budget=16384, lr=3e-4,
-                   warmup=20, rollout_batch=64, discriminator_lr=1e-4, max_new_tokens=24, eval_every=20,
+                   warmup=20, rollout_batch=64, discriminator_lr=5e-5, max_new_tokens=24, eval_every=20,
                    log_every=10, teacher_steps=500, save_every="20", push_teachers_down=False,
                    reward_weights={"similarity": 0.3})
 
