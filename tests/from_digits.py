@@ -7,9 +7,10 @@ r"""scikit-learn's 1,797 handwritten digits as data for train.py: real pictures,
 
 The first writes these files; responses.jsonl is of two rules as teachers, which are right, each in its own
 words. The student is careless, and its SFT data holds none of these words. With seed 0, held-out accuracy
-rose from 71.5 to 95.3, in three minutes on one core. It hardly learns to speak like its teachers, as it never
-does so by chance (similarity stays below 0.1, its sentences are scraps), and the run warns of that. 300 steps
-end at 92.0 and a similarity of 0.17.
+rose from 71.5 to 91.5, in one to three minutes on one core. It keeps to bare digits: it never speaks like its
+teachers by chance (similarity 0.03, and the run warns of that), and the toy's beta of 0.15 holds it back.
+With --beta 0.03 --steps 300, nearer to the paper's 0.01, it ends at 95.8, similarity rises to 0.62, and 97%
+of its greedy responses are whole sentences of a teacher. The price is a KL of 8.
 """
 import json
 import random
