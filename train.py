@@ -590,9 +590,11 @@ def sudden_signs(rows: list[dict]) -> list[str]:
     if fall > max(0.1, 4 * noise):
         signs.append("`reward/answer/student` falls: the student gets worse; lower --lr and "
                      "--discriminator-lr, or give `answer` more weight (--reward-weights)")
-    jumps = np.abs(np.diff(column(rows, "reward/similarity/student"))) > 0.5
-    if jumps.sum() >= 3:
-        signs.append("`reward/similarity/student` jumps up and down: D and the student chase each other; "
+    similarity = column(rows, "reward/similarity/student")
+    rise = (similarity - np.minimum.accumulate(similarity)).max(initial=0)
+    fall = (np.maximum.accumulate(similarity) - similarity).max(initial=0)
+    if min(rise, fall) > 0.5:
+        signs.append("`reward/similarity/student` swings up and down: D and the student chase each other; "
                      "lower --discriminator-lr and --lr")
     return signs
 
