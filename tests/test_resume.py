@@ -192,7 +192,8 @@ def test_signs_of_sudden_trouble_are_named_within_twenty_steps():
             ("`kl`", "kl", lambda i: 20, 0.5), ("`grad_norm`", "grad_norm", lambda i: 765, 3),
             ("falls", "reward/answer/student", lambda i: 0.5 - 0.03 * (i - begins), 0.5),
             ("swings", "reward/similarity/student", lambda i: i % 2, 0.4),
-            ("swings", "reward/similarity/student", lambda i: 0.47 + 0.33 * math.sin((i - begins) / 2.5), 0.4)):
+            ("swings", "reward/similarity/student",
+             lambda i: 0.47 + 0.33 * math.sin((i - begins) / 2.5), 0.4)):
         said = [steps for steps in range(60) if any(name in sign for sign in signs(
             steps, **{metric: after(trouble, before)}))]
         assert said and begins < said[0] <= begins + 20, (name, said)
