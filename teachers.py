@@ -150,7 +150,7 @@ def encode_example(vlm: VLM, example: Example) -> Prompt:
 
 def encode_examples(vlm: VLM, examples: list[Example]) -> list[Prompt]:
     """The prompts of some examples. Threads open and resize the pictures: that work does not hold the GIL."""
-    if torch.get_num_threads() == 1:
+    if torch.get_num_threads() == 1:               # a pool of one would only cost time
         return [encode_example(vlm, example) for example in examples]
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         return list(threads.map(partial(encode_example, vlm), examples))
