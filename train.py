@@ -591,8 +591,8 @@ def sudden_signs(rows: list[dict]) -> list[str]:
         signs.append("`reward/answer/student` falls: the student gets worse; lower --lr and "
                      "--discriminator-lr, or give `answer` more weight (--reward-weights)")
     similarity = column(rows, "reward/similarity/student")
-    rise = (similarity - np.minimum.accumulate(similarity)).max(initial=0)
-    fall = (np.maximum.accumulate(similarity) - similarity).max(initial=0)
+    rise = (similarity - np.minimum.accumulate(similarity)).max(initial=0)     # most above an earlier step
+    fall = (np.maximum.accumulate(similarity) - similarity).max(initial=0)     # most below one
     if min(rise, fall) > 0.5:
         signs.append("`reward/similarity/student` swings up and down: D and the student chase each other; "
                      "lower --discriminator-lr and --lr")
