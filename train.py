@@ -7,8 +7,8 @@ the teachers' responses included. So the student learns to speak like its teache
 question on which all its own responses are wrong still has a way up. What comes out is a plain checkpoint of
 the same model, as fast as before.
 
-Algorithm 2 of the paper. Lines 1 and 2 make a `Run`; the others stand by their numbers in `ril_step` and
-`update_policy` below:
+Algorithm 2 of the paper. Lines 1 and 2 make a `Run`; the others stand by their numbers in `ril`, `ril_step`
+and `update_policy` below:
 
      1  ref <- init    2  policy <- init    3  for each batch of questions
      4    old <- policy                     5    sample G student outputs per question from old
@@ -64,15 +64,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import discriminator as eq1
 from discriminator import SIMILARITIES, Discriminator
-from eval import (Task, draw_curves, evaluate, make_judge, predict, results_table, tasks_of,
+from eval import (Task, check_judge, draw_curves, evaluate, make_judge, predict, results_table, tasks_of,
                   without_thoughts, write_report)
 from model import (VLM, Outputs, UserError, check_packing, checkpoint_layers, encode_responses, generate,
                    image_tokens, join, load_processor, load_vlm, micro_batches, naming, packed_sizes,
                    pick_device, save_vlm, score, write_atomic)
 from model import run as run_main
-from teachers import (Collection, Example, Split, add_sampling_options, build_tiny_vlm, check_endpoint,
-                      draw_toy_world, encode_example, encode_examples, endpoint_of, fill_collection,
-                      load_examples, make_teacher, prompt_checks, read_json, read_jsonl, sampling_of)
+from teachers import (Collection, Example, Split, add_sampling_options, build_tiny_vlm, draw_toy_world,
+                      encode_example, encode_examples, endpoint_of, fill_collection, load_examples,
+                      make_teacher, prompt_checks, read_json, read_jsonl, sampling_of)
 
 # ------------------------------------------------------------------------------------------ the maths
 #
@@ -118,23 +118,9 @@ def total_reward(terms: dict[str, Tensor], weights: dict[str, float]) -> tuple[T
     return reward.nan_to_num(0.0), ~reward.isnan()
 
 
-def advantages(reward: Tensor, valid: Tensor, divide_by_std: bool = False) -> Tensor:
-    """A_i = R_i - mean_j R_j over the valid responses of a question: (B, K), zero where not valid.
-
-    Dr.GRPO stops there. GRPO also divides by the group's standard deviation, which blows up groups that
-    nearly agree.
-    """
-    count = valid.sum(1, keepdim=True).clamp(min=1)
-    centred = (reward - (reward * valid).sum(1, keepdim=True) / count) * valid
-    if divide_by_std:
-        std = (centred.square().sum(1, keepdim=True) / count).sqrt()
-        centred = centred / (std + 1e-4)
-    return centred
-
-
 @dataclass(frozen=True)
 class Loss:
-    """What tells GRPO and Dr.GRPO apart."""
+    """What tells GRPO and Dr.GRPO apart. It is passed to all three functions that follow."""
     divide_by_std: bool                # advantages are divided by the standard deviation of their group
     mean_over_tokens: bool             # the gain of a response is divided by its length
 
@@ -143,8 +129,25 @@ LOSSES = {"dr_grpo": Loss(divide_by_std=False, mean_over_tokens=False),
           "grpo": Loss(divide_by_std=True, mean_over_tokens=True)}
 
 
-def importance_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
-    """pi_theta / pi_old of every token, (B, K, R): for the loss, and for the metric clip_fraction."""
+def advantages(reward: Tensor, valid: Tensor, loss: Loss) -> Tensor:
+    """A_i = R_i - mean_j R_j over the valid responses of a question: (B, K), zero where not valid.
+
+    Dr.GRPO stops there. GRPO also divides by the group's standard deviation, which blows up groups that
+    nearly agree.
+    """
+    count = valid.sum(1, keepdim=True).clamp(min=1)
+    centred = (reward - (reward * valid).sum(1, keepdim=True) / count) * valid
+    if loss.divide_by_std:
+        std = (centred.square().sum(1, keepdim=True) / count).sqrt()
+        centred = centred / (std + 1e-4)
+    return centred
+
+
+def importance_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, loss: Loss) -> Tensor:
+    """pi_theta / pi_old of every token, (B, K, R): for Eq. 2, and for the metric clip_fraction.
+
+    mask and loss are for forks: the ratio of GSPO is one for a response.
+    """
     return (logp - old_logp).exp()
 
 
@@ -155,7 +158,7 @@ def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor,
-                valid: Tensor, eps: float, beta: float, mean_over_tokens: bool = False) -> Tensor:
+                valid: Tensor, eps: float, beta: float, loss: Loss) -> Tensor:
     """Eq. 2, negated, summed over the questions given, so that micro-batches of questions add up -> scalar.
 
         (1/2G) sum_i  sum_t [ min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) - beta KL_t ]
@@ -163,12 +166,12 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Ten
     logp, old_logp, ref_logp, mask: (B, K, R); advantage, valid: (B, K). The sum over tokens is Dr.GRPO's.
     GRPO takes their mean instead, which makes each token of a long wrong answer cheaper.
     """
-    ratio = importance_ratio(logp, old_logp, mask)
+    ratio = importance_ratio(logp, old_logp, mask, loss)
     A = advantage[..., None]                                                          # (B, K, 1)
     gain = torch.minimum(ratio * A, ratio.clamp(1 - eps, 1 + eps) * A)                # (B, K, R)
     gain = gain - beta * k3_kl(logp, ref_logp)
     gain = (gain * mask).sum(-1)                                                      # (B, K)
-    if mean_over_tokens:
+    if loss.mean_over_tokens:
         gain = gain / mask.sum(-1).clamp(min=1)
     outputs = valid.sum(1, keepdim=True).clamp(min=1)                                 # 2G, less failed judges
     return -(gain * valid / outputs).sum()
@@ -177,14 +180,14 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Ten
 # ------------------------------------------------------------------------------------------ Algorithm 2
 
 
-def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid: Tensor,
-                  own: Tensor) -> dict[str, float]:
+def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid: Tensor, own: Tensor,
+                  questions: int) -> dict[str, float]:
     """Lines 11-13: mu updates of the policy by Eq. 2, each summed over micro-batches of questions.
 
-    prompts: B; outputs: (B, K, R); advantage, valid, own (sampled by the policy): (B, K). Returns loss, kl,
-    clip_fraction and grad_norm.
+    prompts: B; outputs: (B, K, R); advantage, valid, own (sampled by the policy): (B, K); questions: those of
+    all processes. Returns loss, kl, clip_fraction and grad_norm.
     """
-    args, policy, reference = run.args, run.policy, run.reference
+    args, policy, reference, form = run.args, run.policy, run.reference, LOSSES[run.args.loss]
     parts = run.world.even(micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget))
     old_logps, ref_logps, norms, stats = {}, {}, [], defaultdict(float)
 
@@ -193,22 +196,25 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
             for i, (part, _) in enumerate(parts):                                     # line 1
                 ref_logps[i] = run.score(reference, prompts, outputs, part)           #          (b, K, R)
 
-    for _ in range(args.mu):                                                          # line 11
+    for update in range(args.mu):                                                     # line 11
         for i, (part, weight) in enumerate(parts):
             logp = run.score(policy, prompts, outputs, part)                          #          (b, K, R)
-            old_logp = old_logps.setdefault(i, logp.detach())                         # line 4
-            ref_logp = ref_logps.get(i, old_logp)      # without beta only the metric kl reads it
-            mask = outputs.mask[part]
+            if update == 0:                            # the policy has not moved yet, so it is the old one
+                old_logps[i] = logp.detach()                                          # line 4
+            old_logp, mask = old_logps[i], outputs.mask[part]
+            ref_logp = ref_logps[i] if args.beta else old_logp             # then only the metric kl reads it
             loss = policy_loss(logp, old_logp, ref_logp, advantage[part], mask, valid[part], args.eps,
-                               args.beta, LOSSES[args.loss].mean_over_tokens)
-            loss = weight * loss / len(run.questions)
+                               args.beta, form)
+            loss = weight * loss / questions
             loss.backward()
             stats["loss"] += loss.detach()
+            # the loss has the KL of all responses; the metric has that of the policy's own, as the others
+            # were sampled by nobody whose distribution is known here
             sampled = mask & own[part][..., None]                                     #          (b, K, R)
             stats["kl"] += weight * k3_kl(logp.detach(), ref_logp)[sampled].sum()
             stats["sampled"] += weight * sampled.sum()
             stats["tokens"] += weight * mask.sum()
-            clipped = (importance_ratio(logp.detach(), old_logp, mask) - 1).abs() > args.eps
+            clipped = (importance_ratio(logp.detach(), old_logp, mask, form) - 1).abs() > args.eps
             stats["clip_fraction"] += weight * clipped[mask].sum()
         norms.append(run.optimizer.step(max_norm=1.0))                                # line 12
 
@@ -218,24 +224,27 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
             "grad_norm": torch.stack(norms).mean().item()}
 
 
-def ril_step(run, collection: Collection | None, judge) -> tuple[dict, list[dict]]:
-    """Lines 3 to 13, once. Returns a row of metrics, and rows of rollouts (the first questions)."""
-    args, policy, D, G = run.args, run.policy, run.D, run.args.num_samples
+def ril_step(run, questions: list[Example], collection: Collection | None, judge) -> tuple[dict, list]:
+    """Lines 4 to 13 for one batch of questions. Returns a row of metrics, and rows of rollouts.
 
-    batch = run.next_batch()                                                          # line 3   B questions
+    The processes of a run all draw the same questions, and each works on its own B of them.
+    """
+    args, policy, D, G = run.args, run.policy, run.D, run.args.num_samples
+    batch = run.world.mine(questions)                                                 #          B questions
+
     with run.phase("generate"), run.sampler() as sampler:
         prompts = encode_examples(sampler, batch)
-        outputs = generate(sampler, prompts, G, sampling_of(args), noise=run.noise(),
+        outputs = generate(sampler, prompts, G, sampling_of(args), noise=run.noise(questions),
                            slots=args.rollout_batch * G)                              # line 5   (B, G, R)
     sources = [["student"] * G for _ in batch]
     if D:
-        drawn = run.draw(collection)                                                  # line 6   B lists of G
+        drawn = run.draw(questions, collection)                                       # line 6   B lists of G
         taught = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
         outputs = join([outputs, taught], dim=1)                                      #          (B, 2G, R)
         sources = [own + [teacher for teacher, _ in pairs] for own, pairs in zip(sources, drawn)]
     B, K, _ = outputs.ids.shape
     is_student = torch.arange(K, device=policy.device).expand(B, K) < G
-    asked = Asked(judge, batch, outputs)               # for line 10; a remote judge works while D learns
+    verdicts_of = ask(judge, batch, outputs)           # for line 10; a remote judge works while D learns
 
     row, p_student = {}, None
     if D:
@@ -243,30 +252,31 @@ def ril_step(run, collection: Collection | None, judge) -> tuple[dict, list[dict
             responses = D.encode([example.text for example in batch], outputs.text)
             for _ in range(0 if args.freeze_discriminator else args.mu):              # line 7
                 d_stats = eq1.update(D, run.d_optimizer, responses, is_student, args.token_budget,
-                                     len(run.questions))                              # line 8   Eq. 1
+                                     len(questions))                                  # line 8   Eq. 1
                 row = d_stats | row                    # what is logged is D before the first of its updates
             p_student = D.p_student(responses, args.token_budget, run.world)          # line 10, by the new D
     with run.phase("judge"):
-        verdicts = asked.result()                                                     # line 10  (B, 2G)
+        verdicts = verdicts_of()                                                      # line 10  (B, 2G)
     group = Group(batch, outputs, sources, p_student, verdicts)
 
     terms = reward_terms(group, args)                                                 # line 10
     reward, valid = total_reward(terms, args.reward_weights)                          #          (B, 2G)
     if args.no_teacher_rollouts:
         valid = valid & is_student
-    advantage = advantages(reward, valid, LOSSES[args.loss].divide_by_std)            # line 10  (B, 2G)
+    advantage = advantages(reward, valid, LOSSES[args.loss])                          # line 10  (B, 2G)
     if not args.push_teachers_down:                    # what a student hardly says falls without end
         advantage = torch.where(is_student, advantage, advantage.clamp(min=0))
 
     with run.phase("update"):
-        row |= update_policy(run, prompts, outputs, advantage, valid, is_student)     # lines 11-13, Eq. 2
-    return run.describe(row, group, terms, reward, valid, advantage)
+        row |= update_policy(run, prompts, outputs, advantage, valid, is_student, len(questions))   # 11-13
+    return row, rollouts_of(run.step, group, terms, reward, valid, advantage)
 
 
 def ril(run, collection: Collection | None, judge, held_out: list[Task]):
     """Algorithm 2; or Algorithm 1, where there is neither a collection nor a D. Trains run.policy."""
     for step in run.steps():                           # resumes, saves, warns and stops
-        row, rollouts = ril_step(run, collection, judge)
+        questions = next(run.batches)                                                 # line 3
+        row, rollouts = ril_step(run, questions, collection, judge)
         if held_out and (step == 0 or (step + 1) % run.args.eval_every == 0):
             row |= held_out_accuracy(run, held_out, judge)
         run.log(row, rollouts)
@@ -303,64 +313,56 @@ def main():
 # ==========================================================================================
 
 
-class Asked:
-    """Verdicts that were asked for, of B questions with K responses each.
+def ask(judge, batch: list[Example], outputs: Outputs):
+    """Asks for verdicts on B questions with K responses each; returns a function that waits for them.
 
-    A judge on another machine works in a thread, so that ours can update D meanwhile; any other is asked by
-    `result`.
+    A judge on another machine works in a thread meanwhile; any other when that function is called. What it
+    returns, (B, K) float32, is 1, 0, between them from a judge that grades, or NaN where it failed.
     """
+    triples = [(e.dialogue, e.truth, without_thoughts(text))
+               for e, texts in zip(batch, outputs.text) for text in texts]
+    answer = partial(judge, triples)
+    if getattr(judge, "remote", False):
+        answer = ThreadPoolExecutor(1).submit(judge, triples).result
 
-    def __init__(self, judge, batch: list[Example], outputs: Outputs):
-        triples = [(e.dialogue, e.truth, without_thoughts(text))
-                   for e, texts in zip(batch, outputs.text) for text in texts]
-        self.shape, self.device = outputs.mask.shape[:2], outputs.ids.device
-        self.answer = partial(judge, triples)
-        if getattr(judge, "remote", False):
-            self.answer = ThreadPoolExecutor(1).submit(judge, triples).result
-
-    def result(self) -> Tensor:
-        """(B, K) float32: 1, 0, between them from a judge that grades, or NaN where it failed."""
-        verdicts = [float("nan") if verdict is None else float(verdict) for verdict in self.answer()]
-        return torch.tensor(verdicts, device=self.device).view(self.shape)
+    def wait() -> Tensor:
+        verdicts = [float("nan") if verdict is None else float(verdict) for verdict in answer()]
+        return torch.tensor(verdicts, device=outputs.ids.device).view(outputs.mask.shape[:2])
+    return wait
 
 
 class Batches:
     """Endless batches of `size` examples; every example once before any comes again.
 
     A curriculum is a fork of this class: `saw` is told what became of each batch, `state` and `load` keep it
-    over interruptions. `pool` holds the places of the examples that are next in line.
+    over interruptions. `pool` holds the examples that are next in line.
     """
 
-    def __init__(self, examples: list, size: int, rng: random.Random):
+    def __init__(self, examples: list[Example], size: int, rng: random.Random):
         self.examples, self.size, self.rng, self.pool = examples, size, rng, []
 
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> list:
+    def __next__(self) -> list[Example]:
         while len(self.pool) < self.size:
-            self.pool += self.rng.sample(range(len(self.examples)), len(self.examples))
+            self.pool += self.rng.sample(self.examples, len(self.examples))
         batch, self.pool = self.pool[:self.size], self.pool[self.size:]
-        return [self.examples[i] for i in batch]
+        return batch
 
-    def saw(self, batch: list[Example], verdicts: Tensor):
-        """Called after each step with the verdicts (B, K) on all responses to a batch, for a curriculum."""
+    def saw(self, rollouts: list[list[dict]]):
+        """Called after each step with the K rollouts of each question, as rollouts_of makes them."""
 
     def state(self) -> dict:
         """What a checkpoint must hold, as JSON."""
-        return {"pool": self.pool}
+        return {"pool": [example.id for example in self.pool]}
 
     def load(self, state: dict):
-        """Resume from what `state` returned. ValueError, with nothing changed, where it does not fit."""
-        if not all(type(place) is int and 0 <= place < len(self.examples) for place in state["pool"]):
-            raise ValueError("it speaks of examples that the data does not have")
-        self.pool = state["pool"]
+        """Resume from what `state` returned."""
+        by_id = {example.id: example for example in self.examples}
+        self.pool = [by_id[name] for name in state["pool"]]
 
 
 # ------------------------------------------------------------------------------------------ a run of the loop
 
 
-SHORT, WINDOW = 20, 50                            # steps in which signs of sudden and slow trouble are sought
 MOST_SKIPPED = 5                                          # steps in a row without a finite gradient end a run
 LOGS = ("metrics", "timings", "rollouts")                     # timings are apart: they differ from run to run
 
@@ -368,63 +370,52 @@ LOGS = ("metrics", "timings", "rollouts")                     # timings are apar
 class Run:
     """Everything that the loop changes, and what it needs beside the algorithm.
 
-    policy, reference, D, optimizer, d_optimizer: the networks and who moves them. step: how many are done.
-    questions: the batch of this step, of all processes. rng draws batches and teachers' responses; torch's
-    own generators draw the rest.
+    networks and optimizers: what a checkpoint holds, by file. step: how many are done. rng draws batches and
+    teachers' responses; torch's own generators draw the rest. phase(name) measures seconds and memory;
+    sampler() is the policy with all its weights in this process for a while.
     """
 
     def __init__(self, args, world, out: Path, policy: VLM, examples: list[Example], D: Discriminator | None):
         torch.manual_seed(args.seed)
         self.args, self.world, self.out, self.policy, self.D = args, world, out, policy, D
         self.rng, self.meter = random.Random(args.seed), Meter(policy.device)
-        self.step, self.skipped, self.questions = 0, 0, []         # skipped: of the last steps, in a row
+        self.phase = self.meter.phase
+        self.step, self.skipped = 0, 0                             # skipped: of the last steps, in a row
         self.logs, self.recent, self.warned = {}, deque((), WINDOW), {}
-        self.reference, self.d_optimizer = None, None
+        self.reference, self.networks, self.optimizers = None, {"policy": policy.model}, {}
         if D:
             world.shard(D, D.backbone, D.head, method="logits")
             self.d_optimizer = AdamW(D, args.discriminator_lr, offload=args.offload, world=world)
+            self.networks["discriminator"], self.optimizers["d_optimizer"] = D, self.d_optimizer
         if args.beta:
             frozen_copy = copy.deepcopy(policy.model).requires_grad_(False)
             self.reference = replace(policy, model=frozen_copy)                              # line 1
         freeze(policy.model, args.freeze, args.student)                                      # line 2
-        self.empty_policy = world.without_weights(policy)
+        self.sampler = partial(world.unsharded, policy, world.without_weights(policy))
         for vlm in filter(None, (policy, self.reference)):
             world.shard(vlm.model, vlm.model.get_decoder())
         self.optimizer = AdamW(policy.model, args.lr, offload=args.offload, world=world)
+        self.optimizers["optimizer"] = self.optimizer
         if args.offload:
             for waiting in filter(None, (D, self.reference and self.reference.model)):
                 waiting.to("cpu")
         self.batches = Batches(examples, args.batch_size, self.rng)
 
-    # what a step asks for: the batch of all processes is drawn by each, alike, and each works on its own part
-    # of it
+    # all processes draw the same for all questions, and each takes its own part
 
-    def next_batch(self) -> list[Example]:
-        """This process's part of the next batch of questions."""
-        self.questions = next(self.batches)
-        return self.world.mine(self.questions)
-
-    def noise(self) -> list[Tensor]:
-        """Uniform numbers (G, max_new_tokens) for each question of next_batch: they choose the tokens."""
+    def noise(self, questions: list[Example]) -> list[Tensor]:
+        """Uniform numbers (G, max_new_tokens) for each question: they choose the tokens."""
         shape = (self.args.num_samples, self.args.max_new_tokens)
-        return self.world.mine([torch.rand(shape, device=self.policy.device) for _ in self.questions])
+        return self.world.mine([torch.rand(shape, device=self.policy.device) for _ in questions])
 
-    def draw(self, collection: Collection) -> list[list[tuple[str, str]]]:
-        """G pairs (teacher, response) from the collection for each question of next_batch."""
-        return self.world.mine(collection.draw(self.questions, self.args.num_samples, self.rng))
-
-    def phase(self, name: str):
-        """Measures the seconds and the memory of a part of a step."""
-        return self.meter.phase(name)
+    def draw(self, questions: list[Example], collection: Collection) -> list[list[tuple[str, str]]]:
+        """G pairs (teacher, response) from the collection for each question."""
+        return self.world.mine(collection.draw(questions, self.args.num_samples, self.rng))
 
     def score(self, vlm: VLM, prompts: list, outputs: Outputs, part: list[int]) -> Tensor:
         """Log-probs (b, K, R) of a micro-batch at the temperature of sampling; at 1, if that is greedy."""
         prompts, temperature = [prompts[b] for b in part], self.args.temperature or 1.0
         return gathered(vlm.model, lambda: score(vlm, prompts, outputs[part], temperature))
-
-    def sampler(self):
-        """The policy, with all its weights in this process for a while."""
-        return self.world.unsharded(self.policy, self.empty_policy)
 
     @contextmanager
     def using(self, module: torch.nn.Module):
@@ -472,47 +463,30 @@ class Run:
             return time.monotonic() - saved > 60 * int(self.args.save_every.rstrip("m"))
         return self.step % int(self.args.save_every) == 0
 
-    def describe(self, row: dict, group: Group, terms: dict[str, Tensor], reward: Tensor, valid: Tensor,
-                 advantage: Tensor) -> tuple[dict, list[dict]]:
-        """The step's row of metrics, and the responses to its first questions as rows of rollouts.
-
-        Put together from the parts of all processes, so that they say the same however many there are.
-        """
-        p_student = torch.full_like(reward, float("nan")) if group.p_student is None else group.p_student
-        numbers = {"length": group.outputs.mask.sum(2), "p_student": p_student, "verdict": group.verdicts,
-                   "reward": reward, "valid": valid, "advantage": advantage}
-        numbers |= {f"term {name}": term for name, term in terms.items()}
-        table = torch.stack([x.double() for x in numbers.values()], dim=1).cpu()             # (B, numbers, K)
-        parts = self.world.gather(list(zip(group.outputs.text, group.sources, table)))      # of all processes
-        texts, sources, tables = zip(*parts)
-        numbers = dict(zip(numbers, torch.stack(tables, dim=1)))                         # each (questions, K)
-        self.batches.saw(self.questions, numbers["verdict"])
-        G = self.args.num_samples
-        self.meter.tokens = int(numbers["length"][:, :G].sum())
-        row = {"step": self.step} | row | step_metrics(texts, sources, numbers, G, self.args.max_new_tokens)
-        row["skipped_updates"] = self.optimizer.skipped + (self.d_optimizer.skipped if self.D else 0)
-        for optimizer in filter(None, (self.optimizer, self.d_optimizer)):
+    def log(self, row: dict, rollouts: list[list[dict]]):
+        """Complete the metrics from the rollouts of all processes; append to the logs, print, and warn."""
+        rollouts = self.world.gather(rollouts)
+        self.batches.saw(rollouts)
+        row = {"step": self.step} | row | step_metrics(rollouts, self.args.max_new_tokens)
+        row["skipped_updates"] = 0
+        for optimizer in self.optimizers.values():
+            row["skipped_updates"] += optimizer.skipped
             optimizer.skipped = 0
-        rollouts = rollouts_of(self.step, self.questions, texts, sources, numbers)
-        return row, rollouts
-
-    def log(self, row: dict, rollouts: list[dict]):
-        """Append to the logs and print; a warning, in words, for what the last steps tell of."""
-        bad = row["skipped_updates"] > 0
-        self.skipped = self.skipped + 1 if bad else 0
-        timing = self.meter.row(self.step)
+        self.skipped = self.skipped + 1 if row["skipped_updates"] else 0
+        timing = self.meter.row(self.step, row["length"] * len(rollouts) * self.args.num_samples)
         if self.world.rank:
             return
         last = self.step == self.args.steps - 1
-        shown = rollouts if self.step % self.args.log_every == 0 or last else []
-        seconds = sum(value for name, value in timing.items() if name.startswith("seconds/"))
-        tqdm.write(console_line(row, seconds))
-        write_logs(self.logs, row, timing, shown)
+        shown = rollouts[:4] if self.step % self.args.log_every == 0 or last else []
+        for name, rows in zip(LOGS, ([row], [timing], flat(shown))):
+            self.logs[name].write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+            self.logs[name].flush()                                # so that it is on the disk
+        print_step(row, timing, shown)
         self.recent.append(row)
-        for sign in signs_of_trouble(self.recent):
-            if self.step - self.warned.get(sign, -WINDOW) >= WINDOW:
-                tqdm.write(f"warning: {sign}")
-                self.warned[sign] = self.step
+        for warning in warnings(list(self.recent)):
+            if self.step - self.warned.get(warning, -WINDOW) >= WINDOW:
+                tqdm.write(f"warning: {warning}")
+                self.warned[warning] = self.step
 
 
 def held_out_accuracy(run: Run, held_out: list[Task], judge) -> dict[str, float]:
@@ -533,141 +507,129 @@ def held_out_accuracy(run: Run, held_out: list[Task], judge) -> dict[str, float]
     return row
 
 
-def step_metrics(texts: list[list[str]], sources: list[list[str]], numbers: dict[str, Tensor], G: int,
-                 longest: int) -> dict:
-    """The metrics of one step, which the README explains. numbers: (B, K) each."""
-    row, flat = {}, [source for row in sources for source in row]
-    reward, valid, lengths = numbers["reward"], numbers["valid"].bool(), numbers["length"][:, :G]
-    for name, term in numbers.items():
-        if name.startswith("term "):
-            name = name.removeprefix("term ")
-            for source in sorted(set(flat)):
-                chosen = torch.tensor([s == source for s in flat]).view(term.shape)
-                row[f"reward/{name}/{source}"] = term[chosen].nanmean().item()
-            row[f"flat/{name}"] = flat_share(term, valid)
-    own_texts = [text for row in texts for text in row[:G]]
-    most_common = Counter(own_texts).most_common(1)[0][1]
-    return row | {
-        "judge/failed": numbers["verdict"].isnan().double().mean().item(),
-        "flat/total": flat_share(reward, valid),
-        "length": lengths.mean().item(),
-        "cut_off": (lengths == longest).double().mean().item(),
-        "repeated": most_common / len(own_texts)}
+# --------------------------------------------------------------------------------------- rollouts and metrics
 
 
-def flat_share(reward: Tensor, valid: Tensor) -> float:
-    """The share of groups in which all valid responses have one reward (B, K), and so no advantage."""
-    low = reward.masked_fill(~valid, torch.inf).amin(1)
-    high = reward.masked_fill(~valid, -torch.inf).amax(1)
-    return (low >= high).double().mean().item()
+def rollouts_of(step: int, group: Group, terms: dict[str, Tensor], reward: Tensor, valid: Tensor,
+                advantage: Tensor) -> list[list[dict]]:
+    """All that is known of the K responses to each of B questions: B lists of K rows of rollouts.jsonl.
+
+    reward, valid (whether a response was in its group), advantage and each term: (B, K). None stands for NaN.
+    """
+    def listed(x):                                     # floats to six places: a float32 has no more
+        x = x.cpu().double().round(decimals=6) if x.is_floating_point() else x
+        return [[None if value != value else value for value in row] for row in x.tolist()]
+    p_student = torch.full_like(reward, float("nan")) if group.p_student is None else group.p_student
+    numbers = {"p_student": p_student, "verdict": group.verdicts, "length": group.outputs.mask.sum(2),
+               "valid": valid, "reward": reward, "advantage": advantage}
+    numbers = {name: listed(x) for name, x in numbers.items()}
+    rewards = {name: listed(x) for name, x in terms.items()}
+    rollouts = []
+    for b, e in enumerate(group.batch):
+        about = {"step": step, "id": e.id, "image": list(e.images), "question": e.text, "truth": e.truth}
+        rollouts.append([about | {"source": group.sources[b][k], "text": text}
+                         | {name: x[b][k] for name, x in numbers.items()}
+                         | {"rewards": {name: x[b][k] for name, x in rewards.items()}}
+                         for k, text in enumerate(group.outputs.text[b])])
+    return rollouts
 
 
-def signs_of_trouble(rows) -> list[str]:
-    """What the metrics of the last steps, up to WINDOW, warn of, in words that name the metric."""
-    rows = list(rows)
-    return sudden_signs(rows[-SHORT:]) + (slow_signs(rows) if len(rows) == WINDOW else [])
+def flat(rollouts: list[list[dict]]) -> list[dict]:
+    """The rows of all questions."""
+    return [row for rows in rollouts for row in rows]
 
 
-def column(rows: list[dict], name: str) -> np.ndarray:
-    """The values of a metric, where there are any."""
-    return np.array([row[name] for row in rows if row.get(name) is not None], dtype=float)
+def mean(values) -> float | None:
+    """The mean of those values that are not None; None, if all are."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
-def sudden_signs(rows: list[dict]) -> list[str]:
-    """Signs that a run is breaking: half of SHORT steps must be there to tell."""
-    if len(rows) < SHORT // 2:
-        return []
-    signs, ends = [], SHORT // 4                                   # steps that are averaged at either end
-    if column(rows, "kl")[-ends:].mean() > 5:
-        signs.append("`kl` is above 5: the student has left the reference, and soon its language; lower "
-                     "--lr, or raise --beta")
-    norms = column(rows, "grad_norm")
-    if norms[-ends:].mean() > 10 * np.median(norms):
-        signs.append("`grad_norm` is ten times what it was: the updates are no longer small; lower --lr")
-    answer = column(rows, "reward/answer/student")
-    fall = answer[:ends].mean() - answer[-ends:].mean()
-    noise = np.diff(answer).std() / 2 ** 0.5 * (2 / ends) ** 0.5   # of the fall, if there were none
-    if fall > max(0.1, 4 * noise):
-        signs.append("`reward/answer/student` falls: the student gets worse; lower --lr and "
-                     "--discriminator-lr, or give `answer` more weight (--reward-weights)")
-    similarity = column(rows, "reward/similarity/student")
-    rise = (similarity - np.minimum.accumulate(similarity)).max(initial=0)     # most above an earlier step
-    fall = (np.maximum.accumulate(similarity) - similarity).max(initial=0)     # most below one
-    if min(rise, fall) > 0.5:
-        signs.append("`reward/similarity/student` swings up and down: D and the student chase each other; "
-                     "lower --discriminator-lr and --lr")
-    return signs
+def step_metrics(rollouts: list[list[dict]], longest: int) -> dict[str, float | None]:
+    """The metrics of one step that its rollouts tell; see the README. longest: --max-new-tokens."""
+    rows, metrics = flat(rollouts), {}
+    own = [row for row in rows if row["source"] == "student"]
+
+    def share_of_equal(value):                         # of questions, whose valid responses have one value
+        return mean(len({value(row) for row in group if row["valid"]}) < 2 for group in rollouts)
+    for name in rows[0]["rewards"]:
+        for source in sorted({row["source"] for row in rows}):
+            chosen = (row["rewards"][name] for row in rows if row["source"] == source)
+            metrics[f"reward/{name}/{source}"] = mean(chosen)
+        metrics[f"flat/{name}"] = share_of_equal(lambda row: row["rewards"][name])
+    return metrics | {
+        "judge/failed": mean(row["verdict"] is None for row in rows),
+        "flat/total": share_of_equal(lambda row: row["reward"]),
+        "length": mean(row["length"] for row in own),
+        "cut_off": mean(row["length"] == longest for row in own),
+        "repeated": Counter(row["text"] for row in own).most_common(1)[0][1] / len(own)}
 
 
-def slow_signs(rows: list[dict]) -> list[str]:
-    """Signs that a run gets nowhere, over WINDOW steps."""
-    def mean(name, part=slice(None)):
-        values = column(rows[part], name)
-        return values.mean() if len(values) else float("nan")
-    signs, accuracy = [], mean("d_accuracy")
-    if accuracy > 0.98:
-        signs.append("`d_accuracy` is near 1: the discriminator always knows the student, who earns no "
-                     "`reward/similarity/`; lower --discriminator-lr, or first fine-tune the student on "
-                     "answers in the teachers' ways")
-    if abs(accuracy - 0.5) < 0.05 and mean("flat/similarity") > 0.9:
-        signs.append("`d_accuracy` is at chance and `flat/similarity` near 1: the discriminator has nothing "
-                     "left to say; raise --discriminator-lr, or stop here")
-    first, last = slice(0, WINDOW // 5), slice(-(WINDOW // 5), None)
-    if mean("length", last) > 2 * mean("length", first) and mean("cut_off", last) > 0.2:
-        signs.append("`length` has doubled and `cut_off` is high: the reward may be paid for words; look at "
-                     "rollouts.jsonl")
-    if mean("repeated") > 0.5:
-        signs.append("`repeated` is above a half: most responses are one and the same string; look at "
-                     "rollouts.jsonl, and raise --beta")
-    return signs
-
-
-def console_line(row: dict, seconds: float) -> str:
-    """One line a step: what to watch while it runs. Rewards are the student's."""
-    cells = [f"step {row['step'] + 1:5}"]
-    for name, value in row.items():
-        if reward := re.fullmatch("reward/(.+)/student", name):
-            cells.append(f"{reward[1]} {value:5.2f}")
-    if "d_accuracy" in row:
-        cells.append(f"D acc {row['d_accuracy']:5.2f}")
-    cells += [f"KL {row['kl']:7.4f}", f"|g| {row['grad_norm']:6.2f}", f"tokens {row['length']:5.1f}",
-              f"{seconds:5.2f} s"]
-    if "heldout_accuracy" in row:
-        cells.append(f"held-out {row['heldout_accuracy']:.3f}")
-    return "  ".join(cells)
-
-
-def rollouts_of(step: int, batch: list[Example], texts: list[list[str]], sources: list[list[str]],
-                numbers: dict[str, Tensor], questions: int = 4) -> list[dict]:
-    """All responses to the first few questions of the batch, as rows of rollouts.jsonl."""
-    def number(name, b, k):
-        value = round(numbers[name][b, k].item(), 4)
-        return None if value != value else value                   # JSON has no NaN
-
-    terms = [name for name in numbers if name.startswith("term ")]
-    rows = []
-    for b, e in enumerate(batch[:questions]):
-        for k, text in enumerate(texts[b]):
-            rows.append({
-                "step": step, "id": e.id, "image": list(e.images), "question": e.text, "truth": e.truth,
-                "source": sources[b][k], "text": text, "p_student": number("p_student", b, k),
-                "rewards": {name.removeprefix("term "): number(name, b, k) for name in terms},
-                "reward": number("reward", b, k), "advantage": number("advantage", b, k)})
-    return rows
-
-
-# ------------------------------------------------------------------------------------------- logs and signals
-
-
-def write_logs(logs: dict, row: dict, timing: dict, rollouts: list[dict]):
-    """Append to the logs, so that they are on the disk, and show four of the rollouts."""
-    for name, rows in zip(LOGS, ([row], [timing], rollouts)):
-        logs[name].write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-        logs[name].flush()
-    group = [r for r in rollouts if r["id"] == rollouts[0]["id"]]
-    for r in group[::max(1, len(group) // 4)]:
+def print_step(row: dict, timing: dict, shown: list[list[dict]]):
+    """One line on the console, rewards are the student's; and four of the responses to the first question."""
+    seconds = sum(value for name, value in timing.items() if name.startswith("seconds/"))
+    cells = [("reward/(.+)/student", "{} {:5.2f}"), ("d_accuracy", "D acc {:5.2f}"), ("kl", "KL {:7.4f}"),
+             ("grad_norm", "|g| {:6.2f}"), ("length", "tokens {:5.1f}"), ("seconds", "{:5.2f} s"),
+             ("heldout_accuracy", "held-out {:.3f}")]
+    line = [f"step {row['step'] + 1:5}"]
+    for pattern, form in cells:
+        for name, value in (row | {"seconds": seconds}).items():
+            if (found := re.fullmatch(pattern, name)) and value is not None:
+                line.append(form.format(*found.groups(), value))
+    tqdm.write("  ".join(line))
+    for r in shown[0][::max(1, len(shown[0]) // 4)] if shown else []:
         tqdm.write(f"    {r['question'][:36]:36} {r['source'][:12]:12} reward {r['reward']:.2f}  "
                    f"{r['text'][:60]}")
+
+
+SHORT, WINDOW = 20, 50                            # steps in which signs of sudden and slow trouble are sought
+
+
+def falls(values: np.ndarray, ends: int) -> bool:
+    """Whether the mean of the last `ends` values is below that of the first, by far more than their noise."""
+    noise = np.diff(values).std() / 2 ** 0.5 * (2 / ends) ** 0.5   # of the fall, if there were none
+    return values[:ends].mean() - values[-ends:].mean() > max(0.1, 4 * noise)
+
+
+def swings(values: np.ndarray) -> bool:
+    """Whether a reward that is between 0 and 1 both rises and falls by more than a half."""
+    rise = (values - np.minimum.accumulate(values)).max(initial=0)             # most above an earlier step
+    fall = (np.maximum.accumulate(values) - values).max(initial=0)             # most below one
+    return min(rise, fall) > 0.5 and values.min() >= 0 and values.max() <= 1
+
+
+def warnings(rows: list[dict]) -> list[str]:
+    """What the metrics of the last steps, up to WINDOW, warn of, in sentences that name the metric."""
+    def column(name):
+        return np.array([row[name] for row in rows if row.get(name) is not None] or [np.nan])
+    kl, norm, answer, similarity = (column(name)[-SHORT:] for name in (
+        "kl", "grad_norm", "reward/answer/student", "reward/similarity/student"))
+    d_accuracy, same, length, cut_off, repeated = (column(name) for name in (
+        "d_accuracy", "flat/similarity", "length", "cut_off", "repeated"))
+    sudden, slow = len(rows) >= SHORT // 2, len(rows) == WINDOW    # are there enough steps to tell?
+    ends, fifth = SHORT // 4, WINDOW // 5                          # steps that are averaged at either end
+    table = [
+        (sudden and kl[-ends:].mean() > 5,
+         "`kl` is above 5: the student leaves the reference, and soon its language; lower --lr"),
+        (sudden and norm[-ends:].mean() > 10 * np.median(norm),
+         "`grad_norm` is ten times what it was: the updates are no longer small; lower --lr"),
+        (sudden and falls(answer, ends),
+         "`reward/answer/student` falls: the student gets worse; lower --lr and --discriminator-lr"),
+        (sudden and swings(similarity),
+         "`reward/similarity/student` swings: D and the student chase each other; lower --discriminator-lr"),
+        (slow and d_accuracy.mean() > 0.98,
+         "`d_accuracy` is near 1: D always knows the student, who earns no `reward/similarity/`; lower "
+         "--discriminator-lr, or first fine-tune the student on answers in the teachers' ways"),
+        (slow and abs(d_accuracy.mean() - 0.5) < 0.05 and same.mean() > 0.9,
+         "`d_accuracy` is at chance and `flat/similarity` near 1: D has nothing left to say; stop here"),
+        (slow and length[-fifth:].mean() > 2 * length[:fifth].mean() and cut_off[-fifth:].mean() > 0.2,
+         "`length` has doubled and `cut_off` is high: the reward may be paid for words"),
+        (slow and repeated.mean() > 0.5,
+         "`repeated` is above a half: most responses are one and the same string; raise --beta")]
+    return [sentence for is_so, sentence in table if is_so]
+
+
+# ---------------------------------------------------------------------------------------- signals and meters
 
 
 @contextmanager
@@ -693,7 +655,7 @@ class Meter:
     """Seconds and peak memory: of the phases since the last row, and over everything (`peak_gb`)."""
 
     def __init__(self, device: torch.device):
-        self.device, self.tokens, self.peak_gb = device, 0, 0.0
+        self.device, self.peak_gb = device, 0.0
         self.seconds, self.memory_gb = defaultdict(float), defaultdict(float)
         if device.type == "cuda":
             torch.cuda.init()                                      # or cuda:0 has no statistics to reset yet
@@ -710,9 +672,9 @@ class Meter:
         self.memory_gb[name] = max(self.memory_gb[name], peak_memory_gb(self.device))
         self.peak_gb = max(self.peak_gb, self.memory_gb[name])
 
-    def row(self, step: int) -> dict[str, float]:
-        """The measurements as a row of timings.jsonl, and a new start. `tokens`: how many were sampled."""
-        row = {"step": step, "tokens_per_second": self.tokens / self.seconds["generate"]}
+    def row(self, step: int, tokens: int) -> dict[str, float]:
+        """The measurements as a row of timings.jsonl, and a new start. tokens: how many were sampled."""
+        row = {"step": step, "tokens_per_second": tokens / self.seconds["generate"]}
         row |= {f"seconds/{name}": value for name, value in self.seconds.items()}
         row |= {f"memory_gb/{name}": value for name, value in self.memory_gb.items()}
         self.seconds.clear()
@@ -721,22 +683,19 @@ class Meter:
 
 
 def peak_memory_gb(device: torch.device, reset: bool = False) -> float:
-    """Most GB since the last reset: allocated on CUDA, else resident (without Linux: ever)."""
+    """Most GB since the last reset: allocated on CUDA, else resident (NaN where it is not known)."""
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 1e9
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
         return peak
-    if status.exists():
-        found = re.search(r"VmHWM:\s+(\d+)", status.read_text())
-        if reset and os.access(clear, os.W_OK):
-            clear.write_text("5")                            # see proc(5): the mark falls to what is held now
-        return int(found.group(1)) * 1024 / 1e9 if found else float("nan")
-    if sys.platform == "darwin":
-        import resource                                            # Unix only
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
-    return float("nan")
+    if not status.exists():                                        # not Linux
+        return float("nan")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text())
+    if reset and os.access(clear, os.W_OK):
+        clear.write_text("5")                                # see proc(5): the mark falls to what is held now
+    return int(found.group(1)) * 1024 / 1e9 if found else float("nan")
 
 
 # ------------------------------------------------------------------------------------ checkpoints of the loop
@@ -747,53 +706,32 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(path for path in out.glob("checkpoint-*") if path.name[11:].isdigit())
 
 
-def networks_of(run: Run) -> dict[str, torch.nn.Module]:
-    """What a checkpoint holds the weights of, by file."""
-    return {"policy": run.policy.model} | ({"discriminator": run.D} if run.D else {})
-
-
-def optimizers_of(run: Run) -> dict:
-    """What a checkpoint holds the moments of, by file."""
-    return {"optimizer": run.optimizer} | ({"d_optimizer": run.d_optimizer} if run.D else {})
-
-
-def tensors_of(run: Run) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a checkpoint by file, complete on rank 0."""
-    device = run.policy.device.type
-    generators = {"cpu": torch.get_rng_state()}
-    if device != "cpu":
-        generators["device"] = getattr(torch, device).get_rng_state()
-    files = {"rng": generators}
-    files |= {name: run.world.weights(network) for name, network in networks_of(run).items()}
-    files |= {name: optimizer.tensors() for name, optimizer in optimizers_of(run).items()}
-    for name, tensors in files.items():
-        files[name] = {key: x.detach().contiguous() for key, x in tensors.items()}
-    return files
-
-
+@torch.no_grad()
 def save_checkpoint(run: Run):
     """Write checkpoint-STEP into --out. It is there in full or not at all, and of the older ones one stays.
 
     A disk that is full ends no run: that is said, and the older checkpoints stay.
     """
-    folder, files = run.out / f"checkpoint-{run.step:06}", tensors_of(run)
-    unfinished = Path(f"{folder}.unfinished")
-    if run.world.rank:
+    files = {"rng": {"cpu": torch.get_rng_state()}}
+    if (device := run.policy.device.type) != "cpu":
+        files["rng"]["device"] = getattr(torch, device).get_rng_state()
+    files |= {name: run.world.weights(network) for name, network in run.networks.items()}
+    files |= {name: optimizer.tensors() for name, optimizer in run.optimizers.items()}
+    if run.world.rank:                                             # rank 0 has all that the others have
         return
-    _, *numpy = np.random.get_state()
     state = {"step": run.step, "skipped": run.skipped, "batches": run.batches.state(),
-             "draws": run.rng.getstate(), "python": random.getstate(),
-             "numpy": [numpy[0].tolist(), *numpy[1:]],
-             "logs": {name: file.tell() for name, file in run.logs.items()}}
+             "draws": run.rng.getstate(), "logs": {name: file.tell() for name, file in run.logs.items()}}
+    folder = run.out / f"checkpoint-{run.step:06}"
+    unfinished = Path(f"{folder}.unfinished")
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove(unfinished)
         unfinished.mkdir()
         for name, tensors in files.items():
-            save_file(tensors, unfinished / f"{name}.safetensors")
+            save_file({key: x.detach().contiguous() for key, x in tensors.items()},
+                      unfinished / f"{name}.safetensors")
         (unfinished / "state.json").write_text(json.dumps(state))
         for path in (*unfinished.iterdir(), unfinished):
             sync(path)
-        shutil.rmtree(folder, ignore_errors=True)                  # there only if it could not be read
         unfinished.rename(folder)
         sync(run.out)
     except (OSError, SafetensorError) as error:
@@ -801,7 +739,7 @@ def save_checkpoint(run: Run):
         tqdm.write(f"warning: no checkpoint at step {run.step} ({error}); the run continues")
         return
     for old in checkpoints(run.out)[:-2]:
-        shutil.rmtree(old)
+        remove(old)
 
 
 def sync(path: Path):
@@ -811,65 +749,40 @@ def sync(path: Path):
     os.close(descriptor)
 
 
-UNREADABLE = (UserError, OSError, ArithmeticError, ValueError, LookupError, TypeError, SafetensorError)
-
-
-def read_checkpoint(run: Run, folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-    """The state and the tensors of a checkpoint. Raises one of UNREADABLE where they do not fit."""
-    saved = read_json(folder / "state.json")
-    names = ("rng", *networks_of(run), *optimizers_of(run))
-    files = {name: load_file(folder / f"{name}.safetensors") for name in names}
-    for name, network in networks_of(run).items():
-        there = {key: weight.shape for key, weight in files[name].items()}
-        if there != {key: weight.shape for key, weight in network.named_parameters()}:
-            raise ValueError(f"{name} is of another shape")
-    for name in ("draws", "python"):
-        version, numbers, gauss = saved[name]
-        saved[name] = (version, tuple(numbers), gauss)
-        random.Random().setstate(saved[name])                      # would it work?
-    saved["numpy"] = ("MT19937", np.array(saved["numpy"][0], np.uint32), *saved["numpy"][1:])
-    np.random.RandomState().set_state(saved["numpy"])
-    saved["logs"] = {name: int(saved["logs"][name]) for name in LOGS}
-    if min(int(saved["step"]), int(saved["skipped"]), *saved["logs"].values()) < 0:
-        raise ValueError("numbers below zero")
-    run.batches.load(saved["batches"])                       # the last: it is the only one to change anything
-    return saved, files
-
-
 @torch.no_grad()
 def load_checkpoint(run: Run):
-    """Resume from the newest checkpoint in --out that can be read, and cut the logs back to it.
+    """Resume from the newest checkpoint in --out, if there is one, and cut the logs back to it.
 
-    UserError where a log is shorter than the checkpoint knows it: somebody else's hands were there.
+    UserError where it cannot be read: to begin again would cut the logs to nothing.
     """
     lengths = dict.fromkeys(LOGS, 0)
-    for folder in reversed(checkpoints(run.out)):
+    for folder in checkpoints(run.out)[-1:]:
         try:
-            saved, files = read_checkpoint(run, folder)
-        except UNREADABLE as error:
-            print(f"{folder} cannot be read ({error}); resuming from the one before it")
-            continue
-        lengths = saved["logs"]
-        for name, network in networks_of(run).items():
+            state = read_json(folder / "state.json")
+            files = {name: load_file(folder / f"{name}.safetensors")
+                     for name in ("rng", *run.networks, *run.optimizers)}
+        except (UserError, OSError, SafetensorError) as error:
+            raise UserError(f"{folder} cannot be read ({error}); remove it, and the run resumes from the "
+                            f"checkpoint before it, or begins again where there is none") from error
+        for name, network in run.networks.items():
             for key, weight in network.named_parameters():
                 local(weight).copy_(run.world.part(files[name][key], weight))
-        for name, optimizer in optimizers_of(run).items():
+        for name, optimizer in run.optimizers.items():
             optimizer.load(files[name])
+        run.batches.load(state["batches"])
         torch.set_rng_state(files["rng"]["cpu"])
-        if "device" in files["rng"] and run.policy.device.type != "cpu":
-            getattr(torch, run.policy.device.type).set_rng_state(files["rng"]["device"])
-        run.rng.setstate(saved["draws"])
-        random.setstate(saved["python"])
-        np.random.set_state(saved["numpy"])
-        run.step, run.skipped = int(saved["step"]), int(saved["skipped"])
+        if "device" in files["rng"] and (device := run.policy.device.type) != "cpu":
+            getattr(torch, device).set_rng_state(files["rng"]["device"])
+        version, numbers, gauss = state["draws"]
+        run.rng.setstate((version, tuple(numbers), gauss))         # JSON has made a list of the tuple
+        run.step, run.skipped, lengths = state["step"], state["skipped"], state["logs"]
         print(f"resuming after step {run.step}, from {folder}")
-        break
     if run.world.rank == 0:
         open_logs(run, lengths)
 
 
 def open_logs(run: Run, lengths: dict[str, int]):
-    """Open the logs to append to them, cut back to so many bytes."""
+    """Open the logs to append to them, cut back to so many bytes. UserError where one is shorter."""
     for name in LOGS:
         path = run.out / f"{name}.jsonl"
         path.touch()
@@ -1171,159 +1084,164 @@ def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: floa
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
 
 
-def pretraining_pairs(student: VLM, examples: list[Example], collection: Collection, num: int,
-                      batch_size: int, sampling, rng: random.Random, slots: int):
-    """Endless batches for Eq. 1: num fresh responses of the student and num of teachers a question."""
-    for batch in Batches(examples, batch_size, rng):
+def pretraining_pairs(student: VLM, examples: list[Example], collection: Collection, args):
+    """Endless batches for Eq. 1: N fresh responses of the student and N of teachers a question, as many
+    responses a batch as in the loop."""
+    N, rng = args.collect, random.Random(args.seed)
+    questions = max(1, args.batch_size * args.num_samples // N)
+    batches = Batches(examples, questions, rng)
+    while True:
+        batch = next(batches)
         prompts = encode_examples(student, batch)
-        students = generate(student, prompts, num, sampling, slots=slots).text
-        teachers = [[text for _, text in pairs] for pairs in collection.draw(batch, num, rng)]
-        is_student = torch.tensor([[True] * num + [False] * num] * len(batch), device=student.device)
+        students = generate(student, prompts, N, sampling_of(args),
+                            slots=args.rollout_batch * args.num_samples).text
+        teachers = [[text for _, text in pairs] for pairs in collection.draw(batch, N, rng)]
+        is_student = torch.tensor([[True] * N + [False] * N] * len(batch), device=student.device)
         yield [e.text for e in batch], [s + t for s, t in zip(students, teachers)], is_student
 
 
 # ---------------------------------------------------------------------------------------- the folder of a run
 
 
-# What each stage depends on beside its inputs. Options that change no result (device, budgets, cadences) are
-# not here.
-SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed", "dtype")
-SFT_OPTIONS = ("sft_steps", "sft_lr", "sft_batch_size", "seed", "dtype")
-D_OPTIONS = ("collect", "discriminator_steps", "pretrain_lr", "batch_size", "num_samples", *SAMPLING)
-LOOP_OPTIONS = ("algorithm", "loss", "similarity", "reward_weights", "freeze_discriminator",
-                "no_teacher_rollouts", "push_teachers_down", "num_samples", "mu", "beta", "eps", "batch_size",
-                "lr", "warmup", "discriminator_lr", "freeze", *SAMPLING)
+CODE = ("model.py", "discriminator.py", "teachers.py", "eval.py", "train.py")
 
 
 class Folder:
-    """--out. Its stages.json holds the options and inputs that each result was made from.
+    """--out. Its stages.json holds what each result was made from: options, inputs by content, and code.
 
-    A result is used again only if its record is the same as this run's. Inputs are recorded by content, so a
-    file may move, and an option that an older record lacks had its default. Raises UserError for a folder
-    whose files nobody knows.
+    A result is used again only if its options and inputs are this run's; an option that an older record lacks
+    had its default. Other code is no reason to refuse a result, but it is said.
     """
 
     def __init__(self, args, rank: int = 0):
         self.args, self.rank, self.out = args, rank, Path(args.out)
-        self.clock = Meter(pick_device(args.device))
-        self.path = self.out / "stages.json"
-        self.records = self.read(self.path)
+        self.clock, self.parser = Meter(pick_device(args.device)), make_parser(args.student)
+        self.code = {name: digest(Path(__file__).with_name(name)) for name in CODE}
+        self.records = read_records(self.out)
         self.donor = Path(args.from_run) if args.from_run else None
-        self.donated = self.read(self.donor / "stages.json") if self.donor else {}
+        self.donated = read_records(self.donor) if self.donor else {}
         if self.donor and not self.donated:
             raise UserError(f"--from {self.donor}: no run's folder, it has no stages.json")
         if not self.records and self.out.exists() and any(self.out.iterdir()):
-            raise UserError(f"{self.out} holds files and no {self.path.name} that says what they were made "
-                            f"from; choose another --out (--from takes over the stages of another run)")
-
-    @staticmethod
-    def read(path: Path) -> dict:
-        """The records of a stages.json; none where there is no such file."""
-        records = read_json(path) if path.exists() else {}
-        rows = records.values() if isinstance(records, dict) else [None]
-        if not all(isinstance(row, dict) and isinstance(row.get("finished", 0), int) for row in rows):
-            raise UserError(f"{path}: not the record of a run's stages")
-        return records
+            raise UserError(f"{self.out} holds files and no stages.json that says what they were made from; "
+                            f"choose another --out (--from takes over the stages of another run)")
 
     def finished(self, *names: str) -> bool:
         """Whether results under these names are there, and were finished."""
-        there = [name for name in names if (self.out / name).exists()]
-        return len(there) == len(names) and all(self.records.get(name, {}).get("finished") for name in names)
+        return all((self.out / name).exists() and self.records.get(name, {}).get("finished")
+                   for name in names)
 
-    def stage(self, name: str, make, options: tuple[str, ...] = (), inputs: dict | None = None,
-              upto: int | bool = True, partial_results: list[Path] = (), donate: bool = True,
-              again: bool = False, everyone: bool = False) -> Path:
+    def options(self, *groups: str) -> list[str]:
+        """All options in these groups of the parser, so that none can be forgotten."""
+        return [action.dest for group in self.parser._action_groups if group.title in groups
+                for action in group._group_actions]
+
+    def stage(self, name: str, make, options: list[str], inputs: dict, begun: list[Path] = (),
+              finished: int = 1, again: bool = False) -> Path:
         """The path of --out/name, which make(path) has made from these options and inputs: now, or before.
 
-        inputs: {name: anything that JSON can hold}, files as `digest` has them. A stage that can be resumed
-        lists its partial_results, and may return False: there is more to do in another run. upto: how far it
-        has come when it is finished, for one that can be extended. With `donate` a result of the same record
-        is copied from --from. A result that was made from something else is made `again`, or is a UserError.
-        `everyone`: all processes work on it, and not rank 0 alone.
+        inputs: {name: anything that JSON can hold}, files as `digest` has them. begun: what an interrupted
+        `make` leaves to go on from; it may return False, if there is more to do in another run. finished: the
+        steps of the loop, which can be given more. A result that was made from something else is a UserError,
+        or is made `again`. All processes make the student, rank 0 alone the others.
         """
-        path = self.out / name
-        chosen = {option: getattr(self.args, option) for option in options}
-        wanted = json.loads(json.dumps({"options": chosen, "inputs": inputs or {}}))      # as it will be read
-        record, partial_results = self.records.get(name), [p for p in partial_results if p.exists()]
-        if path.exists() or partial_results:
-            if record is None:
-                raise UserError(f"{path} is not from this run, as {self.path.name} does not say what it was "
-                                f"made from; remove it, or choose another --out (--from takes over the "
-                                f"stages of another run)")
-            differ = self.differences(record, wanted)
-            if differ and not again:
-                raise UserError(f"{path} was made with other settings ({differ}); choose another --out "
-                                f"(with --from {self.out} the stages that stay the same are taken over)")
-            if record.get("finished", 0) > upto:
-                raise UserError(f"{path} is the result of {record['finished']} steps, more than {upto}; "
-                                f"choose another --out")
-            if path.exists() and record.get("finished") == upto and not differ:
-                return path
-        if self.rank and not everyone:
+        path, chosen = self.out / name, {option: getattr(self.args, option) for option in options}
+        wanted = json.loads(json.dumps({"options": chosen, "inputs": inputs, "code": self.code}))
+        if again and name in self.records and self.differences(self.records[name], wanted):
+            remove(path)
+        begun, done = [file for file in begun if file.exists()], 0
+        if path.exists() or begun:
+            done = self.check(path, wanted)
+        if done > finished:
+            raise UserError(f"{path} is the result of {done} steps, more than {finished}; choose another "
+                            f"--out")
+        if path.exists() and done == finished or self.rank and name != "student":
             return path
-        self.write({name: wanted | {"finished": (record or {}).get("finished", 0)}})
-        if donate and not path.exists() and self.can_donate(name, wanted, upto):
-            copy_into(self.donor / name, path)
-            print(f"{path} is taken over from {self.donor}")
-        else:
-            if path.exists() and path not in partial_results:
+        self.write({name: wanted | {"finished": done}})
+        if path.exists() or begun or not self.take_over(name, wanted):
+            if not begun:
                 remove(path)                                       # killed between the result and its record
-            if make(path) is False:                                # not all of it: another run resumes
+            if make(path) is False:
                 return path
-        self.write({name: wanted | {"finished": upto}})
+        self.write({name: wanted | {"finished": finished}})
         return path
 
-    def can_donate(self, name: str, wanted: dict, upto) -> bool:
-        """Whether --from has this result, finished and made from the same."""
-        record = self.donated.get(name)
-        return bool(record and record.get("finished") == upto and (self.donor / name).exists()
-                    and not self.differences(record, wanted))
+    def check(self, path: Path, wanted: dict) -> int:
+        """How far a result has come; UserError unless it was made from what is wanted. Other code is said."""
+        record = self.records.get(str(path.relative_to(self.out)))
+        if record is None:
+            raise UserError(f"{path} is not from this run, as stages.json does not say what it was made "
+                            f"from; remove it, or choose another --out")
+        if words := self.differences(record, wanted):
+            raise UserError(f"{path} was made with other settings ({words}); choose another --out (with "
+                            f"--from {self.out} the stages that stay the same are taken over)")
+        self.say_code(path, record)
+        return record["finished"]
 
-    def differences(self, there: dict, here: dict) -> str:
-        """What two records differ in, in words; "" if in nothing."""
-        defaults, words = vars(make_parser(self.args.student).parse_args([])), []
-        defaults["reward_weights"] = REWARD_WEIGHTS | defaults["reward_weights"]
-        options, inputs = there.get("options"), there.get("inputs")
-        if not isinstance(options, dict) or not isinstance(inputs, dict):
-            return f"the record in {self.path.name} is damaged"
-        for name, value in here["options"].items():
-            if (old := options.get(name, defaults.get(name))) != value:
-                words.append(f"--{name.replace('_', '-')} {old} there, {value} here")
-        for name, value in here["inputs"].items():
-            if (old := inputs.get(name)) != value:
-                words.append(f"{name} {old} there, {value} here")
+    def say_code(self, path: Path, record: dict):
+        """A line that names the files of this code that have changed since a result was made."""
+        if changed := [name for name in CODE if record["code"].get(name) != self.code[name]]:
+            print(f"{path} was made when {', '.join(changed)} read otherwise, and is used as it is; choose "
+                  f"another --out to make it anew")
+
+    def differences(self, record: dict, wanted: dict) -> str:
+        """What a record and the wanted one differ in, in words; "" if in nothing."""
+        defaults, words = vars(self.parser.parse_args([])), []
+        for option, value in wanted["options"].items():
+            if (old := record["options"].get(option, defaults.get(option))) != value:
+                words.append(f"--{option.replace('_', '-')} {old} there, {value} here")
+        for thing, value in wanted["inputs"].items():
+            if (old := record["inputs"].get(thing)) != value:
+                words.append(f"{thing} {old} there, {value} here")
         return ", ".join(words)
 
+    def take_over(self, name: str, wanted: dict) -> bool:
+        """Copy a finished result of the same record from --from, if there is one; whether there was. The
+        student stays where its logs are."""
+        record = self.donated.get(name, {"finished": 0})
+        there = record["finished"] and (self.donor / name).exists() and name != "student"
+        if not there or self.differences(record, wanted):
+            return False
+        source, target = self.donor / name, self.out / name
+        unfinished = Path(f"{target}.unfinished")                  # complete, or not there under its name
+        remove(unfinished)
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        copy_all = shutil.copytree if source.is_dir() else shutil.copyfile
+        copy_all(source, unfinished)
+        unfinished.rename(target)
+        print(f"{target} is taken over from {self.donor}")
+        self.say_code(target, record)
+        wanted["code"] = record["code"]
+        return True
+
     def write(self, records: dict | None = None):
-        """Keep the records, on the disk before the results that they speak of; rank 0 writes."""
+        """Keep records, on the disk before the results that they speak of; rank 0 writes."""
         self.records |= records or {}
         if self.rank:
             return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path, json.dumps(self.records, indent=1))
+            write_atomic(self.out / "stages.json", json.dumps(self.records, indent=1))
         except OSError as error:
             raise UserError(f"--out {self.out} cannot be written ({error.strerror})") from error
 
 
+def read_records(folder: Path) -> dict:
+    """The records in a run's folder, by result; none where there is no stages.json."""
+    path, parts = folder / "stages.json", {"options", "inputs", "code", "finished"}
+    records = read_json(path) if path.exists() else {}
+    rows = records.values() if isinstance(records, dict) else [None]
+    if not all(isinstance(row, dict) and parts <= row.keys() for row in rows):
+        raise UserError(f"{path}: not the record of a run's stages; choose another --out")
+    return records
+
+
 def remove(path: Path):
-    """Delete a file or a folder."""
+    """Delete a file or a folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
-        path.unlink()
-
-
-def copy_into(source: Path, target: Path):
-    """Copy a file or a folder; it appears under its name only when it is complete."""
-    unfinished = Path(f"{target}.unfinished")
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(source, unfinished)
-    else:
-        shutil.copyfile(source, unfinished)
-    unfinished.rename(target)
+        path.unlink(missing_ok=True)
 
 
 def digest(path: str | Path) -> str:
@@ -1351,42 +1269,52 @@ def digest(path: str | Path) -> str:
 # -------------------------------------------------------------------------------------------- stages of a run
 
 
-def check_inputs(args, folder: Folder) -> dict[str, list[Example]]:
+def check_inputs(args, folder: Folder) -> dict[str, list]:
     """UserError for what is wrong with data, checkpoints and servers, before anything is written.
 
     Returns the examples (or tasks) of the data files given, by option. Servers are not asked where their work
     is done.
     """
-    given = {}
-    student = [args.student] if args.student != "toy" else []      # the toy does not exist yet
+    check_rewards(args)
+    given, student, processor = {}, [], None
+    if args.student != "toy":                                      # the toy does not exist yet
+        student, processor = [args.student], load_processor(args.student)
+    collected = folder.finished("collection.jsonl")
     # rows that were left out because of a teacher must be left out again
-    again = args.skip_bad or not folder.finished("collection.jsonl")
-    asked = student + args.teachers if again else student
+    asked = student if collected and not args.skip_bad else student + args.teachers
     for name, load, models, response in (("data", load_examples, asked, args.max_new_tokens),
                                          ("sft_data", load_examples, student, None),
                                          ("eval_data", tasks_of, student, args.max_new_tokens)):
         if path := getattr(args, name):
             given[name] = load(path, skip_bad=args.skip_bad, checks=prompt_checks(models, response))
-    if not folder.finished("collection.jsonl"):
-        for name in args.teachers:
-            make_teacher(name, args.device, args.dtype).check()
+    for name in [] if collected else args.teachers:
+        make_teacher(name, args.device, args.dtype).check()
     scored = ["evaluation-before.json", "evaluation-after.json"] if args.eval_data or not args.data else []
     if not folder.finished("student", *scored):
-        if endpoint := endpoint_of(args.judge):
-            check_endpoint(endpoint)
-        elif args.judge != "rule":
-            load_processor(args.judge, text_only=True)
-    processor = None
-    if args.student != "toy":
-        processor = load_processor(args.student)
-        if args.algorithm == "ril":
-            eq1.around_response(processor)
-        if args.freeze:
-            freeze(skeleton(args.student), args.freeze, args.student)
+        check_judge(args.judge)
+    if processor and args.algorithm == "ril":
+        eq1.around_response(processor)
+    if processor and args.freeze:
+        freeze(skeleton(args.student), args.freeze, args.student)
     if args.collection:
         read_collection(args.collection, given["data"], processor, args)
     folder.write()
     return given
+
+
+def check_rewards(args):
+    """UserError unless all rewards of reward_terms, on a made-up group, have weights, and one not 0."""
+    K = 2 * args.num_samples
+    outputs = Outputs([["?"] * K], torch.zeros(1, K, 1, dtype=torch.long),
+                      torch.ones(1, K, 1, dtype=torch.bool))
+    p_student = torch.full((1, K), 0.5) if args.algorithm == "ril" else None
+    group = Group([Example("?", (), "?", "?")], outputs, [["student"] * K], p_student, torch.ones(1, K))
+    terms = reward_terms(group, args)
+    for name in terms:
+        if name not in args.reward_weights:
+            raise UserError(f"train.py: the reward {name!r} of reward_terms has no weight in REWARD_WEIGHTS")
+    if not any(args.reward_weights[name] for name in terms):
+        raise UserError("--reward-weights leaves no reward")
 
 
 def read_collection(path, examples: list[Example], processor, args) -> Collection:
@@ -1399,25 +1327,25 @@ def read_collection(path, examples: list[Example], processor, args) -> Collectio
 def toy_world_and_teachers(folder: Folder, args, data: dict) -> list:
     """The teachers. Where no data is given, the toy world is drawn, its teachers are trained, and its
     examples and tasks are put into `data`."""
+    if not args.data:
+        with folder.clock.phase("toy world and its teachers"):
+            world = folder.stage("data", partial(toy_world, seed=args.seed), ["seed"], {})
+            for name, family in (("qwen", "qwen2_5_vl"), ("internvl", "internvl")):
+                files = [str(world / "words.jsonl"), str(world / f"{name}.jsonl")]
+                make = partial(tiny_vlm_from_scratch, family=family, lessons=list(map(load_examples, files)),
+                               width=96, steps=args.teacher_steps, args=args)
+                folder.stage(f"teachers/{name}", make, folder.options("SFT", "every stage"),
+                             {"its lessons": list(map(digest, files))})
+        if not args.sft_data:
+            data["sft_words"] = load_examples(str(world / "sft-words.jsonl"))
+        for option, name, load in (("data", "train", load_examples), ("sft_data", "sft", load_examples),
+                                   ("eval_data", "heldout", tasks_of)):
+            if not getattr(args, option):
+                setattr(args, option, str(world / f"{name}.jsonl"))
+                data[option] = load(getattr(args, option))
+        args.teachers = args.teachers or [str(folder.out / "teachers" / name)
+                                          for name in ("qwen", "internvl")]
     slots = max(1, 2 * args.num_samples * args.rollout_batch // args.collect) * args.collect
-    if args.data:
-        return [make_teacher(name, args.device, args.dtype, slots) for name in args.teachers]
-    with folder.clock.phase("toy world and its teachers"):
-        world = folder.stage("data", partial(toy_world, seed=args.seed), ("seed",))
-        for name, family in (("qwen", "qwen2_5_vl"), ("internvl", "internvl")):
-            files = [str(world / "words.jsonl"), str(world / f"{name}.jsonl")]
-            make = partial(tiny_vlm_from_scratch, family=family, lessons=list(map(load_examples, files)),
-                           width=96, steps=args.teacher_steps, args=args)
-            options = ("teacher_steps", "sft_lr", "sft_batch_size", "seed", "dtype")
-            folder.stage(f"teachers/{name}", make, options, {"its lessons": list(map(digest, files))})
-    if not args.sft_data:
-        data["sft_words"] = load_examples(str(world / "sft-words.jsonl"))
-    for option, name, load in (("data", "train", load_examples), ("sft_data", "sft", load_examples),
-                               ("eval_data", "heldout", tasks_of)):
-        if not getattr(args, option):
-            setattr(args, option, str(world / f"{name}.jsonl"))
-            data[option] = load(getattr(args, option))
-    args.teachers = args.teachers or [str(folder.out / "teachers" / name) for name in ("qwen", "internvl")]
     return [make_teacher(name, args.device, args.dtype, slots) for name in args.teachers]
 
 
@@ -1429,18 +1357,18 @@ def toy_world(path: Path, seed: int):
     spot, where the other is right: A takes squares for circles, B circles for squares. One blind spot they
     share: neither counts beyond 1 and 2. There only the student's own responses can be right.
     """
-    unfinished = f"{path}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = Path(f"{path}.unfinished")
+    remove(unfinished)
     shared = {"0": "1", "3": "2", "4": "2"}
     own_words = {"circle": "ball", "square": "box", "triangle": "tent"}
-    draw_toy_world(unfinished, seed, {
+    draw_toy_world(str(unfinished), seed, {
         "heldout": Split(500), "train": Split(1000),
         "words": Split(4000),
         "qwen": Split(2000, ("A",), shared | {"square": "circle"}),
         "internvl": Split(2000, ("B",), shared | {"circle": "square"}),
         "sft-words": Split(4000, wrong=own_words),
         "sft": Split(2000, 5 * ("careless",) + ("A", "B"), own_words)})
-    Path(unfinished).rename(path)
+    unfinished.rename(path)
 
 
 def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]], width: int, steps: int,
@@ -1453,11 +1381,11 @@ def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]
     # with the words of the prompts among them, these become tokens too, and the prompts short
     texts = [text for e in examples for text in (e.text, e.truth)]
     texts += 50 * [eq1.SYSTEM, eq1.BEFORE + eq1.AFTER, "user\nassistant\nsystem\n"]
-    random_weights = f"{folder}.random"
-    shutil.rmtree(random_weights, ignore_errors=True)
-    build_tiny_vlm(random_weights, family, texts, width, layers=2, vocabulary=600, seed=args.seed)
-    vlm = load_vlm(random_weights, args.device, args.dtype)
-    shutil.rmtree(random_weights)
+    random_weights = Path(f"{folder}.random")
+    remove(random_weights)
+    build_tiny_vlm(str(random_weights), family, texts, width, layers=2, vocabulary=600, seed=args.seed)
+    vlm = load_vlm(str(random_weights), args.device, args.dtype)
+    remove(random_weights)
     for i, lesson in enumerate(lessons):
         sft(vlm, lesson, steps // 4 if i else steps, args.sft_batch_size, args.sft_lr, args.seed, folder.name,
             args.token_budget)
@@ -1469,10 +1397,9 @@ def fine_tuned_student(folder: Folder, args, data: dict) -> str:
 
     UserError where packed rows do not suit its family: before teachers are paid for.
     """
-    inputs = {"the student": args.student if args.student == "toy" else digest(args.student)}
     start = args.student
     if args.student == "toy" or args.sft_steps:
-        examples, source = (data["sft_data"], args.sft_data) if args.sft_data else (data["data"], args.data)
+        examples = data["sft_data"]
 
         def make(path):
             if args.student == "toy":
@@ -1483,8 +1410,10 @@ def fine_tuned_student(folder: Folder, args, data: dict) -> str:
             sft(student, examples, args.sft_steps, args.sft_batch_size, args.sft_lr, args.seed, "student",
                 args.token_budget, args.offload)
             save_vlm(student, str(path))
+        inputs = {"the student": "toy" if args.student == "toy" else digest(args.student),
+                  "--sft-data": digest(args.sft_data)}
         with folder.clock.phase("SFT"):
-            start = str(folder.stage("sft", make, SFT_OPTIONS, inputs | {"--sft-data": digest(source)}))
+            start = str(folder.stage("sft", make, folder.options("SFT", "every stage"), inputs))
     if not folder.finished("student"):
         student = load_vlm(start, args.device, args.dtype)
         check_packing(student, encode_example(student, data["data"][0]))
@@ -1505,13 +1434,14 @@ def teachers_responses(folder: Folder, args, teachers: list, data: dict, start: 
         return None
     path = Path(args.collection or folder.out / "collection.jsonl")
     if not args.collection:
-        local = {t.name: digest(name) for t, name in zip(teachers, args.teachers) if Path(name).exists()}
+        local = {teacher.name: digest(teacher.path) for teacher in teachers if hasattr(teacher, "path")}
         inputs = {"--data": digest(args.data), "the teachers": [t.name for t in teachers],
                   "their checkpoints": local}
         with folder.clock.phase("collection"):
             folder.stage("collection.jsonl", lambda path: fill_collection(
                 str(path), teachers, data["data"], args.collect, sampling_of(args), args.seed),
-                ("collect", *SAMPLING), inputs, partial_results=[path])
+                folder.options("collection", "sampling", "every stage"), inputs,
+                begun=[path])
     collection = read_collection(path, data["data"], load_processor(start), args)
     for many, why in ((collection.unfinished, "responses are empty or were cut off by a token limit"),
                       (collection.overlong, f"responses have more than --max-new-tokens "
@@ -1524,12 +1454,6 @@ def teachers_responses(folder: Folder, args, teachers: list, data: dict, start: 
     return collection
 
 
-def new_discriminator(policy: VLM, args) -> Discriminator:
-    """D before any training; its head is drawn at random, the same for the same seed."""
-    torch.manual_seed(args.seed)
-    return Discriminator(policy)
-
-
 def pretrained_discriminator(folder: Folder, args, data: dict, collection: Collection | None,
                              start: str) -> Path | None:
     """D pre-trained for this student by Eq. 1, on fresh responses of the student and the collected ones."""
@@ -1538,12 +1462,9 @@ def pretrained_discriminator(folder: Folder, args, data: dict, collection: Colle
 
     def make(path):
         policy = load_student(start, args)
-        D = new_discriminator(policy, args)
-        # as many responses as in the loop
-        questions = max(1, args.batch_size * args.num_samples // args.collect)
-        pairs = pretraining_pairs(policy, data["data"], collection, args.collect, questions,
-                                  sampling_of(args), random.Random(args.seed),
-                                  args.rollout_batch * args.num_samples)
+        torch.manual_seed(args.seed)                               # draws D's head, and the responses
+        D = Discriminator(policy)
+        pairs = pretraining_pairs(policy, data["data"], collection, args)
         optimizer = AdamW(D, args.pretrain_lr, offload=args.offload)
         eq1.pretrain(D, optimizer, pairs, args.discriminator_steps, args.pretrain_lr, args.token_budget)
         # with its optimizer: a new one's first steps are as long as its rate allows, whatever they follow
@@ -1551,10 +1472,12 @@ def pretrained_discriminator(folder: Folder, args, data: dict, collection: Colle
         tensors |= {f"optimizer {name}": moment for name, moment in optimizer.tensors().items()}
         save_file(tensors, f"{path}.unfinished")
         Path(f"{path}.unfinished").rename(path)
+    options = folder.options("collection", "discriminator", "sampling", "every stage")
     inputs = {"--data": digest(args.data), "the collection": digest(args.collection),
               "the student": digest(start)}
     with folder.clock.phase("discriminator"):
-        return folder.stage("discriminator.safetensors", make, D_OPTIONS, inputs)
+        return folder.stage("discriminator.safetensors", make, options + ["batch_size", "num_samples"],
+                            inputs)
 
 
 def trained_student(folder: Folder, args, world: World, data: dict, collection: Collection | None,
@@ -1562,28 +1485,28 @@ def trained_student(folder: Folder, args, world: World, data: dict, collection: 
     """The loop, and the student that comes out of it, a checkpoint like the one it began as."""
     def make(path):
         policy, D, tensors = load_student(start, args), None, {}
-        if pretrained:
-            D, tensors = new_discriminator(policy, args), load_file(pretrained)
-            D.load_state_dict(named(tensors, "D "))
         if path.exists() and not checkpoints(folder.out):
             raise UserError(f"{path} cannot be trained further, as its last checkpoint is gone; choose "
                             f"another --out")
+        if pretrained:
+            D, tensors = Discriminator(policy), load_file(pretrained)
+            D.load_state_dict(named(tensors, "D "))
         run = Run(args, world, folder.out, policy, data["data"], D)
         if D:
             run.d_optimizer.load(named(tensors, "optimizer "))
         ril(run, collection, judge(), data.get("eval_data", []))
         folder.clock.peak_gb = max(folder.clock.peak_gb, run.meter.peak_gb)
         save_student(run, start, path)
-        if world.rank == 0:
-            for old in checkpoints(folder.out)[:-1]:      # the last one is for a run that is given more steps
-                shutil.rmtree(old)
-    inputs = {"--data": digest(args.data), "the student": digest(start), "--judge": judge_name(args.judge)}
+        for old in checkpoints(folder.out)[:-1] if world.rank == 0 else []:
+            remove(old)                                   # the last one is for a run that is given more steps
+    endpoint = endpoint_of(args.judge)
+    inputs = {"--data": digest(args.data), "the student": digest(start),
+              "--judge": endpoint.model if endpoint else args.judge}         # a server's address may change
     if pretrained:
         inputs |= {"the collection": digest(args.collection), "the discriminator": digest(pretrained)}
     begin = time.perf_counter()
-    path = folder.stage("student", make, LOOP_OPTIONS, inputs, upto=args.steps,
-                        partial_results=[folder.out / "student", *checkpoints(folder.out)], donate=False,
-                        everyone=True)
+    path = folder.stage("student", make, folder.options("loop", "sampling", "every stage"), inputs,
+                        begun=[folder.out / "student", *checkpoints(folder.out)], finished=args.steps)
     folder.clock.seconds["loop"] = time.perf_counter() - begin
     return path
 
@@ -1591,12 +1514,6 @@ def trained_student(folder: Folder, args, world: World, data: dict, collection: 
 def named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Those whose name begins so, by the rest of their name."""
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-
-
-def judge_name(judge: str) -> str:
-    """What a judge is called in records: of a server, the model alone, as its address may change."""
-    endpoint = endpoint_of(judge)
-    return endpoint.model if endpoint else judge
 
 
 def save_student(run: Run, start: str, path: Path):
@@ -1609,7 +1526,7 @@ def save_student(run: Run, start: str, path: Path):
         plain = load_vlm(start, run.args.device, run.args.dtype)
         for name, weight in plain.model.named_parameters():
             weight.data.copy_(weights[name])
-    shutil.rmtree(path, ignore_errors=True)
+    remove(path)
     save_vlm(plain, str(path))
 
 
@@ -1623,8 +1540,8 @@ def report(folder: Folder, args, data: dict, judge, start: str):
             write_atomic(path, json.dumps(evaluate(held_out, texts, judge()), ensure_ascii=False))
         if held_out:
             inputs = {"the model": digest(checkpoint), "--eval-data": digest(args.eval_data),
-                      "--judge": judge_name(args.judge)}
-            saved = folder.stage(f"evaluation-{name}.json", make, ("max_new_tokens",), inputs, again=True)
+                      "--judge": args.judge}
+            saved = folder.stage(f"evaluation-{name}.json", make, ["max_new_tokens"], inputs, again=True)
             results[name] = read_json(saved)["tasks"]
     metrics = [row for _, row in read_jsonl(out / "metrics.jsonl")]
     draw_curves(metrics, str(out / "curves.png"))
@@ -1639,108 +1556,82 @@ def report(folder: Folder, args, data: dict, judge, start: str):
 # ---------------------------------------------------------------------------------------------- command line
 
 
-# Defaults, in one place. A named student gets the paper's; the toy gets what a tiny model needs to learn in
-# minutes.
-PAPER = dict(sft_steps=0, sft_lr=1e-5, sft_batch_size=64, collect=16, discriminator_steps=1111,
-             pretrain_lr=1e-5, num_samples=4, mu=1, eps=0.2, beta=0.01, steps=1000, batch_size=144,
-             token_budget=8192, lr=1e-6, warmup=0, discriminator_lr=1e-6, rollout_batch=16,
-             max_new_tokens=256, eval_every=100, log_every=10, teacher_steps=0, save_every="15m",
-             push_teachers_down=True, reward_weights={})
-TOY = PAPER | dict(sft_steps=600, sft_lr=1e-3, sft_batch_size=32, collect=8, discriminator_steps=60,
-                   pretrain_lr=1e-3, beta=0.15, steps=100, batch_size=64, token_budget=16384, lr=3e-4,
-                   warmup=20, rollout_batch=64, discriminator_lr=5e-5, max_new_tokens=24, eval_every=20,
-                   log_every=10, teacher_steps=500, save_every="20", push_teachers_down=False,
-                   reward_weights={"similarity": 0.3})
+# The numbers, by the group of options that they stand in: option, the paper's value, which a named student
+# gets, the toy's, with which a tiny model learns in minutes, and what it is.
+NUMBERS = {
+    "SFT": (
+        ("--sft-steps", 0, 600, "steps of SFT; 0 for a student that has had it"),
+        ("--sft-lr", 1e-5, 1e-3, "learning rate of SFT, decays linearly to a tenth"),
+        ("--sft-batch-size", 64, 32, "examples per step of SFT"),
+        ("--teacher-steps", 0, 500, "steps of SFT of each teacher of the toy world")),
+    "collection": (
+        ("--collect", 16, 8, "responses of each teacher to each question; and N of D's pre-training"),),
+    "discriminator": (
+        ("--discriminator-steps", 1111, 60, "steps of discriminator pre-training"),
+        ("--pretrain-lr", 1e-5, 1e-3, "learning rate of that, decays linearly to a tenth")),
+    "loop": (
+        ("--num-samples", 4, 4, "G, responses of the student, and as many of teachers, a question"),
+        ("--batch-size", 144, 64, "questions per step"),
+        ("--mu", 1, 1, "updates of D and of the policy per step"),
+        ("--beta", 0.01, 0.15, "weight of the KL to the reference"),
+        ("--eps", 0.2, 0.2, "the ratio is clipped to 1 - eps .. 1 + eps"),
+        ("--lr", 1e-6, 3e-4, "learning rate of the student"),
+        ("--warmup", 0, 20, "steps in which the student's learning rate rises from nothing"),
+        ("--discriminator-lr", 1e-6, 5e-5, "learning rate of D")),
+    "machine": (
+        ("--steps", 1000, 100, "steps of the loop; a finished run can be given more"),
+        ("--token-budget", 8192, 16384, "tokens per micro-batch: fewer need less memory"),
+        ("--rollout-batch", 16, 64, "questions sampled at a time: fewer need less memory"),
+        ("--eval-every", 100, 20, "steps between held-out accuracies"),
+        ("--log-every", 10, 10, "steps between printed samples"),
+        ("--save-every", "15m", "20", "steps between checkpoints of the loop, or minutes as 15m")),
+}
 
 
-def add_run_options(parser):
-    """What goes in and where it comes out, and the stages before the loop."""
-    group = parser.add_argument_group("models and data")
-    group.add_argument("--student", default="toy", help="checkpoint folder or hub id, or toy: a tiny one, "
-                       "from scratch")
-    group.add_argument("--teachers", nargs="+", default=[], help="fill the collection: checkpoint folders, "
-                       "hub ids, or model@http://server/v1 of an OpenAI-compatible server")
-    group.add_argument("--collection", help="JSONL of responses made elsewhere, instead of teachers")
-    group.add_argument("--judge", default="rule", help="who decides what is right: rule (short answers are "
-                       "parsed), a checkpoint, or model@url")
-    group.add_argument("--data", help="questions to train on, JSONL or JSON; default, for the toy student: "
-                       "the toy world")
-    group.add_argument("--sft-data", help="examples to fine-tune on first; default, for the toy student: "
-                       "--data")
-    group.add_argument("--eval-data", help="held-out questions, or a benchmark as eval.py takes it")
-    group.add_argument("--skip-bad", action="store_true",
-                       help="leave out examples whose image cannot be read, and those that a model cannot "
-                       "be asked")
-    group.add_argument("--out", default="runs/toy", help="folder of the run; finished stages in it are not "
-                       "done again")
-    group.add_argument("--from", dest="from_run", metavar="RUN", help="folder of another run: its stages "
-                       "that would come out the same here are taken over")
-
-    group = parser.add_argument_group("before the loop")
-    group.add_argument("--sft-steps", type=int, help="steps of SFT; 0 for a student that has had it")
-    group.add_argument("--sft-lr", type=float, help="learning rate of SFT, decays linearly to a tenth")
-    group.add_argument("--sft-batch-size", type=int, help="examples per step of SFT")
-    group.add_argument("--teacher-steps", type=int, help="steps of SFT of each teacher of the toy world")
-    group.add_argument("--collect", type=int, help="responses of each teacher to each question in the "
-                       "collection; also N, responses of each side per question, in discriminator "
-                       "pre-training")
-    group.add_argument("--discriminator-steps", type=int, help="steps of discriminator pre-training")
-    group.add_argument("--pretrain-lr", type=float, help="learning rate of that, decays linearly to a tenth")
+def add_run_options(group):
+    """What goes in and where it comes out. Inputs are recorded by content, not by name."""
+    add = group.add_argument
+    add("--student", default="toy", help="checkpoint folder or hub id, or toy: a tiny one, from scratch")
+    add("--teachers", nargs="+", default=[], help="fill the collection: checkpoint folders, hub ids, or "
+        "model@http://server/v1 of an OpenAI-compatible server")
+    add("--collection", help="JSONL of responses made elsewhere, instead of teachers")
+    add("--judge", default="rule", help="who decides what is right: rule (short answers are parsed), a "
+        "checkpoint, or model@url")
+    add("--data", help="questions to train on; default, for the toy student: the toy world")
+    add("--sft-data", help="examples to fine-tune on first")
+    add("--eval-data", help="held-out questions, or a benchmark as eval.py takes it")
+    add("--skip-bad", action="store_true", help="leave out examples whose image cannot be read, and those "
+        "that a model cannot be asked")
+    add("--out", default="runs/toy", help="folder of the run; what is finished in it is not done again")
+    add("--from", dest="from_run", metavar="RUN", help="folder of another run: its stages that would come "
+        "out the same here are taken over")
 
 
-def add_loop_options(parser):
-    """The loop: what is computed."""
-    group = parser.add_argument_group("algorithm")
-    group.add_argument("--algorithm", choices=["ril", "rl"], default="ril", help="rl: Algorithm 1, no "
-                       "teachers and no D")
-    group.add_argument("--loss", choices=list(LOSSES), default="dr_grpo", help="grpo divides by std and by "
-                       "length")
-    group.add_argument("--similarity", choices=list(SIMILARITIES), default="binary",
-                       help="how finely the similarity reward is graded")
-    group.add_argument("--reward-weights", nargs="+", type=reward_weight, metavar="NAME=WEIGHT",
-                       help="weights of the rewards; answer=0: the judge is heard, but not rewarded")
-    group.add_argument("--freeze-discriminator", action="store_true", help="skip lines 7-9: D stays as "
-                       "pre-trained")
-    group.add_argument("--no-teacher-rollouts", action="store_true", help="teachers' responses train D, not "
-                       "the policy")
-    group.add_argument("--push-teachers-down", action=argparse.BooleanOptionalAction, help="also follow "
-                       "negative advantages of teachers' responses, as the paper does; where the student "
-                       "hardly says such things, that has no bound, and breaks a small one's language")
-    group.add_argument("--num-samples", type=int, help="G, responses of the student, and as many of "
-                       "teachers, a question")
-    group.add_argument("--mu", type=int, help="updates of D and of the policy per step")
-    group.add_argument("--beta", type=float, help="weight of the KL to the reference")
-    group.add_argument("--eps", type=float, help="the ratio is clipped to 1 - eps .. 1 + eps")
-    group.add_argument("--freeze", metavar="REGEX", help="parts of the student that are not trained in the "
-                       "loop, by weight name: 'visual' the vision tower, 'lm_head' the vocabulary head, "
-                       "'self_attn', 'embed_tokens', 'mlp.gate|mlp.up|mlp.down', 'norm' (the paper's Table "
-                       "5c)")
-    group.add_argument("--steps", type=int, help="steps of the loop; a finished run can be given more")
-    group.add_argument("--batch-size", type=int, help="questions per step")
-    group.add_argument("--lr", type=float, help="learning rate of the student")
-    group.add_argument("--warmup", type=int, help="steps in which the student's learning rate rises from "
-                       "nothing")
-    group.add_argument("--discriminator-lr", type=float, help="learning rate of D")
-    group.add_argument("--seed", type=int, default=0)
+def add_loop_options(group, student: str):
+    """What the loop computes, beside its numbers."""
+    toy, add = student == "toy", group.add_argument
+    add("--algorithm", choices=["ril", "rl"], default="ril", help="rl: Algorithm 1, no teachers and no D")
+    add("--loss", choices=list(LOSSES), default="dr_grpo", help="grpo divides by std and by length")
+    add("--similarity", choices=list(SIMILARITIES), default="binary", help="how finely it is graded")
+    add("--reward-weights", nargs="+", type=reward_weight, metavar="NAME=WEIGHT",
+        default=REWARD_WEIGHTS | ({"similarity": 0.3} if toy else {}),
+        help="weights of the rewards; answer=0: the judge is heard, but not rewarded")
+    add("--freeze-discriminator", action="store_true", help="skip lines 7-9: D stays as pre-trained")
+    add("--no-teacher-rollouts", action="store_true", help="teachers' responses train D, not the policy")
+    add("--push-teachers-down", action=argparse.BooleanOptionalAction, default=not toy, help="also follow "
+        "negative advantages of teachers' responses, as the paper does; where the student hardly says such "
+        "things, that has no bound, and breaks a small one's language")
+    add("--freeze", metavar="REGEX", help="weights of the student that the loop leaves as they are, by name: "
+        "'visual' the vision tower, 'lm_head' the vocabulary head, 'self_attn', 'mlp', 'norm' (Table 5c)")
 
 
-def add_machine_options(parser):
-    """How it is computed: nothing here changes what comes out, but for --dtype and rounding."""
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
-    group.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, "
-                       "float32 on the CPU")
-    group.add_argument("--token-budget", type=int, help="tokens per micro-batch, of prompts and responses; "
-                       "fewer need less memory, and the gradient is the same")
-    group.add_argument("--rollout-batch", type=int, help="so many questions' responses are sampled at a "
-                       "time; fewer need less memory, and the responses are the same")
-    group.add_argument("--gradient-checkpointing", action="store_true", help="compute layers twice, keep "
-                       "only their inputs")
-    group.add_argument("--offload", action="store_true", help="optimizer states live and work on the CPU; D "
-                       "and the reference wait there")
-    group.add_argument("--eval-every", type=int, help="steps between held-out accuracies")
-    group.add_argument("--log-every", type=int, help="steps between printed samples")
-    group.add_argument("--save-every", help="steps between checkpoints of the loop, or minutes as 15m")
+def add_machine_options(group):
+    """How it is computed, and for how long: nothing here changes a step, but for rounding."""
+    add = group.add_argument
+    add("--device", help="cuda, mps or cpu; default: the best there is")
+    add("--gradient-checkpointing", action="store_true", help="compute layers twice, keep only their inputs")
+    add("--offload", action="store_true", help="optimizer states live and work on the CPU; D and the "
+        "reference wait there")
 
 
 def reward_weight(text: str) -> tuple[str, float]:
@@ -1756,12 +1647,28 @@ def reward_weight(text: str) -> tuple[str, float]:
 
 
 def make_parser(student: str) -> argparse.ArgumentParser:
-    """The options, with the defaults of this student. Where help names no default, PAPER and TOY have it."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for add in (add_run_options, add_loop_options, add_machine_options, add_sampling_options):
-        add(parser)
-    parser.set_defaults(**(TOY if student == "toy" else PAPER))
+    """The options, with the defaults of this student.
+
+    The results of a stage are recorded with the options of its groups (see Folder.options), so an option
+    stands in the group of the stage that it changes, or in "machine", if in none.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_options(parser.add_argument_group("models and data"))
+    groups = {title: parser.add_argument_group(title) for title in NUMBERS}
+    for title, numbers in NUMBERS.items():
+        for option, paper, toy, what in numbers:
+            groups[title].add_argument(option, type=type(paper), default=toy if student == "toy" else paper,
+                                       help=f"{what} (default {paper}, of the toy {toy})")
+    add_loop_options(groups["loop"], student)
+    add_machine_options(groups["machine"])
+    add_sampling_options(parser)
+    if student == "toy":
+        parser.set_defaults(max_new_tokens=24)
+    group = parser.add_argument_group("every stage")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 "
+                       "on the CPU")
     return parser
 
 
@@ -1779,19 +1686,15 @@ def parse_args(argv=None):
         re.compile(args.freeze or "")
     except re.error as error:
         parser.error(f"--freeze {args.freeze} is not a regular expression ({error})")
-    usual = (TOY if args.student == "toy" else PAPER)["reward_weights"]
-    args.reward_weights = REWARD_WEIGHTS | usual | dict(args.reward_weights)
-    terms = set(REWARD_WEIGHTS) - ({"similarity"} if args.algorithm == "rl" else set())
-    if not any(args.reward_weights[name] for name in terms):
-        parser.error("--reward-weights leaves no reward")
+    args.reward_weights = parser.get_default("reward_weights") | dict(args.reward_weights)
     if args.student != "toy" and not args.data:
         parser.error("--data is needed for a named student")
     if args.collection and not args.data:
         parser.error("--collection needs the --data that it answers")
     if args.data and args.algorithm == "ril" and not (args.teachers or args.collection):
         parser.error("RIL needs --teachers or a --collection of their responses (or --algorithm rl)")
-    if args.sft_steps and args.student != "toy" and not args.sft_data:
-        parser.error("--sft-steps needs --sft-data")
+    if (args.sft_steps or args.student == "toy") and args.data and not args.sft_data:
+        parser.error("SFT needs --sft-data; give the file of --data, if its answers are what to say")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1 and (args.offload or args.batch_size < ranks):
         parser.error(f"{ranks} processes want a --batch-size of at least {ranks}, and no --offload")
