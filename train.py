@@ -261,7 +261,7 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
 
     terms = reward_terms(group, args)                                                 # line 10
     reward, valid = total_reward(terms, args.reward_weights)                          #          (B, 2G)
-    if args.no_teacher_rollouts:
+    if not args.teacher_rollouts:
         valid = valid & is_student
     advantage = advantages(reward, valid, LOSSES[args.loss])                          # line 10  (B, 2G)
     if not args.push_teachers_down:                    # what a student hardly says falls without end
@@ -1060,14 +1060,14 @@ def skeleton(path: str) -> torch.nn.Module:
 # -------------------------------------------------------------------------------------------- before the loop
 
 
-def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: float, seed: int, name: str,
-        budget: int, offload: bool = False):
+def sft(vlm: VLM, examples: list[Example], steps: int, name: str, args):
     """Supervised fine-tuning on the examples' truths: mean cross-entropy per token.
 
     The learning rate warms up over 50 steps, as Adam's first steps are noise, and decays linearly to lr / 10.
     """
-    optimizer = AdamW(vlm.model, lr, (0.9, 0.95), offload)
-    batches = Batches(examples, batch_size, random.Random(seed))
+    lr = args.sft_lr
+    optimizer = AdamW(vlm.model, lr, (0.9, 0.95), args.offload)
+    batches = Batches(examples, args.sft_batch_size, random.Random(args.seed))
     bar = tqdm(range(steps), desc=f"SFT of {name}", unit="step")
     for step in bar:
         optimizer.set_lr(lr * (1 - 0.9 * step / steps) * min(1, (step + 1) / 50))
@@ -1075,7 +1075,7 @@ def sft(vlm: VLM, examples: list[Example], steps: int, batch_size: int, lr: floa
         outputs = encode_responses(vlm, [[e.truth] for e in batch])                          # (B, 1, R)
         prompts = encode_examples(vlm, batch)
         total = 0.0
-        for part in micro_batches(packed_sizes(prompts, outputs.mask), budget):
+        for part in micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget):
             logps = score(vlm, [prompts[b] for b in part], outputs[part])
             loss = -logps.sum() / outputs.mask.sum()
             loss.backward()
@@ -1118,7 +1118,7 @@ class Folder:
         self.clock, self.parser = Meter(pick_device(args.device)), make_parser(args.student)
         self.code = {name: digest(Path(__file__).with_name(name)) for name in CODE}
         self.records = read_records(self.out)
-        self.donor = Path(args.from_run) if args.from_run else None
+        self.donor = Path(donor) if (donor := getattr(args, "from")) else None
         self.donated = read_records(self.donor) if self.donor else {}
         if self.donor and not self.donated:
             raise UserError(f"--from {self.donor}: no run's folder, it has no stages.json")
@@ -1387,8 +1387,7 @@ def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]
     vlm = load_vlm(str(random_weights), args.device, args.dtype)
     remove(random_weights)
     for i, lesson in enumerate(lessons):
-        sft(vlm, lesson, steps // 4 if i else steps, args.sft_batch_size, args.sft_lr, args.seed, folder.name,
-            args.token_budget)
+        sft(vlm, lesson, steps // 4 if i else steps, folder.name, args)
     save_vlm(vlm, str(folder))
 
 
@@ -1407,8 +1406,7 @@ def fine_tuned_student(folder: Folder, args, data: dict) -> str:
                 tiny_vlm_from_scratch(path, "qwen2_5_vl", lessons, 64, args.sft_steps, args)
                 return
             student = load_student(args.student, args)
-            sft(student, examples, args.sft_steps, args.sft_batch_size, args.sft_lr, args.seed, "student",
-                args.token_budget, args.offload)
+            sft(student, examples, args.sft_steps, "student", args)
             save_vlm(student, str(path))
         inputs = {"the student": "toy" if args.student == "toy" else digest(args.student),
                   "--sft-data": digest(args.sft_data)}
@@ -1556,9 +1554,26 @@ def report(folder: Folder, args, data: dict, judge, start: str):
 # ---------------------------------------------------------------------------------------------- command line
 
 
-# The numbers, by the group of options that they stand in: option, the paper's value, which a named student
-# gets, the toy's, with which a tiny model learns in minutes, and what it is.
-NUMBERS = {
+# By group: option; default, the paper's where it has one; the toy's default where that differs, with which a
+# tiny model learns in minutes; what it is. A default says what an option takes: True or False a flag, which
+# --no-NAME takes back; a tuple one of its choices, the first by default; a list several values.
+# The result of a stage is recorded with all options of its groups (Folder.options): so an option stands in the
+# group of the stage whose result it changes, and in "machine" if it changes no step, but for rounding.
+OPTIONS = {
+    "models and data": (                               # of inputs, what they hold is recorded
+        ("--student", "toy", "checkpoint folder or hub id, or toy: a tiny one, from scratch"),
+        ("--teachers", [], "fill the collection: checkpoint folders, hub ids, or model@http://server/v1 of "
+         "an OpenAI-compatible server"),
+        ("--collection", None, "JSONL of responses made elsewhere, instead of teachers"),
+        ("--judge", "rule", "who decides what is right: rule (short answers are parsed), a checkpoint, or "
+         "model@url"),
+        ("--data", None, "questions to train on; default, for the toy student: the toy world"),
+        ("--sft-data", None, "examples to fine-tune on first"),
+        ("--eval-data", None, "held-out questions, or a benchmark as eval.py takes it"),
+        ("--skip-bad", False, "leave out examples whose image cannot be read, and those that a model cannot "
+         "be asked"),
+        ("--out", "runs/toy", "folder of the run; what is finished in it is not done again"),
+        ("--from", None, "folder of another run: its stages that would come out the same are taken over")),
     "SFT": (
         ("--sft-steps", 0, 600, "steps of SFT; 0 for a student that has had it"),
         ("--sft-lr", 1e-5, 1e-3, "learning rate of SFT, decays linearly to a tenth"),
@@ -1570,68 +1585,64 @@ NUMBERS = {
         ("--discriminator-steps", 1111, 60, "steps of discriminator pre-training"),
         ("--pretrain-lr", 1e-5, 1e-3, "learning rate of that, decays linearly to a tenth")),
     "loop": (
-        ("--num-samples", 4, 4, "G, responses of the student, and as many of teachers, a question"),
+        ("--algorithm", ("ril", "rl"), "rl: Algorithm 1, no teachers and no D"),
+        ("--loss", tuple(LOSSES), "grpo divides by std and by length"),
+        ("--similarity", tuple(SIMILARITIES), "how finely the similarity reward is graded"),
+        ("--freeze-discriminator", False, "skip lines 7-9: D stays as pre-trained"),
+        ("--teacher-rollouts", True, "train the policy on teachers' responses too, and not D alone"),
+        ("--push-teachers-down", True, False, "follow negative advantages of teachers' responses; where the "
+         "student hardly says such things, that has no bound, and breaks a small one's language"),
+        ("--freeze", None, "regular expression: weights that the loop leaves as they are, by name: 'visual' "
+         "the vision tower, 'lm_head' the vocabulary head, 'self_attn', 'mlp', 'norm' (Table 5c)"),
+        ("--num-samples", 4, "G, responses of the student, and as many of teachers, a question"),
         ("--batch-size", 144, 64, "questions per step"),
-        ("--mu", 1, 1, "updates of D and of the policy per step"),
+        ("--mu", 1, "updates of D and of the policy per step"),
         ("--beta", 0.01, 0.15, "weight of the KL to the reference"),
-        ("--eps", 0.2, 0.2, "the ratio is clipped to 1 - eps .. 1 + eps"),
+        ("--eps", 0.2, "the ratio is clipped to 1 - eps .. 1 + eps"),
         ("--lr", 1e-6, 3e-4, "learning rate of the student"),
         ("--warmup", 0, 20, "steps in which the student's learning rate rises from nothing"),
         ("--discriminator-lr", 1e-6, 5e-5, "learning rate of D")),
     "machine": (
         ("--steps", 1000, 100, "steps of the loop; a finished run can be given more"),
+        ("--device", None, "cuda, mps or cpu; default: the best there is"),
         ("--token-budget", 8192, 16384, "tokens per micro-batch: fewer need less memory"),
         ("--rollout-batch", 16, 64, "questions sampled at a time: fewer need less memory"),
+        ("--gradient-checkpointing", False, "compute layers twice, keep only their inputs"),
+        ("--offload", False, "optimizer states live and work on the CPU; D and the reference wait there"),
         ("--eval-every", 100, 20, "steps between held-out accuracies"),
-        ("--log-every", 10, 10, "steps between printed samples"),
+        ("--log-every", 10, "steps between printed samples"),
         ("--save-every", "15m", "20", "steps between checkpoints of the loop, or minutes as 15m")),
+    "every stage": (
+        ("--seed", 0, "of all that is drawn"),
+        ("--dtype", (None, "float32", "bfloat16"), "default: bfloat16 on a GPU, float32 on the CPU")),
 }
 
 
-def add_run_options(group):
-    """What goes in and where it comes out. Inputs are recorded by content, not by name."""
-    add = group.add_argument
-    add("--student", default="toy", help="checkpoint folder or hub id, or toy: a tiny one, from scratch")
-    add("--teachers", nargs="+", default=[], help="fill the collection: checkpoint folders, hub ids, or "
-        "model@http://server/v1 of an OpenAI-compatible server")
-    add("--collection", help="JSONL of responses made elsewhere, instead of teachers")
-    add("--judge", default="rule", help="who decides what is right: rule (short answers are parsed), a "
-        "checkpoint, or model@url")
-    add("--data", help="questions to train on; default, for the toy student: the toy world")
-    add("--sft-data", help="examples to fine-tune on first")
-    add("--eval-data", help="held-out questions, or a benchmark as eval.py takes it")
-    add("--skip-bad", action="store_true", help="leave out examples whose image cannot be read, and those "
-        "that a model cannot be asked")
-    add("--out", default="runs/toy", help="folder of the run; what is finished in it is not done again")
-    add("--from", dest="from_run", metavar="RUN", help="folder of another run: its stages that would come "
-        "out the same here are taken over")
-
-
-def add_loop_options(group, student: str):
-    """What the loop computes, beside its numbers."""
-    toy, add = student == "toy", group.add_argument
-    add("--algorithm", choices=["ril", "rl"], default="ril", help="rl: Algorithm 1, no teachers and no D")
-    add("--loss", choices=list(LOSSES), default="dr_grpo", help="grpo divides by std and by length")
-    add("--similarity", choices=list(SIMILARITIES), default="binary", help="how finely it is graded")
-    add("--reward-weights", nargs="+", type=reward_weight, metavar="NAME=WEIGHT",
-        default=REWARD_WEIGHTS | ({"similarity": 0.3} if toy else {}),
-        help="weights of the rewards; answer=0: the judge is heard, but not rewarded")
-    add("--freeze-discriminator", action="store_true", help="skip lines 7-9: D stays as pre-trained")
-    add("--no-teacher-rollouts", action="store_true", help="teachers' responses train D, not the policy")
-    add("--push-teachers-down", action=argparse.BooleanOptionalAction, default=not toy, help="also follow "
-        "negative advantages of teachers' responses, as the paper does; where the student hardly says such "
-        "things, that has no bound, and breaks a small one's language")
-    add("--freeze", metavar="REGEX", help="weights of the student that the loop leaves as they are, by name: "
-        "'visual' the vision tower, 'lm_head' the vocabulary head, 'self_attn', 'mlp', 'norm' (Table 5c)")
-
-
-def add_machine_options(group):
-    """How it is computed, and for how long: nothing here changes a step, but for rounding."""
-    add = group.add_argument
-    add("--device", help="cuda, mps or cpu; default: the best there is")
-    add("--gradient-checkpointing", action="store_true", help="compute layers twice, keep only their inputs")
-    add("--offload", action="store_true", help="optimizer states live and work on the CPU; D and the "
-        "reference wait there")
+def make_parser(student: str) -> argparse.ArgumentParser:
+    """The options, with the defaults of this student."""
+    toy = student == "toy"
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {title: parser.add_argument_group(title) for title in OPTIONS}
+    for title, rows in OPTIONS.items():
+        for option, default, *of_toy, what in rows:
+            settings = {"default": of_toy[0] if toy and of_toy else default}
+            if isinstance(default, bool):
+                settings["action"] = argparse.BooleanOptionalAction
+            elif isinstance(default, tuple):
+                settings |= {"default": default[0], "choices": [choice for choice in default if choice]}
+            elif isinstance(default, list):
+                settings["nargs"] = "+"
+            else:
+                settings["type"] = str if default is None else type(default)
+            groups[title].add_argument(option, **settings, help=f"{what} [{settings['default']}]")
+    groups["loop"].add_argument("--reward-weights", nargs="+", type=reward_weight, metavar="NAME=WEIGHT",
+                                default=REWARD_WEIGHTS | ({"similarity": 0.3} if toy else {}),
+                                help="answer=0: the judge is heard, but not rewarded")
+    add_sampling_options(parser)
+    if toy:
+        parser.set_defaults(max_new_tokens=24)
+    return parser
 
 
 def reward_weight(text: str) -> tuple[str, float]:
@@ -1644,32 +1655,6 @@ def reward_weight(text: str) -> tuple[str, float]:
         return name, float(weight)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {weight!r} is no number") from error
-
-
-def make_parser(student: str) -> argparse.ArgumentParser:
-    """The options, with the defaults of this student.
-
-    The results of a stage are recorded with the options of its groups (see Folder.options), so an option
-    stands in the group of the stage that it changes, or in "machine", if in none.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_run_options(parser.add_argument_group("models and data"))
-    groups = {title: parser.add_argument_group(title) for title in NUMBERS}
-    for title, numbers in NUMBERS.items():
-        for option, paper, toy, what in numbers:
-            groups[title].add_argument(option, type=type(paper), default=toy if student == "toy" else paper,
-                                       help=f"{what} (default {paper}, of the toy {toy})")
-    add_loop_options(groups["loop"], student)
-    add_machine_options(groups["machine"])
-    add_sampling_options(parser)
-    if student == "toy":
-        parser.set_defaults(max_new_tokens=24)
-    group = parser.add_argument_group("every stage")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 "
-                       "on the CPU")
-    return parser
 
 
 def parse_args(argv=None):

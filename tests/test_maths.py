@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from discriminator import SIMILARITIES, discriminator_loss
-from train import REWARD_WEIGHTS, advantages, k3_kl, policy_loss, total_reward
+from train import LOSSES, REWARD_WEIGHTS, advantages, k3_kl, policy_loss, total_reward
 
 ALL = torch.ones(1, 4, dtype=torch.bool)
+DR_GRPO, GRPO = LOSSES["dr_grpo"], LOSSES["grpo"]
 
 
 def test_advantage_is_not_divided_by_the_standard_deviation():
     """A dr_grpo that still divides by std. By hand: rewards 2, 1, 0, 1 have mean 1 and std sqrt(1/2)."""
     reward = torch.tensor([[2.0, 1.0, 0.0, 1.0]])
-    assert advantages(reward, ALL).tolist() == [[1, 0, -1, 0]]
-    assert advantages(reward, ALL, divide_by_std=True)[0, 0].item() == pytest.approx(1 / (math.sqrt(0.5)
-                                                                                          + 1e-4))
+    assert advantages(reward, ALL, DR_GRPO).tolist() == [[1, 0, -1, 0]]
+    assert advantages(reward, ALL, GRPO)[0, 0].item() == pytest.approx(1 / (math.sqrt(0.5) + 1e-4))
 
 
 def test_a_failed_judge_is_left_out_of_the_baseline():
@@ -24,7 +24,7 @@ def test_a_failed_judge_is_left_out_of_the_baseline():
     terms = {"similarity": torch.tensor([[1.0, 0.0, 1.0]]), "answer": torch.tensor([[0.0, 1.0, math.nan]])}
     reward, valid = total_reward(terms, REWARD_WEIGHTS)
     assert reward[0, :2].tolist() == [1, 1] and valid.tolist() == [[True, True, False]]
-    assert advantages(reward, valid).tolist() == [[0, 0, 0]]
+    assert advantages(reward, valid, DR_GRPO).tolist() == [[0, 0, 0]]
 
 
 def test_a_reward_counts_as_much_as_its_weight():
@@ -40,8 +40,8 @@ def test_advantages_follow_their_responses_when_the_group_is_permuted():
     """A baseline that depends on the order within the group."""
     reward, order = torch.rand(3, 8), torch.randperm(8)
     valid = torch.rand(3, 8) > 0.2
-    torch.testing.assert_close(advantages(reward, valid)[:, order],
-                               advantages(reward[:, order], valid[:, order]))
+    torch.testing.assert_close(advantages(reward, valid, GRPO)[:, order],
+                               advantages(reward[:, order], valid[:, order], GRPO))
 
 
 def small_case():
@@ -62,15 +62,16 @@ def test_dr_grpo_loss_against_numbers_worked_by_hand():
     logp, old, ref, A, mask = small_case()
     valid = torch.ones(1, 2, dtype=torch.bool)
     k3 = math.log(2) - 0.5
-    loss = policy_loss(logp, old, ref, A, mask, valid, eps=0.2, beta=0.1)
+    loss = policy_loss(logp, old, ref, A, mask, valid, 0.2, 0.1, DR_GRPO)
     assert loss.item() == pytest.approx(-(1 + 1.2 - 0.1 * k3 - 0.8) / 2, rel=1e-5)
-    loss = policy_loss(logp, old, ref, A, mask, valid, eps=0.2, beta=0.1, mean_over_tokens=True)
+    loss = policy_loss(logp, old, ref, A, mask, valid, 0.2, 0.1, GRPO)
     assert loss.item() == pytest.approx(-((1 + 1.2 - 0.1 * k3) / 2 - 0.8) / 2, rel=1e-5)
 
 
 def test_an_invalid_response_has_no_loss_and_no_share():
     logp, old, ref, A, mask = small_case()
-    one = policy_loss(logp, old, ref, A, mask, torch.tensor([[True, False]]), 0.2, 0.0)
+    one = policy_loss(logp, old, ref, A, mask, torch.tensor([[True, False]]), 0.2, 0.0,
+                      DR_GRPO)
     assert one.item() == pytest.approx(-(1 + 1.2), rel=1e-5)
 
 
@@ -85,19 +86,19 @@ def test_micro_batches_add_up_to_the_whole_batch():
     micro-batch."""
     case = random_case()
     case[0].requires_grad_()
-    whole, = torch.autograd.grad(policy_loss(*case, 0.2, 0.05), case[0])
-    parts = sum(policy_loss(*(x[i:i + 1] for x in case), 0.2, 0.05) for i in range(4))
+    whole, = torch.autograd.grad(policy_loss(*case, 0.2, 0.05, DR_GRPO), case[0])
+    parts = sum(policy_loss(*(x[i:i + 1] for x in case), 0.2, 0.05, DR_GRPO) for i in range(4))
     torch.testing.assert_close(torch.autograd.grad(parts, case[0])[0], whole)
 
 
 def test_padding_and_order_within_the_group_change_nothing():
     """A normaliser that counts pad positions, or a loss that treats students and teachers by their place."""
     case = random_case()
-    loss = policy_loss(*case, 0.2, 0.05)
+    loss = policy_loss(*case, 0.2, 0.05, DR_GRPO)
     pad = [torch.nn.functional.pad(x, (0, 3)) if x.dim() == 3 else x for x in case]
     order = torch.randperm(6)
-    torch.testing.assert_close(policy_loss(*pad, 0.2, 0.05), loss)
-    torch.testing.assert_close(policy_loss(*(x[:, order] for x in case), 0.2, 0.05), loss)
+    torch.testing.assert_close(policy_loss(*pad, 0.2, 0.05, DR_GRPO), loss)
+    torch.testing.assert_close(policy_loss(*(x[:, order] for x in case), 0.2, 0.05, DR_GRPO), loss)
 
 
 def test_k3_is_never_negative_and_estimates_the_kl():
