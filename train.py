@@ -1557,8 +1557,8 @@ def report(folder: Folder, args, data: dict, judge, start: str):
 # By group: option; default, the paper's where it has one; the toy's default where that differs, with which a
 # tiny model learns in minutes; what it is. A default says what an option takes: True or False a flag, which
 # --no-NAME takes back; a tuple one of its choices, the first by default; a list several values.
-# The result of a stage is recorded with all options of its groups (Folder.options): so an option stands in the
-# group of the stage whose result it changes, and in "machine" if it changes no step, but for rounding.
+# The result of a stage is recorded with all options of its groups (Folder.options): so an option stands in
+# the group of the stage whose result it changes, and in "machine" if it changes no step, but for rounding.
 OPTIONS = {
     "models and data": (                               # of inputs, what they hold is recorded
         ("--student", "toy", "checkpoint folder or hub id, or toy: a tiny one, from scratch"),
@@ -1568,7 +1568,7 @@ OPTIONS = {
         ("--judge", "rule", "who decides what is right: rule (short answers are parsed), a checkpoint, or "
          "model@url"),
         ("--data", None, "questions to train on; default, for the toy student: the toy world"),
-        ("--sft-data", None, "examples to fine-tune on first"),
+        ("--sft-data", None, "examples to fine-tune on first; default, for the toy student: --data"),
         ("--eval-data", None, "held-out questions, or a benchmark as eval.py takes it"),
         ("--skip-bad", False, "leave out examples whose image cannot be read, and those that a model cannot "
          "be asked"),
@@ -1678,8 +1678,10 @@ def parse_args(argv=None):
         parser.error("--collection needs the --data that it answers")
     if args.data and args.algorithm == "ril" and not (args.teachers or args.collection):
         parser.error("RIL needs --teachers or a --collection of their responses (or --algorithm rl)")
-    if (args.sft_steps or args.student == "toy") and args.data and not args.sft_data:
-        parser.error("SFT needs --sft-data; give the file of --data, if its answers are what to say")
+    if args.student == "toy":
+        args.sft_data = args.sft_data or args.data
+    elif args.sft_steps and not args.sft_data:
+        parser.error("--sft-steps needs --sft-data")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1 and (args.offload or args.batch_size < ranks):
         parser.error(f"{ranks} processes want a --batch-size of at least {ranks}, and no --offload")

@@ -1,12 +1,15 @@
 """Run folders: what is in one was made from what its command says, or the command is refused in one
 sentence."""
 import json
+import random
 import shutil
 
 import pytest
 
+import teachers
 import train
-from conftest import call, lamp_files
+from conftest import ROOT, call, lamp_files
+from test_forks import run_code
 
 LOOP = ["--device", "cpu", "--batch-size", 4, "--num-samples", 2, "--discriminator-steps", 2, "--collect", 2,
         "--max-new-tokens", 12, "--rollout-batch", 4, "--log-every", 1, "--save-every", 2]
@@ -133,14 +136,60 @@ def test_stages_that_stay_the_same_are_taken_over(copied, tmp_path):
     refused("it has no stages.json", *options, "--out", tmp_path / "none", "--from", tmp_path)
 
 
-def test_batches_resume_and_refuse_what_does_not_fit():
-    """A resumed epoch that repeats an example, or speaks of one that is not there."""
-    import random
-    batches = train.Batches(list("abcdef"), 4, random.Random(0))
-    first, state = next(batches), batches.state()
-    again = train.Batches(list("abcdef"), 4, random.Random(0))
-    again.load(json.loads(json.dumps(state)))
-    assert set(first) | set(again.examples[i] for i in again.pool) == set("abcdef")
-    with pytest.raises(ValueError):
-        again.load({"pool": [6]})
-    assert again.pool == state["pool"]
+def test_batches_resume_where_they_stopped():
+    """A resumed epoch that repeats an example; one that goes on though the data lack what it speaks of."""
+    examples = [teachers.Example(name, (), "?", "?") for name in "abcdef"]
+    batches = train.Batches(examples, 4, random.Random(0))
+    first, state = next(batches), json.loads(json.dumps(batches.state()))
+    again = train.Batches(examples, 4, random.Random(0))
+    again.load(state)
+    assert {e.id for e in first + again.pool} == set("abcdef") and len(again.pool) == 2
+    with pytest.raises(KeyError):
+        train.Batches(examples[:1], 1, random.Random(0)).load({"pool": ["b"]})
+
+
+def edited(tmp_path, changes):
+    """A copy of the code with {file: {old: new}} replaced in it."""
+    code = tmp_path / "code"
+    code.mkdir()
+    for name in train.CODE:
+        source = (ROOT / name).read_text()
+        for old, new in changes.get(name, {}).items():
+            assert old in source
+            source = source.replace(old, new)
+        (code / name).write_text(source)
+    return code
+
+
+def test_a_result_that_other_code_made_is_said(copied, tmp_path, capsys):
+    """An edited reward and the same --out: the old result without a word; or --from, a D of other code."""
+    out, options = copied
+    code = edited(tmp_path, {"discriminator.py": {"Eq. 1, negated": "Eq. 1, edited"}})
+    for command, says in ((["--out", out], f"{out / 'student'} was made when discriminator.py read otherwise"),
+                          (["--out", tmp_path / "new", "--from", out],
+                           "new/discriminator.safetensors was made when discriminator.py read otherwise")):
+        run_code(code, ["train.py", *map(str, options), "--steps", "4", *map(str, command)])
+        assert says in capsys.readouterr().out
+    done = call("train.py", *options, "--steps", 4, "--out", out)
+    assert "read otherwise" not in done.stdout
+
+
+def test_an_option_that_a_fork_adds_is_part_of_the_record(copied, tmp_path):
+    """--eps-high 0.28, then 0.9 into the same folder: the first result again."""
+    out, options = copied
+    code = edited(tmp_path, {"train.py": {'        ("--eps", 0.2,': '        ("--eps-high", 0.28, "?"),\n'
+                                                                    '        ("--eps", 0.2,'}})
+    command = ["train.py", *map(str, options), "--steps", "4", "--out", str(out)]
+    run_code(code, command)                                        # an older record had the default
+    with pytest.raises(Exception, match="--eps-high 0.28 there, 0.9 here"):
+        run_code(code, [*command, "--eps-high", "0.9"])
+
+
+def test_a_reward_without_a_weight_is_said_before_any_work(lamps, checkpoints, tmp_path):
+    """A bare KeyError, hours later."""
+    code = edited(tmp_path, {"train.py": {'    return terms\n': '    terms["brevity"] = -group.verdicts\n'
+                                                                '    return terms\n'}})
+    with pytest.raises(Exception, match="'brevity' of reward_terms has no weight in REWARD_WEIGHTS"):
+        run_code(code, ["train.py", "--student", checkpoints["qwen2_5_vl"], "--data", str(lamps[0]),
+                        "--collection", str(lamps[1]), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

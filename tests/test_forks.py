@@ -14,6 +14,7 @@ FORKS = sorted((ROOT / "tests" / "forks").glob("*.diff"))
 OPTIONS = {"gspo": ["--loss", "gspo"], "gad": ["--similarity", "gad"],
            "program_teacher": ["--teachers", "program:teacher.py"]}
 INSTEAD = {"gad": ["--similarity", "continuous"]}
+MODULES = ("model", "discriminator", "teachers", "eval", "train")
 PROGRAM = "import sys\nprint('Looking at it,', sys.argv[1][:11])\n"
 
 
@@ -26,24 +27,19 @@ def wrong_half(path):
     path.write_text("".join(lines))
 
 
-MODULES = ("model", "discriminator", "teachers", "eval", "train")
-
-
-def run_code(code, checkpoint, options):
+def run_code(code, argv):
     """train.py of another folder, in this process: that saves the seconds in which torch is imported."""
-    source = [] if "--teachers" in options else ["--collection", "responses.jsonl"]
-    argv = ["train.py", "--student", checkpoint, "--data", "lamps.jsonl", *source, "--out", "out", "--device",
-            "cpu", "--batch-size", "4", "--steps", "3", "--discriminator-steps", "2", "--num-samples", "2",
-            "--collect", "2", "--max-new-tokens", "24", "--lr", "1e-3", *options]
     ours = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(code)
-        patch.syspath_prepend(str(code))
-        patch.setattr(sys, "argv", argv)
-        importlib.import_module("train").main()
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    sys.modules.update(ours)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(code)
+            patch.syspath_prepend(str(code))
+            patch.setattr(sys, "argv", argv)
+            importlib.import_module("train").main()
+    finally:
+        for name in MODULES:
+            sys.modules.pop(name, None)
+        sys.modules.update(ours)
 
 
 def test_forks_are_short_and_in_the_readme():
@@ -80,7 +76,11 @@ def trained(folder, checkpoint, options, fork=None):
     (folder / "teacher.py").write_text(PROGRAM)
     if fork:
         subprocess.run(["git", "apply", fork], cwd=folder, check=True)
-    run_code(folder, checkpoint, options)
+    source = [] if "--teachers" in options else ["--collection", "responses.jsonl"]
+    run_code(folder, ["train.py", "--student", checkpoint, "--data", "lamps.jsonl", *source, "--out", "out",
+                      "--device", "cpu", "--batch-size", "4", "--steps", "3", "--discriminator-steps", "2",
+                      "--num-samples", "2", "--collect", "2", "--max-new-tokens", "24", "--lr", "1e-3",
+                      *options])
     return (folder / "out" / "student" / "model.safetensors").read_bytes()
 
 

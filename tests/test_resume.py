@@ -93,22 +93,25 @@ def test_a_signal_saves_first(checkpoints, whole, tmp_path):
     same(tmp_path, whole)
 
 
-def test_a_corrupt_checkpoint_falls_back_to_the_older(checkpoints, whole, tmp_path):
-    """Half a file taken for a whole one, or the run lost for it. (Its JSON: test_fuzz.py.)"""
+def test_a_corrupt_checkpoint_is_refused_and_nothing_lost(checkpoints, whole, tmp_path):
+    """Half a file taken for a whole one; a run that begins again at step 1 and cuts its logs to nothing."""
     lamp_files(tmp_path)
     process = started(checkpoints, tmp_path)
     wait_for(lambda: lines(tmp_path) >= 7)
     process.kill()
     process.communicate()
-    newest = train.checkpoints(tmp_path / "run")[-1]
-    file = newest / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    again = ["--steps", 12, "--save-every", 2]
-    done = subprocess.run(command(checkpoints["qwen2_5_vl"], *again), cwd=tmp_path, capture_output=True,
-                          text=True)
-    assert done.returncode == 0 and f"{newest.name} cannot be read" in done.stdout
-    assert "resuming after step" in done.stdout
-    assert "no checkpoint at step" not in done.stdout + done.stderr     # a good one takes the bad one's place
+    newest, before = train.checkpoints(tmp_path / "run")[-1], lines(tmp_path)
+    again = command(checkpoints["qwen2_5_vl"], "--steps", 12, "--save-every", 2)
+    for name, size in (("optimizer.safetensors", -100), ("state.json", 20)):
+        kept = (newest / name).read_bytes()
+        (newest / name).write_bytes(kept[:size])
+        done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and f"{newest.name} cannot be read" in done.stderr, done.stderr
+        assert lines(tmp_path) == before
+        (newest / name).write_bytes(kept)
+    shutil.rmtree(newest)                                          # as the sentence says
+    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "resuming after step" in done.stdout
     same(tmp_path, whole)
 
 
@@ -169,13 +172,13 @@ def signs(steps=train.WINDOW, **values):
                "kl": 0.5, "grad_norm": lambda i: 2 + i % 3,
                "reward/answer/student": lambda i: 0.5 + 0.05 * (i % 4),
                "reward/similarity/student": lambda i: 0.4 + 0.2 * (i % 2)}
-    return train.signs_of_trouble([{name: value(i) if callable(value) else value
+    return train.warnings([{name: value(i) if callable(value) else value
                                     for name, value in (healthy | values).items()} for i in range(steps)])
 
 
 def test_signs_of_slow_trouble_are_named():
     """A run that is going wrong for hours in silence; or a warning on a healthy one."""
-    assert signs() == [] and signs(d_accuracy=0.5) == [] and train.signs_of_trouble([]) == []
+    assert signs() == [] and signs(d_accuracy=0.5) == [] and train.warnings([]) == []
     assert "`d_accuracy` is near 1" in signs(d_accuracy=1.0)[0]
     assert "at chance" in signs(d_accuracy=0.51, **{"flat/similarity": 0.99})[0]
     assert "`length` has doubled" in signs(length=lambda i: 5 + i, cut_off=0.5)[0]
