@@ -4,8 +4,7 @@ A student answers a question G times, and G more responses come from large teach
 point for reading like a teacher's (the discriminator cannot tell, discriminator.py) and one for being right
 (the judge, eval.py). Dr.GRPO then pushes the student towards whatever did better than the average of all 2G,
 the teachers' responses included. So the student learns to speak like its teachers where that is right, and a
-question on which all its own responses are wrong still has a way up. What comes out is a plain checkpoint of
-the same model, as fast as before.
+question on which all its own responses are wrong still has a way up. What comes out is a plain checkpoint.
 
 Algorithm 2 of the paper. Lines 1 and 2 make a `Run`; the others stand by their numbers in `ril`, `ril_step`
 and `update_policy` below:
@@ -26,8 +25,6 @@ says nothing.
     python train.py --algorithm rl --out runs/rl       Algorithm 1: the judge's reward alone, no teachers
     python train.py --student DIR --data train.jsonl --teachers DIR DIR --out runs/mine
     torchrun --nproc-per-node 8 train.py --student DIR --data train.jsonl --teachers DIR DIR --out runs/mine
-
-A run that was interrupted resumes when its command is given again.
 """
 import argparse
 import copy
@@ -54,6 +51,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -75,14 +73,11 @@ from teachers import (Collection, Example, Split, add_sampling_options, build_ti
                       make_teacher, prompt_checks, read_json, read_jsonl, sampling_of)
 
 # ------------------------------------------------------------------------------------------ the maths
-#
-# B questions, G outputs of each side, K = 2G outputs of a question, students first and then teachers,
-# R response tokens.
 
 
 @dataclass
 class Group:
-    """B questions with K responses each, and what is known of these: all that a reward may look at."""
+    """B questions with K = 2G responses each, students' first, and all of these that a reward may look at."""
     batch: list[Example]
     outputs: Outputs                   # text: B lists of K strings; ids and mask: (B, K, R)
     sources: list[list[str]]           # "student", or the name of a teacher
@@ -110,8 +105,7 @@ def reward_terms(group: Group, args) -> dict[str, Tensor]:
 def total_reward(terms: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, Tensor]:
     """The weighted sum of the terms, (B, K), and where it exists, (B, K) bool.
 
-    A term of weight 0 is logged and nothing else. NaN is a judge that failed: that response has no reward,
-    which is not the same as reward 0.
+    A term of weight 0 is logged and nothing else. NaN is a judge that failed: no reward, which is not reward 0.
     """
     counted = [weights[name] * term for name, term in terms.items() if weights[name] != 0]
     reward = torch.stack(counted).sum(0)
@@ -132,8 +126,7 @@ LOSSES = {"dr_grpo": Loss(divide_by_std=False, mean_over_tokens=False),
 def advantages(reward: Tensor, valid: Tensor, loss: Loss) -> Tensor:
     """A_i = R_i - mean_j R_j over the valid responses of a question: (B, K), zero where not valid.
 
-    Dr.GRPO stops there. GRPO also divides by the group's standard deviation, which blows up groups that
-    nearly agree.
+    Dr.GRPO stops there. GRPO also divides by the group's standard deviation, which blows up near ties.
     """
     count = valid.sum(1, keepdim=True).clamp(min=1)
     centred = (reward - (reward * valid).sum(1, keepdim=True) / count) * valid
@@ -203,13 +196,11 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
                 old_logps[i] = logp.detach()                                          # line 4
             old_logp, mask = old_logps[i], outputs.mask[part]
             ref_logp = ref_logps[i] if args.beta else old_logp             # then only the metric kl reads it
-            loss = policy_loss(logp, old_logp, ref_logp, advantage[part], mask, valid[part], args.eps,
-                               args.beta, form)
-            loss = weight * loss / questions
+            loss = weight / questions * policy_loss(logp, old_logp, ref_logp, advantage[part], mask,
+                                                    valid[part], args.eps, args.beta, form)
             loss.backward()
             stats["loss"] += loss.detach()
-            # the loss has the KL of all responses; the metric has that of the policy's own, as the others
-            # were sampled by nobody whose distribution is known here
+            # the loss has the KL on all responses, this metric on the policy's own: those are samples of it
             sampled = mask & own[part][..., None]                                     #          (b, K, R)
             stats["kl"] += weight * k3_kl(logp.detach(), ref_logp)[sampled].sum()
             stats["sampled"] += weight * sampled.sum()
@@ -227,7 +218,7 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
 def ril_step(run, questions: list[Example], collection: Collection | None, judge) -> tuple[dict, list]:
     """Lines 4 to 13 for one batch of questions. Returns a row of metrics, and rows of rollouts.
 
-    The processes of a run all draw the same questions, and each works on its own B of them.
+    All processes draw the same questions, and each works on its own B of them.
     """
     args, policy, D, G = run.args, run.policy, run.D, run.args.num_samples
     batch = run.world.mine(questions)                                                 #          B questions
@@ -297,8 +288,7 @@ def main():
         collection = teachers_responses(folder, args, teachers, data, start)
         pretrained = pretrained_discriminator(folder, args, data, collection, start)  # Eq. 1
         verdicts = folder.out / f"verdicts{world.rank or ''}.jsonl"
-        # loaded when wanted
-        judge = cache(partial(make_judge, args.judge, verdicts, args.device, args.dtype))
+        judge = cache(partial(make_judge, args.judge, verdicts, args.device, args.dtype))      # when wanted
     trained_student(folder, args, world, data, collection, pretrained, start, judge)  # Algorithm 2
     if world.rank == 0:
         report(folder, args, data, judge, start)
@@ -817,15 +807,14 @@ class World:
         """The world that torchrun's environment describes; a process alone, where there is none."""
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return cls()
-        import torch.distributed as dist
         from torch.distributed.device_mesh import DeviceMesh
+        backend, on_device = "gloo", {}
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        # a process may wait for days while rank 0 collects; but in the loop no one may keep the others for an
-        # hour
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=30),
-                                device_id=device if device.type == "cuda" else None)
+            backend, on_device = "nccl", {"device_id": device}
+        # they may wait for days while rank 0 collects; in the loop, nobody may keep the others for an hour
+        dist.init_process_group(backend, timeout=timedelta(days=30), **on_device)
         group = dist.new_group(timeout=timedelta(hours=1))
         return cls(dist.get_rank(), dist.get_world_size(), DeviceMesh.from_group(group, device.type))
 
@@ -842,14 +831,12 @@ class World:
     def wait(self):
         """Until all processes have come here."""
         if self.size > 1:
-            import torch.distributed as dist
             dist.barrier()
 
     def leave(self):
         """The end of the process group, when rank 0 has written its report."""
+        self.wait()
         if self.size > 1:
-            import torch.distributed as dist
-            dist.barrier()
             dist.destroy_process_group()
 
     def mine(self, items: list) -> list:
@@ -860,7 +847,6 @@ class World:
         """What each process has made of its part, in the order of the batch."""
         if self.size == 1:
             return items
-        import torch.distributed as dist
         parts = [None] * self.size
         dist.all_gather_object(parts, items, group=self.mesh.get_group())
         return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
@@ -868,19 +854,14 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the processes."""
         if self.size > 1:
-            import torch.distributed as dist
             dist.all_reduce(values, group=self.mesh.get_group())
         return values
 
     def even(self, parts: list[list[int]]) -> list[tuple[list[int], float]]:
         """Micro-batches with their weights, equally many in each process: FSDP wants all processes in every
         forward and backward pass. A process that has fewer takes its first question again, with weight 0."""
-        most = torch.tensor(len(parts))
-        if self.size > 1:
-            import torch.distributed as dist
-            most = most.to(self.mesh.device_type)
-            dist.all_reduce(most, dist.ReduceOp.MAX, self.mesh.get_group())
-        return [(part, 1.0) for part in parts] + [([0], 0.0)] * (int(most) - len(parts))
+        most = max(self.gather([len(parts)]))
+        return [(part, 1.0) for part in parts] + [([0], 0.0)] * (most - len(parts))
 
     def shard(self, module: torch.nn.Module, decoder: torch.nn.Module, *others: torch.nn.Module,
               method: str = "gathered"):
@@ -900,8 +881,7 @@ class World:
             part.set_gradient_divide_factor(1.0)                   # sums, not means
             part.set_force_sum_reduction_for_comms(True)           # gloo knows no other
         module.set_reduce_scatter_unused_params(True)              # zero, where no image was seen
-        # if the embedding is frozen, layer 0 would have its turn in the backward pass only where there are
-        # images
+        # or, if the embedding is frozen, layer 0 would have its backward pass only where there are images
         decoder.get_input_embeddings().register_forward_hook(lambda _, __, states: states.requires_grad_())
         module.gathered = lambda work: work()                      # see `gathered`
         register_fsdp_forward_method(module, method)
