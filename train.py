@@ -105,7 +105,7 @@ def reward_terms(group: Group, args) -> dict[str, Tensor]:
 def total_reward(terms: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, Tensor]:
     """The weighted sum of the terms, (B, K), and where it exists, (B, K) bool.
 
-    A term of weight 0 is logged and nothing else. NaN is a judge that failed: no reward, which is not reward 0.
+    A term of weight 0 is logged and nothing else. NaN is a judge that failed: no reward, and not reward 0.
     """
     counted = [weights[name] * term for name, term in terms.items() if weights[name] != 0]
     reward = torch.stack(counted).sum(0)
