@@ -40,13 +40,12 @@ import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
-# OpenMP's threads spin where they wait for one another: beside another busy program a step takes three times
-# as long. So they sleep. This is read when torch is imported.
+# before torch is imported: threads that wait sleep, as spinning beside a busy program is three times as slow
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
@@ -283,6 +282,7 @@ def main():
     with world.rank_0_first():                         # torchrun: the others find what rank 0 has made
         folder = Folder(args, world.rank)
         data = check_inputs(args, folder)
+        folder.open()
         teachers = toy_world_and_teachers(folder, args, data)
         start = fine_tuned_student(folder, args, data)                                # SFT
         collection = teachers_responses(folder, args, teachers, data, start)
@@ -1084,136 +1084,126 @@ def pretraining_pairs(student: VLM, examples: list[Example], collection: Collect
 
 
 CODE = ("model.py", "discriminator.py", "teachers.py", "eval.py", "train.py")
+BEFORE_LOOP = ("data", "teachers", "sft", "collection.jsonl", "discriminator.safetensors")
 
 
 class Folder:
-    """--out. Its stages.json holds what each result was made from: options, inputs by content, and code.
+    """--out. Its run.json records what all in it is made from: options, inputs by content, and code.
 
-    A result is used again only if its options and inputs are this run's; an option that an older record lacks
-    had its default. Other code is no reason to refuse a result, but it is said.
+    A command with other options or inputs is refused, so a result that is there is what this command makes,
+    and is not made again. Other code is no reason to refuse, but it is said. --from copies what another run
+    made before its loop, if that would come out the same here.
     """
 
     def __init__(self, args, rank: int = 0):
         self.args, self.rank, self.out = args, rank, Path(args.out)
-        self.clock, self.parser = Meter(pick_device(args.device)), make_parser(args.student)
-        self.code = {name: digest(Path(__file__).with_name(name)) for name in CODE}
-        self.records = read_records(self.out)
-        self.donor = Path(donor) if (donor := getattr(args, "from")) else None
-        self.donated = read_records(self.donor) if self.donor else {}
-        if self.donor and not self.donated:
-            raise UserError(f"--from {self.donor}: no run's folder, it has no stages.json")
-        if not self.records and self.out.exists() and any(self.out.iterdir()):
-            raise UserError(f"{self.out} holds files and no stages.json that says what they were made from; "
-                            f"choose another --out (--from takes over the stages of another run)")
+        self.clock, self.record = Meter(pick_device(args.device)), read_record(self.out)
 
-    def finished(self, *names: str) -> bool:
-        """Whether results under these names are there, and were finished."""
-        return all((self.out / name).exists() and self.records.get(name, {}).get("finished")
-                   for name in names)
+    def open(self):
+        """UserError where files in --out were made from something else, or nobody knows from what. Begins a
+        new run's record; what is wrong with inputs must have been said before."""
+        wanted, donor = made_from(self.args), getattr(self.args, "from")
+        if self.record:
+            self.compare(self.out, self.record, wanted, ("before the loop", "loop"))
+            if self.record["steps"] > self.args.steps:
+                raise UserError(f"{self.out} is the result of {self.record['steps']} steps, more than "
+                                f"{self.args.steps}; choose another --out")
+            return
+        if self.out.exists() and any(self.out.iterdir()):
+            raise UserError(f"{self.out} holds files and no run.json that says what they were made from; "
+                            f"choose another --out")
+        if donor and not (record := read_record(Path(donor))):
+            raise UserError(f"--from {donor}: no run's folder, it has no run.json")
+        if donor:
+            self.compare(Path(donor), record, wanted, ("before the loop",))
+            wanted["code"] = record["code"]                        # with which all of it was made
+        self.record = wanted
+        self.write(steps=0)
+        for name in BEFORE_LOOP if donor and not self.rank else ():
+            if (source := Path(donor) / name).exists():
+                copy_into(source, self.out / name)
 
-    def options(self, *groups: str) -> list[str]:
-        """All options in these groups of the parser, so that none can be forgotten."""
-        return [action.dest for group in self.parser._action_groups if group.title in groups
-                for action in group._group_actions]
+    def compare(self, there: Path, record: dict, wanted: dict, parts: tuple[str, ...]):
+        """UserError with what differs between the records of a folder and of this command, of which the older
+        may lack an option. Other code is said."""
+        defaults, differ = vars(make_parser(self.args.student).parse_args([])), []
+        for part in parts:
+            for name, value in wanted[part].items():
+                if (old := record[part].get(name, defaults.get(name))) != value:
+                    differ.append(f"--{name.replace('_', '-')} {old} there, {value} here")
+        if differ:
+            raise UserError(f"{there} was made with other settings ({', '.join(differ)}); choose another "
+                            f"--out (--from RUN takes over what comes before a loop, where that stays the "
+                            f"same)")
+        if changed := [name for name in CODE if record["code"].get(name) != wanted["code"][name]]:
+            print(f"what is in {there} was made when {', '.join(changed)} read otherwise, and is used as it "
+                  f"is; choose another --out to make it anew")
 
-    def stage(self, name: str, make, options: list[str], inputs: dict, begun: list[Path] = (),
-              finished: int = 1, again: bool = False) -> Path:
-        """The path of --out/name, which make(path) has made from these options and inputs: now, or before.
-
-        inputs: {name: anything that JSON can hold}, files as `digest` has them. begun: what an interrupted
-        `make` leaves to go on from; it may return False, if there is more to do in another run. finished: the
-        steps of the loop, which can be given more. A result that was made from something else is a UserError,
-        or is made `again`. All processes make the student, rank 0 alone the others.
-        """
-        path, chosen = self.out / name, {option: getattr(self.args, option) for option in options}
-        wanted = json.loads(json.dumps({"options": chosen, "inputs": inputs, "code": self.code}))
-        if again and name in self.records and self.differences(self.records[name], wanted):
-            remove(path)
-        begun, done = [file for file in begun if file.exists()], 0
-        if path.exists() or begun:
-            done = self.check(path, wanted)
-        if done > finished:
-            raise UserError(f"{path} is the result of {done} steps, more than {finished}; choose another "
-                            f"--out")
-        if path.exists() and done == finished or self.rank and name != "student":
-            return path
-        self.write({name: wanted | {"finished": done}})
-        if path.exists() or begun or not self.take_over(name, wanted):
-            if not begun:
-                remove(path)                                       # killed between the result and its record
-            if make(path) is False:
-                return path
-        self.write({name: wanted | {"finished": finished}})
+    def stage(self, name: str, make) -> Path:
+        """The path of --out/name, which make(path) makes, unless it is there: complete, or not at all."""
+        path = self.out / name
+        if not path.exists() and self.rank == 0:
+            make(path)
         return path
 
-    def check(self, path: Path, wanted: dict) -> int:
-        """How far a result has come; UserError unless it was made from what is wanted. Other code is said."""
-        record = self.records.get(str(path.relative_to(self.out)))
-        if record is None:
-            raise UserError(f"{path} is not from this run, as stages.json does not say what it was made "
-                            f"from; remove it, or choose another --out")
-        if words := self.differences(record, wanted):
-            raise UserError(f"{path} was made with other settings ({words}); choose another --out (with "
-                            f"--from {self.out} the stages that stay the same are taken over)")
-        self.say_code(path, record)
-        return record["finished"]
+    def has(self, *names: str) -> bool:
+        """Whether these are there."""
+        return all((self.out / name).exists() for name in names)
 
-    def say_code(self, path: Path, record: dict):
-        """A line that names the files of this code that have changed since a result was made."""
-        if changed := [name for name in CODE if record["code"].get(name) != self.code[name]]:
-            print(f"{path} was made when {', '.join(changed)} read otherwise, and is used as it is; choose "
-                  f"another --out to make it anew")
+    def is_trained(self) -> bool:
+        """Whether the loop has come to its last step, and the student was saved."""
+        return self.record.get("steps") == self.args.steps and self.has("student")
 
-    def differences(self, record: dict, wanted: dict) -> str:
-        """What a record and the wanted one differ in, in words; "" if in nothing."""
-        defaults, words = vars(self.parser.parse_args([])), []
-        for option, value in wanted["options"].items():
-            if (old := record["options"].get(option, defaults.get(option))) != value:
-                words.append(f"--{option.replace('_', '-')} {old} there, {value} here")
-        for thing, value in wanted["inputs"].items():
-            if (old := record["inputs"].get(thing)) != value:
-                words.append(f"{thing} {old} there, {value} here")
-        return ", ".join(words)
-
-    def take_over(self, name: str, wanted: dict) -> bool:
-        """Copy a finished result of the same record from --from, if there is one; whether there was. The
-        student stays where its logs are."""
-        record = self.donated.get(name, {"finished": 0})
-        there = record["finished"] and (self.donor / name).exists() and name != "student"
-        if not there or self.differences(record, wanted):
-            return False
-        source, target = self.donor / name, self.out / name
-        unfinished = Path(f"{target}.unfinished")                  # complete, or not there under its name
-        remove(unfinished)
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        copy_all = shutil.copytree if source.is_dir() else shutil.copyfile
-        copy_all(source, unfinished)
-        unfinished.rename(target)
-        print(f"{target} is taken over from {self.donor}")
-        self.say_code(target, record)
-        wanted["code"] = record["code"]
-        return True
-
-    def write(self, records: dict | None = None):
-        """Keep records, on the disk before the results that they speak of; rank 0 writes."""
-        self.records |= records or {}
+    def write(self, steps: int):
+        """Keep the record; steps: of the loop whose student is there."""
+        self.record["steps"] = steps
         if self.rank:
             return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.out / "stages.json", json.dumps(self.records, indent=1))
+            write_atomic(self.out / "run.json", json.dumps(self.record, indent=1))
         except OSError as error:
             raise UserError(f"--out {self.out} cannot be written ({error.strerror})") from error
 
 
-def read_records(folder: Path) -> dict:
-    """The records in a run's folder, by result; none where there is no stages.json."""
-    path, parts = folder / "stages.json", {"options", "inputs", "code", "finished"}
-    records = read_json(path) if path.exists() else {}
-    rows = records.values() if isinstance(records, dict) else [None]
-    if not all(isinstance(row, dict) and parts <= row.keys() for row in rows):
-        raise UserError(f"{path}: not the record of a run's stages; choose another --out")
-    return records
+def made_from(args) -> dict[str, dict]:
+    """What a run is made from: every option but those of the machine, inputs by content, and code."""
+    def chosen(*groups):
+        names = [option.strip("-").replace("-", "_") for group in groups for option, *_ in OPTIONS[group]]
+        return {name: getattr(args, name) for name in names}
+
+    def contents(*names):
+        return {name: digest(getattr(args, name)) for name in names if getattr(args, name)}
+    local = [name for name in args.teachers if not endpoint_of(name)]
+    before = chosen("SFT", "collection", "discriminator", "every stage") | asdict(sampling_of(args))
+    before |= {"student": "toy" if args.student == "toy" else digest(args.student),
+               "teachers": [make_teacher(name).name for name in args.teachers],
+               "checkpoints": [digest(make_teacher(name).path) for name in local]}
+    before |= contents("data", "sft_data", "collection")
+    judge = endpoint_of(args.judge)
+    loop = chosen("loop") | contents("eval_data")
+    loop |= {"reward_weights": args.reward_weights, "judge": judge.model if judge else args.judge}
+    code = {name: digest(Path(__file__).with_name(name)) for name in CODE}
+    return json.loads(json.dumps({"before the loop": before, "loop": loop, "code": code}))
+
+
+def read_record(folder: Path) -> dict:
+    """The record in a run's folder; {} where there is no run.json."""
+    path = folder / "run.json"
+    record = read_json(path) if path.exists() else {}
+    parts = {"before the loop", "loop", "code", "steps"}
+    if path.exists() and not (isinstance(record, dict) and parts <= record.keys()):
+        raise UserError(f"{path}: not the record of a run; choose another --out")
+    return record
+
+
+def copy_into(source: Path, target: Path):
+    """Copy a file or a folder; it appears under its name only when it is complete."""
+    unfinished = Path(f"{target}.unfinished")
+    remove(unfinished)
+    copy_all = shutil.copytree if source.is_dir() else shutil.copyfile
+    copy_all(source, unfinished)
+    unfinished.rename(target)
 
 
 def remove(path: Path):
@@ -1259,7 +1249,7 @@ def check_inputs(args, folder: Folder) -> dict[str, list]:
     given, student, processor = {}, [], None
     if args.student != "toy":                                      # the toy does not exist yet
         student, processor = [args.student], load_processor(args.student)
-    collected = folder.finished("collection.jsonl")
+    collected = folder.has("discriminator.safetensors")
     # rows that were left out because of a teacher must be left out again
     asked = student if collected and not args.skip_bad else student + args.teachers
     for name, load, models, response in (("data", load_examples, asked, args.max_new_tokens),
@@ -1269,8 +1259,7 @@ def check_inputs(args, folder: Folder) -> dict[str, list]:
             given[name] = load(path, skip_bad=args.skip_bad, checks=prompt_checks(models, response))
     for name in [] if collected else args.teachers:
         make_teacher(name, args.device, args.dtype).check()
-    scored = ["evaluation-before.json", "evaluation-after.json"] if args.eval_data or not args.data else []
-    if not folder.finished("student", *scored):
+    if not folder.is_trained() or given.get("eval_data") and not folder.has("evaluation-after.json"):
         check_judge(args.judge)
     if processor and args.algorithm == "ril":
         eq1.around_response(processor)
@@ -1278,7 +1267,6 @@ def check_inputs(args, folder: Folder) -> dict[str, list]:
         freeze(skeleton(args.student), args.freeze, args.student)
     if args.collection:
         read_collection(args.collection, given["data"], processor, args)
-    folder.write()
     return given
 
 
@@ -1309,13 +1297,12 @@ def toy_world_and_teachers(folder: Folder, args, data: dict) -> list:
     examples and tasks are put into `data`."""
     if not args.data:
         with folder.clock.phase("toy world and its teachers"):
-            world = folder.stage("data", partial(toy_world, seed=args.seed), ["seed"], {})
+            world = folder.stage("data", partial(toy_world, seed=args.seed))
             for name, family in (("qwen", "qwen2_5_vl"), ("internvl", "internvl")):
-                files = [str(world / "words.jsonl"), str(world / f"{name}.jsonl")]
-                make = partial(tiny_vlm_from_scratch, family=family, lessons=list(map(load_examples, files)),
-                               width=96, steps=args.teacher_steps, args=args)
-                folder.stage(f"teachers/{name}", make, folder.options("SFT", "every stage"),
-                             {"its lessons": list(map(digest, files))})
+                def make(path):
+                    lessons = [load_examples(str(world / f"{file}.jsonl")) for file in ("words", name)]
+                    tiny_vlm_from_scratch(path, family, lessons, 96, args.teacher_steps, args)
+                folder.stage(f"teachers/{name}", make)
         if not args.sft_data:
             data["sft_words"] = load_examples(str(world / "sft-words.jsonl"))
         for option, name, load in (("data", "train", load_examples), ("sft_data", "sft", load_examples),
@@ -1388,11 +1375,9 @@ def fine_tuned_student(folder: Folder, args, data: dict) -> str:
             student = load_student(args.student, args)
             sft(student, examples, args.sft_steps, "student", args)
             save_vlm(student, str(path))
-        inputs = {"the student": "toy" if args.student == "toy" else digest(args.student),
-                  "--sft-data": digest(args.sft_data)}
         with folder.clock.phase("SFT"):
-            start = str(folder.stage("sft", make, folder.options("SFT", "every stage"), inputs))
-    if not folder.finished("student"):
+            start = str(folder.stage("sft", make))
+    if not folder.is_trained():
         student = load_vlm(start, args.device, args.dtype)
         check_packing(student, encode_example(student, data["data"][0]))
     return start
@@ -1411,15 +1396,10 @@ def teachers_responses(folder: Folder, args, teachers: list, data: dict, start: 
     if args.algorithm != "ril":
         return None
     path = Path(args.collection or folder.out / "collection.jsonl")
-    if not args.collection:
-        local = {teacher.name: digest(teacher.path) for teacher in teachers if hasattr(teacher, "path")}
-        inputs = {"--data": digest(args.data), "the teachers": [t.name for t in teachers],
-                  "their checkpoints": local}
+    # once D has been trained on them, nobody is asked for the responses that lack
+    if not (args.collection or folder.rank or folder.has("discriminator.safetensors")):
         with folder.clock.phase("collection"):
-            folder.stage("collection.jsonl", lambda path: fill_collection(
-                str(path), teachers, data["data"], args.collect, sampling_of(args), args.seed),
-                folder.options("collection", "sampling", "every stage"), inputs,
-                begun=[path])
+            fill_collection(str(path), teachers, data["data"], args.collect, sampling_of(args), args.seed)
     collection = read_collection(path, data["data"], load_processor(start), args)
     for many, why in ((collection.unfinished, "responses are empty or were cut off by a token limit"),
                       (collection.overlong, f"responses have more than --max-new-tokens "
@@ -1428,7 +1408,6 @@ def teachers_responses(folder: Folder, args, teachers: list, data: dict, start: 
         if many:
             print(f"{path}: {many} {why} and are left out")
     data["data"] = collection.examples
-    args.collection = str(path)
     return collection
 
 
@@ -1450,43 +1429,36 @@ def pretrained_discriminator(folder: Folder, args, data: dict, collection: Colle
         tensors |= {f"optimizer {name}": moment for name, moment in optimizer.tensors().items()}
         save_file(tensors, f"{path}.unfinished")
         Path(f"{path}.unfinished").rename(path)
-    options = folder.options("collection", "discriminator", "sampling", "every stage")
-    inputs = {"--data": digest(args.data), "the collection": digest(args.collection),
-              "the student": digest(start)}
     with folder.clock.phase("discriminator"):
-        return folder.stage("discriminator.safetensors", make, options + ["batch_size", "num_samples"],
-                            inputs)
+        return folder.stage("discriminator.safetensors", make)
 
 
 def trained_student(folder: Folder, args, world: World, data: dict, collection: Collection | None,
-                    pretrained: Path | None, start: str, judge) -> Path:
+                    pretrained: Path | None, start: str, judge):
     """The loop, and the student that comes out of it, a checkpoint like the one it began as."""
-    def make(path):
-        policy, D, tensors = load_student(start, args), None, {}
-        if path.exists() and not checkpoints(folder.out):
-            raise UserError(f"{path} cannot be trained further, as its last checkpoint is gone; choose "
-                            f"another --out")
-        if pretrained:
-            D, tensors = Discriminator(policy), load_file(pretrained)
-            D.load_state_dict(named(tensors, "D "))
-        run = Run(args, world, folder.out, policy, data["data"], D)
-        if D:
-            run.d_optimizer.load(named(tensors, "optimizer "))
-        ril(run, collection, judge(), data.get("eval_data", []))
-        folder.clock.peak_gb = max(folder.clock.peak_gb, run.meter.peak_gb)
-        save_student(run, start, path)
-        for old in checkpoints(folder.out)[:-1] if world.rank == 0 else []:
-            remove(old)                                   # the last one is for a run that is given more steps
-    endpoint = endpoint_of(args.judge)
-    inputs = {"--data": digest(args.data), "the student": digest(start),
-              "--judge": endpoint.model if endpoint else args.judge}         # a server's address may change
-    if pretrained:
-        inputs |= {"the collection": digest(args.collection), "the discriminator": digest(pretrained)}
+    path = folder.out / "student"
+    if folder.is_trained():
+        return
+    if path.exists() and not checkpoints(folder.out):
+        raise UserError(f"{path} cannot be trained further, as its last checkpoint is gone; choose another "
+                        f"--out")
     begin = time.perf_counter()
-    path = folder.stage("student", make, folder.options("loop", "sampling", "every stage"), inputs,
-                        begun=[folder.out / "student", *checkpoints(folder.out)], finished=args.steps)
+    policy, D, tensors = load_student(start, args), None, {}
+    if pretrained:
+        D, tensors = Discriminator(policy), load_file(pretrained)
+        D.load_state_dict(named(tensors, "D "))
+    run = Run(args, world, folder.out, policy, data["data"], D)
+    if D:
+        run.d_optimizer.load(named(tensors, "optimizer "))
+    ril(run, collection, judge(), data.get("eval_data", []))
+    if world.rank == 0:
+        remove(folder.out / "evaluation-after.json")               # of a student that had fewer steps
+    save_student(run, start, path)
+    folder.write(steps=args.steps)
+    for old in checkpoints(folder.out)[:-1] if world.rank == 0 else []:
+        remove(old)                                       # the last one is for a run that is given more steps
+    folder.clock.peak_gb = max(folder.clock.peak_gb, run.meter.peak_gb)
     folder.clock.seconds["loop"] = time.perf_counter() - begin
-    return path
 
 
 def named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -1517,10 +1489,7 @@ def report(folder: Folder, args, data: dict, judge, start: str):
             texts = [predict(vlm, task, args.max_new_tokens, args.rollout_batch) for task in held_out]
             write_atomic(path, json.dumps(evaluate(held_out, texts, judge()), ensure_ascii=False))
         if held_out:
-            inputs = {"the model": digest(checkpoint), "--eval-data": digest(args.eval_data),
-                      "--judge": args.judge}
-            saved = folder.stage(f"evaluation-{name}.json", make, ["max_new_tokens"], inputs, again=True)
-            results[name] = read_json(saved)["tasks"]
+            results[name] = read_json(folder.stage(f"evaluation-{name}.json", make))["tasks"]
     metrics = [row for _, row in read_jsonl(out / "metrics.jsonl")]
     draw_curves(metrics, str(out / "curves.png"))
     write_report(out, vars(args), results, [row for _, row in read_jsonl(out / "rollouts.jsonl")])
@@ -1537,8 +1506,8 @@ def report(folder: Folder, args, data: dict, judge, start: str):
 # By group: option; default, the paper's where it has one; the toy's default where that differs, with which a
 # tiny model learns in minutes; what it is. A default says what an option takes: True or False a flag, which
 # --no-NAME takes back; a tuple one of its choices, the first by default; a list several values.
-# The result of a stage is recorded with all options of its groups (Folder.options): so an option stands in
-# the group of the stage whose result it changes, and in "machine" if it changes no step, but for rounding.
+# All options are part of a run's record (made_from), but for those that stand in "machine": these change no
+# step, but for rounding. --from takes over what another run made before the loop, if all agrees but "loop".
 OPTIONS = {
     "models and data": (                               # of inputs, what they hold is recorded
         ("--student", "toy", "checkpoint folder or hub id, or toy: a tiny one, from scratch"),
@@ -1553,7 +1522,7 @@ OPTIONS = {
         ("--skip-bad", False, "leave out examples whose image cannot be read, and those that a model cannot "
          "be asked"),
         ("--out", "runs/toy", "folder of the run; what is finished in it is not done again"),
-        ("--from", None, "folder of another run: its stages that would come out the same are taken over")),
+        ("--from", None, "folder of a run that differs in its loop alone: what it made before, is copied")),
     "SFT": (
         ("--sft-steps", 0, 600, "steps of SFT; 0 for a student that has had it"),
         ("--sft-lr", 1e-5, 1e-3, "learning rate of SFT, decays linearly to a tenth"),
@@ -1561,7 +1530,9 @@ OPTIONS = {
         ("--teacher-steps", 0, 500, "steps of SFT of each teacher of the toy world")),
     "collection": (
         ("--collect", 16, 8, "responses of each teacher to each question; and N of D's pre-training"),),
-    "discriminator": (
+    "discriminator": (                                 # the first two serve the loop too
+        ("--num-samples", 4, "G, responses of the student, and as many of teachers, a question"),
+        ("--batch-size", 144, 64, "questions per step"),
         ("--discriminator-steps", 1111, 60, "steps of discriminator pre-training"),
         ("--pretrain-lr", 1e-5, 1e-3, "learning rate of that, decays linearly to a tenth")),
     "loop": (
@@ -1574,8 +1545,6 @@ OPTIONS = {
          "student hardly says such things, that has no bound, and breaks a small one's language"),
         ("--freeze", None, "regular expression: weights that the loop leaves as they are, by name: 'visual' "
          "the vision tower, 'lm_head' the vocabulary head, 'self_attn', 'mlp', 'norm' (Table 5c)"),
-        ("--num-samples", 4, "G, responses of the student, and as many of teachers, a question"),
-        ("--batch-size", 144, 64, "questions per step"),
         ("--mu", 1, "updates of D and of the policy per step"),
         ("--beta", 0.01, 0.15, "weight of the KL to the reference"),
         ("--eps", 0.2, "the ratio is clipped to 1 - eps .. 1 + eps"),
