@@ -52,60 +52,46 @@ def test_data_may_move_but_not_change(copied):
     rows = data.read_text().splitlines(keepends=True)
     for changed in (rows[:-1], rows[::-1]):
         data.write_text("".join(changed))
-        refused("collection.jsonl was made with other settings (--data ", *options, "--steps", 4, "--out",
-                out)
+        refused("was made with other settings (--data ", *options, "--steps", 4, "--out", out)
 
 
-def test_teachers_and_sampling_belong_to_a_collection(copied, checkpoints):
-    """A collection that is used again though other teachers are asked for, or another temperature."""
+def test_every_option_belongs_to_a_run(copied, checkpoints):
+    """A result that is shown again though another option, teacher or judge is asked for."""
     out, options = copied
-    refused("--temperature 1.0 there, 0.5 here", *options, "--steps", 4, "--out", out, "--temperature", 0.5)
-    other = [checkpoints["qwen2_5_vl"] if option == checkpoints["internvl"] else option for option in options]
-    refused("the teachers ['internvl'] there, ['qwen2_5_vl'] here", *other, "--steps", 4, "--out", out)
-
-
-def test_a_collection_that_lacks_responses_is_asked_for_them_again(copied):
-    """A server that failed once, recorded as a finished stage, and never asked again."""
-    out, options = copied
-    records = json.loads((out / "stages.json").read_text())
-    assert records["collection.jsonl"]["finished"]
-    lines = (out / "collection.jsonl").read_text().splitlines(keepends=True)
-    (out / "collection.jsonl").write_text("".join(lines[:-1]))
-    records["collection.jsonl"]["finished"] = 0
-    (out / "stages.json").write_text(json.dumps(records))
-    done = call("train.py", *options, "--steps", 4, "--out", out)
-    assert done.returncode == 0, done.stderr
-    # and so all later stages are still valid
-    assert (out / "collection.jsonl").read_text() == "".join(lines)
+    command = [*options, "--steps", 4, "--out", out]
+    for option, value, there in (("--temperature", 0.5, 1.0), ("--lr", 0.5, 1e-06),
+                                 ("--loss", "grpo", "dr_grpo"),
+                                 ("--reward-weights", "answer=2", {"similarity": 1.0, "answer": 1.0})):
+        refused(f"{option} {there} there, ", *command, option, value)
+    other = [checkpoints["qwen2_5_vl"] if option == checkpoints["internvl"] else option for option in command]
+    refused("--teachers ['internvl'] there, ['qwen2_5_vl'] here", *other)
+    assert call("train.py", *command, "--token-budget", 100, "--log-every", 2).returncode == 0
 
 
 def test_files_that_nobody_knows_are_not_taken_for_results(copied, tmp_path):
     """A copied collection or discriminator; a finished folder whose record was deleted, which passed as a new
-    run."""
+    run; a record that is none."""
     out, options = copied
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(out / "collection.jsonl", other)
-    refused("no stages.json that says what they were made from", *options, "--steps", 4, "--out", other)
-    records = json.loads((out / "stages.json").read_text())
-    del records["discriminator.safetensors"]
-    (out / "stages.json").write_text(json.dumps(records))
-    refused("discriminator.safetensors is not from this run", *options, "--steps", 4, "--out", out)
-    (out / "stages.json").unlink()
-    refused("no stages.json that says what they were made from", *options, "--steps", 4, "--out", out)
+    refused("no run.json that says what they were made from", *options, "--steps", 4, "--out", other)
+    for broken in ("{}", "[1]", '{"loop": {}}', "{"):
+        (out / "run.json").write_text(broken)
+        refused("run.json: not ", *options, "--steps", 4, "--out", out)
+    (out / "run.json").unlink()
+    refused("no run.json that says what they were made from", *options, "--steps", 4, "--out", out)
 
 
 def test_an_option_that_an_old_record_lacks_had_its_default(copied):
     """A new option that locks out all folders of before."""
     out, options = copied
-    records = json.loads((out / "stages.json").read_text())
-    for record in records.values():
-        record["options"].pop("repetition_penalty", None)
-        record["options"].pop("reward_weights", None)
-    (out / "stages.json").write_text(json.dumps(records))
-    assert call("train.py", *options, "--steps", 4, "--out", out).returncode == 0
-    refused("--repetition-penalty 1.05 there", *options, "--steps", 4, "--out", out, "--repetition-penalty",
-            1)
+    record = json.loads((out / "run.json").read_text())
+    del record["before the loop"]["repetition_penalty"], record["loop"]["reward_weights"]
+    (out / "run.json").write_text(json.dumps(record))
+    command = [*options, "--steps", 4, "--out", out]
+    assert call("train.py", *command).returncode == 0
+    refused("--repetition-penalty 1.05 there", *command, "--repetition-penalty", 1)
 
 
 def test_a_finished_loop_can_be_extended(copied, tmp_path):
@@ -118,22 +104,37 @@ def test_a_finished_loop_can_be_extended(copied, tmp_path):
     for name in ("student/model.safetensors", "metrics.jsonl", "evaluation-after.json"):
         assert (out / name).read_bytes() == (tmp_path / "longer" / name).read_bytes(), name
     refused("the result of 6 steps, more than 4", *options, "--steps", 4, "--out", out)
+    shutil.rmtree(out / "checkpoint-000006")
+    refused("its last checkpoint is gone", *options, "--steps", 8, "--out", out)
 
 
-def test_stages_that_stay_the_same_are_taken_over(copied, tmp_path):
+def test_what_comes_before_the_loop_is_taken_over_if_it_stays_the_same(copied, tmp_path):
     """--from that copies what would come out otherwise, or makes again what would not."""
     out, options = copied
-    done = call("train.py", *options, "--steps", 4, "--out", tmp_path / "new", "--from", out, "--lr", 1e-4)
-    assert done.returncode == 0, done.stderr
-    for name in ("collection.jsonl", "discriminator.safetensors", "evaluation-before.json"):
-        assert f"new/{name} is taken over" in done.stdout
-        assert (tmp_path / "new" / name).read_bytes() == (out / name).read_bytes()
-    assert len(open(tmp_path / "new" / "metrics.jsonl").readlines()) == 4
-    done = call("train.py", *options, "--steps", 4, "--out", tmp_path / "warm", "--from", out,
-                "--pretrain-lr", 1e-3)
-    assert done.returncode == 0 and "warm/collection.jsonl is taken over" in done.stdout, done.stderr
-    assert "warm/discriminator.safetensors is taken over" not in done.stdout
-    refused("it has no stages.json", *options, "--out", tmp_path / "none", "--from", tmp_path)
+    new = tmp_path / "new"
+    marked = out / "discriminator.safetensors"
+    before = marked.stat().st_size
+    done = call("train.py", *options, "--steps", 4, "--out", new, "--from", out, "--lr", 1e-4)
+    assert done.returncode == 0 and "responses of" not in done.stderr, done.stderr
+    for name in ("collection.jsonl", "discriminator.safetensors"):
+        assert (new / name).read_bytes() == (out / name).read_bytes()
+    assert before == marked.stat().st_size and len(open(new / "metrics.jsonl").readlines()) == 4
+    refused("--pretrain-lr 1e-05 there, 0.001 here", *options, "--out", tmp_path / "warm", "--from", out,
+            "--pretrain-lr", 1e-3)
+    refused("it has no run.json", *options, "--out", tmp_path / "none", "--from", tmp_path)
+    assert not (tmp_path / "warm").exists() and not (tmp_path / "none").exists()
+
+
+def test_a_collection_that_lacks_responses_is_asked_for_them_until_D_has_read_them(copied):
+    """A server that failed once and is never asked again; or new responses for a D that was trained on
+    others."""
+    out, options = copied
+    whole = (out / "collection.jsonl").read_text()
+    (out / "collection.jsonl").write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    command = ["train.py", *options, "--steps", 4, "--out", out]
+    assert call(*command).returncode == 0 and (out / "collection.jsonl").read_text() != whole
+    (out / "discriminator.safetensors").unlink()
+    assert call(*command).returncode == 0 and (out / "collection.jsonl").read_text() == whole
 
 
 def test_batches_resume_where_they_stopped():
@@ -148,28 +149,24 @@ def test_batches_resume_where_they_stopped():
         train.Batches(examples[:1], 1, random.Random(0)).load({"pool": ["b"]})
 
 
-def edited(tmp_path, changes):
-    """A copy of the code with {file: {old: new}} replaced in it."""
+def edited(tmp_path, name, old, new):
+    """A copy of the code with `old` replaced by `new` in the file of this name."""
     code = tmp_path / "code"
     code.mkdir()
-    for name in train.CODE:
-        source = (ROOT / name).read_text()
-        for old, new in changes.get(name, {}).items():
-            assert old in source
-            source = source.replace(old, new)
-        (code / name).write_text(source)
+    for file in train.CODE:
+        source = (ROOT / file).read_text()
+        assert file != name or old in source
+        (code / file).write_text(source.replace(old, new) if file == name else source)
     return code
 
 
 def test_a_result_that_other_code_made_is_said(copied, tmp_path, capsys):
     """An edited reward and the same --out: the old result without a word; or --from, a D of other code."""
     out, options = copied
-    code = edited(tmp_path, {"discriminator.py": {"Eq. 1, negated": "Eq. 1, edited"}})
-    for command, says in ((["--out", out], f"{out / 'student'} was made when discriminator.py read otherwise"),
-                          (["--out", tmp_path / "new", "--from", out],
-                           "new/discriminator.safetensors was made when discriminator.py read otherwise")):
+    code = edited(tmp_path, "discriminator.py", "Eq. 1, negated", "Eq. 1, edited")
+    for command in (["--out", out], ["--out", tmp_path / "new", "--from", out]):
         run_code(code, ["train.py", *map(str, options), "--steps", "4", *map(str, command)])
-        assert says in capsys.readouterr().out
+        assert f"{out} was made when discriminator.py read otherwise" in capsys.readouterr().out
     done = call("train.py", *options, "--steps", 4, "--out", out)
     assert "read otherwise" not in done.stdout
 
@@ -177,8 +174,8 @@ def test_a_result_that_other_code_made_is_said(copied, tmp_path, capsys):
 def test_an_option_that_a_fork_adds_is_part_of_the_record(copied, tmp_path):
     """--eps-high 0.28, then 0.9 into the same folder: the first result again."""
     out, options = copied
-    code = edited(tmp_path, {"train.py": {'        ("--eps", 0.2,': '        ("--eps-high", 0.28, "?"),\n'
-                                                                    '        ("--eps", 0.2,'}})
+    code = edited(tmp_path, "train.py", '        ("--eps", 0.2,',
+                  '        ("--eps-high", 0.28, "?"),\n        ("--eps", 0.2,')
     command = ["train.py", *map(str, options), "--steps", "4", "--out", str(out)]
     run_code(code, command)                                        # an older record had the default
     with pytest.raises(Exception, match="--eps-high 0.28 there, 0.9 here"):
@@ -187,8 +184,8 @@ def test_an_option_that_a_fork_adds_is_part_of_the_record(copied, tmp_path):
 
 def test_a_reward_without_a_weight_is_said_before_any_work(lamps, checkpoints, tmp_path):
     """A bare KeyError, hours later."""
-    code = edited(tmp_path, {"train.py": {'    return terms\n': '    terms["brevity"] = -group.verdicts\n'
-                                                                '    return terms\n'}})
+    code = edited(tmp_path, "train.py", "    return terms\n",
+                  '    terms["brevity"] = -group.verdicts\n    return terms\n')
     with pytest.raises(Exception, match="'brevity' of reward_terms has no weight in REWARD_WEIGHTS"):
         run_code(code, ["train.py", "--student", checkpoints["qwen2_5_vl"], "--data", str(lamps[0]),
                         "--collection", str(lamps[1]), "--out", str(tmp_path / "out")])
