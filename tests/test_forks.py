@@ -11,9 +11,10 @@ from conftest import ROOT, lamp_files
 
 FORKS = sorted((ROOT / "tests" / "forks").glob("*.diff"))
 # What the command says to use a fork; and what it would say without, where a default would differ anyway.
-OPTIONS = {"gspo": ["--loss", "gspo"], "gad": ["--similarity", "gad"],
+OPTIONS = {"gspo": ["--loss", "gspo"], "rloo": ["--loss", "rloo"], "gad": ["--similarity", "gad"],
+           "clip_higher": ["--mu", "2", "--eps", "0.01", "--eps-high", "0.5"],
            "program_teacher": ["--teachers", "program:teacher.py"]}
-INSTEAD = {"gad": ["--similarity", "continuous"]}
+INSTEAD = {"gad": ["--similarity", "continuous"], "clip_higher": ["--mu", "2", "--eps", "0.01"]}
 MODULES = ("model", "discriminator", "teachers", "eval", "train")
 PROGRAM = "import sys\nprint('Looking at it,', sys.argv[1][:11])\n"
 
@@ -45,7 +46,7 @@ def run_code(code, argv):
 def test_forks_are_short_and_in_the_readme():
     """A fork that is more than one file and few lines, or that nobody hears of."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(FORKS) >= 7
+    assert len(FORKS) >= 10
     for fork in FORKS:
         lines = fork.read_text(encoding="utf-8").splitlines()
         assert len([line for line in lines if line.startswith("+++")]) == 1, fork.name
