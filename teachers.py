@@ -24,7 +24,6 @@ import random
 import re
 import struct
 import time
-import urllib.error
 import urllib.request
 import zlib
 from collections import Counter, defaultdict
@@ -1014,10 +1013,11 @@ class CallFailed(Exception):
         self.wait = wait
 
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key and the question to another host."""
-    def redirect_request(self, *_):
-        return None
+class AsItIs(urllib.request.HTTPErrorProcessor):
+    """No redirects, which would carry the key and the question to another host, and no exceptions."""
+    def http_response(self, request, response):
+        return response
+    https_response = http_response
 
 
 def attempt(endpoint: Endpoint, path: str, body: dict | None = None) -> dict | list:
@@ -1030,15 +1030,14 @@ def attempt(endpoint: Endpoint, path: str, body: dict | None = None) -> dict | l
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(endpoint.url + path, data, headers)
     try:
-        with urllib.request.build_opener(NoRedirects).open(request, timeout=endpoint.timeout) as response:
+        with urllib.request.build_opener(AsItIs).open(request, timeout=endpoint.timeout) as response:
             contents = response.read().strip()
-        if contents and contents[:1] not in b"{[":                 # a page, or events: asking again is no use
-            raise CallFailed(contents[:2000].decode("utf-8", "replace"), response.status)
+        status, text = response.status, contents[:2000].decode("utf-8", "replace")
+        if status in (408, 409, 425, 429) or status >= 500:
+            raise CallFailed(text, status, wait=retry_after(response.headers))
+        if status >= 300 or contents and contents[:1] not in b"{[":          # or it is a page, or events
+            raise CallFailed(text, status)
         return json.loads(contents)
-    except urllib.error.HTTPError as error:
-        text = error.read(2000).decode("utf-8", "replace")
-        passing = error.code in (408, 409, 425, 429) or error.code >= 500
-        raise CallFailed(text, error.code, retry_after(error.headers) if passing else None) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise CallFailed(getattr(error, "reason", error), wait=0) from error
 
@@ -1435,6 +1434,8 @@ def look_into(path):
 def json_rows(path, contents):
     if str(path).endswith(".json"):
         c = read_json(path)
+        if not isinstance(c, list):
+            raise UserError(f"{path}: no list")
         return ((f"{path}: item {i}", row, None) for i, row in enumerate(c, 1))
     return ((where, row, None) for where, row in read_jsonl(path))
 

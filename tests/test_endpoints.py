@@ -98,12 +98,6 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(1.5)
         if fault in ("429", "500"):
             self.send(int(fault), b"busy", [("Retry-After", "0")] if fault == "429" else [])
-        elif fault == "drip":
-            self.send(200, b"", length=len(good))
-            for byte in good:
-                self.wfile.write(bytes([byte]))
-                self.wfile.flush()
-                time.sleep(0.1)
         elif fault == "half":
             self.send(200, good[:len(good) // 2], length=len(good))
             self.wfile.flush()
@@ -234,15 +228,6 @@ def test_a_page_is_no_server_and_a_list_of_models_is(monkeypatch):
         check_endpoint(Endpoint("big", server.url))
     with pytest.raises(UserError, match="no OpenAI-compatible server .*doctype"):
         check_endpoint(Endpoint("m", server.url.removesuffix("/v1")))
-
-
-def test_a_server_that_drips_does_not_hold_a_call(tmp_path):
-    """A reply of which a byte comes now and then: each read succeeds, and the call never ends."""
-    server = Hostile(lambda body: "Yes.", lambda number: "drip")
-    start = time.time()
-    with pytest.raises(CallFailed, match="did not end"):
-        chat(Endpoint("m", server.url, timeout=0.5, limit=0.6), ASK, 1, Sampling(), 0)
-    assert time.time() - start < 4
 
 
 def test_questions_that_a_server_fails_on_are_left_for_another_run(tmp_path, capsys):
