@@ -176,7 +176,7 @@ def test_killed_in_the_middle_it_resumes_to_the_same_file(tmp_path):
     assert hostile.calls <= 1.5 * (200 - before.count(b"\n")) + 30  # what was there was not asked for again
 
 
-def test_settings_that_a_server_does_not_take_are_left_out_and_said(capsys):
+def test_settings_that_a_server_does_not_take_are_left_out_and_said(capsys, monkeypatch):
     server = Hostile(lambda body: "Yes.", refuses=("top_k", "repetition_penalty", "max_tokens"))
     endpoint = Endpoint("m", server.url)
     assert chat(endpoint, ASK, 3, Sampling(), 0) == [("Yes.", True)] * 3
@@ -184,6 +184,10 @@ def test_settings_that_a_server_does_not_take_are_left_out_and_said(capsys):
     assert server.calls == 5
     assert "max_completion_tokens" in server.bodies[-1] and "top_k" not in server.bodies[-1]
     assert "does not take top_k" in capsys.readouterr().out
+    monkeypatch.setitem(BODIES, "complaint", b'{"error": {"message": "top_k is not supported"}}')
+    server = Hostile(lambda body: "Yes.", lambda number: "complaint" if number == 1 else None)       # with HTTP 200
+    assert chat(Endpoint("m", server.url, limit=1), ASK, 1, Sampling(), 0) == [("Yes.", True)]
+    assert "top_k" not in server.bodies[1]
 
 
 def test_a_server_that_is_down_for_good_is_given_up_in_bounded_time(tmp_path):
@@ -209,13 +213,6 @@ def test_a_reply_that_is_no_completion_is_quoted_at_once(name, monkeypatch):
     said = str(error.value)
     assert server.calls == 1 and "\n" not in said and "sesame" not in said
     assert "".join(BODIES[name].decode().split()).replace("sesame", "***") in said.replace(" ", "")
-
-
-def test_a_complaint_with_http_200_about_a_setting_is_followed(monkeypatch):
-    monkeypatch.setitem(BODIES, "complaint", b'{"error": {"message": "top_k is not supported"}}')
-    server = Hostile(lambda body: "Yes.", lambda number: "complaint" if number == 1 else None)
-    assert chat(Endpoint("m", server.url, limit=1), ASK, 1, Sampling(), 0) == [("Yes.", True)]
-    assert "top_k" not in server.bodies[1]
 
 
 def test_a_page_is_no_server_and_a_list_of_models_is(monkeypatch):
@@ -272,29 +269,24 @@ def free_port():
 
 def test_what_is_wrong_with_a_server_is_said_before_any_work(tmp_path, checkpoints, monkeypatch):
     """Server down, model not served, key missing or wrong; the key never shown."""
-    with pytest.raises(UserError, match="no server answers"):
-        check_endpoint(Endpoint("m", f"http://127.0.0.1:{free_port()}/v1"))
-    with pytest.raises(UserError, match="does not serve big; it serves m"):
-        check_endpoint(Endpoint("big", Hostile(says).url))
+    def refused(endpoint, says):
+        with pytest.raises(UserError, match=says) as error:
+            check_endpoint(endpoint)
+        assert "wrong-key" not in str(error.value) and "sesame" not in str(error.value)
+    nobody = f"http://127.0.0.1:{free_port()}/v1"
+    refused(Endpoint("m", nobody), "no server answers")
+    refused(Endpoint("big", Hostile(says).url), "does not serve big; it serves m")
     monkeypatch.delenv(KEY, raising=False)
-    locked = Hostile(says, key="sesame")
-    with pytest.raises(UserError, match=f"set the environment variable {KEY}"):
-        check_endpoint(Endpoint("m", locked.url))
-    monkeypatch.setenv(KEY, "wrong-key")
-    with pytest.raises(UserError, match="does not accept") as error:
-        check_endpoint(Endpoint("m", locked.url))
-    assert "wrong-key" not in str(error.value)
-    monkeypatch.setenv(KEY, "sesame\r\nX-Evil: 1")                # is quoted by what refuses it as a header
-    with pytest.raises(UserError, match="no key can be") as error:
-        check_endpoint(Endpoint("m", locked.url))
-    assert "sesame" not in str(error.value)
-    monkeypatch.setenv(KEY, "sesame\n")
-    check_endpoint(Endpoint("m", locked.url))
-    monkeypatch.setenv(KEY, "sesame")
-    check_endpoint(Endpoint("m", locked.url))
+    locked = Endpoint("m", Hostile(says, key="sesame").url)
+    refused(locked, f"wants a key: set the environment variable {KEY}")
+    for key, says_so in (("wrong-key", "does not accept the key"), ("sesame\r\nX-Evil: 1", "no key can be")):
+        monkeypatch.setenv(KEY, key)               # the second is quoted by what refuses it as a header
+        refused(locked, says_so)
+    for key in ("sesame\n", "sesame"):
+        monkeypatch.setenv(KEY, key)
+        check_endpoint(locked)
     data, _ = lamp_files(tmp_path, 2)
-    teacher = f"m@http://127.0.0.1:{free_port()}/v1"
-    done = call("train.py", "--student", checkpoints["qwen2_5_vl"], "--teachers", teacher, "--data", data,
+    done = call("train.py", "--student", checkpoints["qwen2_5_vl"], "--teachers", f"m@{nobody}", "--data", data,
                 "--out", tmp_path / "out")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no server" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -344,19 +336,12 @@ def test_model_at_url_is_an_endpoint_and_nothing_else_is():
 # -------------------------------------------------------------------------------- the judge
 
 
-@pytest.mark.parametrize("reply, verdict", [
-    ("It says the same. <answer>1</answer>", 1),
-    ("No.\n<answer> 0 </answer>.\n", 0),
-    ("<answer>1</answer> or rather <answer>0</answer>", None),
-    ("The response claims <answer>1</answer>, but I do not agree.", None),
-    ("<answer>yes</answer>", None),
-    ("<answer>10</answer>", None),
-    ("1", None),
-    ("", None),
-    ("<answer>1", None),
-])
-def test_verdicts_are_parsed_strictly(reply, verdict):
-    assert parse_verdict(reply) == verdict
+def test_verdicts_are_parsed_strictly():
+    for reply, verdict in (("It says the same. <answer>1</answer>", 1), ("No.\n<answer> 0 </answer>.\n", 0),
+                           ("<answer>1</answer> or rather <answer>0</answer>", None), ("<answer>10</answer>", None),
+                           ("The response claims <answer>1</answer>, but I do not agree.", None), ("1", None),
+                           ("<answer>yes</answer>", None), ("", None), ("<answer>1", None)):
+        assert parse_verdict(reply) == verdict
 
 
 def test_a_response_cannot_close_its_tag_or_answer_for_the_judge(tmp_path):
@@ -469,11 +454,8 @@ def test_a_reply_without_a_verdict_is_shown_once(capsys):
     assert judge([("q", "a", "again")]) == [None]
     said = capsys.readouterr().out
     assert said.count("The response is right") == said.count("Verdict: 1") == 1 and len(said) < 400
-
-
-def test_a_verdict_that_was_only_considered_is_none():
-    server = Hostile(lambda body: "<think><answer>1</answer>?</think> No. <answer>0</answer>")
-    assert LLMJudge(f"m@{server.url}")([("q", "a", "b")]) == [0]
+    server.reply = lambda body: "<think><answer>1</answer>?</think> No. <answer>0</answer>"    # only considered
+    assert judge([("q", "a", "b")]) == [0]
 
 
 def test_a_judge_that_is_down_is_said_and_given_up(capsys):
