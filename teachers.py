@@ -528,8 +528,10 @@ def at(where: str):
 
 def read_json(path: str):
     """The contents of a JSON file; UserError where it is none."""
-    with at(path):
+    try:
         return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); JSON lines are called .jsonl") from error
 
 
 def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:

@@ -185,7 +185,7 @@ def test_settings_that_a_server_does_not_take_are_left_out_and_said(capsys, monk
     assert "max_completion_tokens" in server.bodies[-1] and "top_k" not in server.bodies[-1]
     assert "does not take top_k" in capsys.readouterr().out
     monkeypatch.setitem(BODIES, "complaint", b'{"error": {"message": "top_k is not supported"}}')
-    server = Hostile(lambda body: "Yes.", lambda number: "complaint" if number == 1 else None)       # with HTTP 200
+    server = Hostile(lambda body: "Yes.", lambda number: "complaint" if number == 1 else None)
     assert chat(Endpoint("m", server.url, limit=1), ASK, 1, Sampling(), 0) == [("Yes.", True)]
     assert "top_k" not in server.bodies[1]
 
@@ -286,7 +286,8 @@ def test_what_is_wrong_with_a_server_is_said_before_any_work(tmp_path, checkpoin
         monkeypatch.setenv(KEY, key)
         check_endpoint(locked)
     data, _ = lamp_files(tmp_path, 2)
-    done = call("train.py", "--student", checkpoints["qwen2_5_vl"], "--teachers", f"m@{nobody}", "--data", data,
+    done = call("train.py", "--student", checkpoints["qwen2_5_vl"], "--teachers", f"m@{nobody}",
+                "--data", data,
                 "--out", tmp_path / "out")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no server" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -338,7 +339,8 @@ def test_model_at_url_is_an_endpoint_and_nothing_else_is():
 
 def test_verdicts_are_parsed_strictly():
     for reply, verdict in (("It says the same. <answer>1</answer>", 1), ("No.\n<answer> 0 </answer>.\n", 0),
-                           ("<answer>1</answer> or rather <answer>0</answer>", None), ("<answer>10</answer>", None),
+                           ("<answer>1</answer> or rather <answer>0</answer>", None),
+                           ("<answer>10</answer>", None),
                            ("The response claims <answer>1</answer>, but I do not agree.", None), ("1", None),
                            ("<answer>yes</answer>", None), ("", None), ("<answer>1", None)):
         assert parse_verdict(reply) == verdict
@@ -454,7 +456,7 @@ def test_a_reply_without_a_verdict_is_shown_once(capsys):
     assert judge([("q", "a", "again")]) == [None]
     said = capsys.readouterr().out
     assert said.count("The response is right") == said.count("Verdict: 1") == 1 and len(said) < 400
-    server.reply = lambda body: "<think><answer>1</answer>?</think> No. <answer>0</answer>"    # only considered
+    server.reply = lambda body: "<think><answer>1</answer>?</think> No. <answer>0</answer>"
     assert judge([("q", "a", "b")]) == [0]
 
 

@@ -48,7 +48,8 @@ def mutated(data, rng):
     if way == 2:
         return data[:j] + data[i:]
     if way == 3:
-        return data.replace(*rng.choice([(b'"', b"'"), (b"\n", b"\r"), (b"\t", b" "), (b":", b""), (b"e", b"\x00"),
+        return data.replace(*rng.choice([(b'"', b"'"), (b"\n", b"\r"), (b"\t", b" "), (b":", b""),
+                                         (b"e", b"\x00"),
                                          (b"{", b"[" * 3000)]))
     for lines in ([data], data.splitlines()):                      # a JSON value, or one on each line
         try:
@@ -57,7 +58,8 @@ def mutated(data, rng):
         except (ValueError, TypeError):
             pass
     cells = data.split(b"\t")                                      # a TSV
-    cells[rng.randrange(len(cells))] = rng.choice([b"", b'"', b"['x'", b"[1, 2]", b"-1", b'"0"', b"\n", b"<image 9>"])
+    cells[rng.randrange(len(cells))] = rng.choice([b"", b'"', b"['x'", b"[1, 2]", b"-1", b'"0"', b"\n",
+                                                   b"<image 9>"])
     return b"\t".join(cells)
 
 
@@ -109,7 +111,8 @@ def test_mutated_benchmark_files(name, tmp_path):
 
 
 ROWS = {
-    "ours": {"id": "7", "image": ["a.jpg"], "question": "How <image> many?", "answer": "2", "options": ["1", "2"],
+    "ours": {"id": "7", "image": ["a.jpg"], "question": "How <image> many?", "answer": "2",
+             "options": ["1", "2"],
              "history": [["Hello", "there"]], "hint": "Look.", "category": "c"},
     "llava": {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nHow?"},
                                                              {"from": "gpt", "value": "2"}]},

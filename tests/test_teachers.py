@@ -36,7 +36,8 @@ def test_bad_data_names_the_file_and_the_line(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("not an image")
     for rows, line, says in (
-            ([GOOD, "{oops"], 2, "not JSON"), ([GOOD, "[1, 2]"], 2, "object"), ([GOOD, GOOD], 2, "used before"),
+            ([GOOD, "{oops"], 2, "not JSON"), ([GOOD, "[1, 2]"], 2, "object"),
+             ([GOOD, GOOD], 2, "used before"),
             ([GOOD | {"answer": 2}], 1, "answer"), ([GOOD | {"image": "empty.png"}], 1, "cannot be read"),
             ([GOOD, GOOD | {"id": "b", "image": "gone.png"}], 2, "does not exist"),
             ([GOOD | {"image": "text.png"}], 1, "cannot be read"), ([GOOD | {"image": 7}], 1, "image")):
@@ -119,8 +120,10 @@ def test_draw_is_even_over_teachers_without_repeats_and_reproducible(tmp_path):
 def test_a_collection_that_cannot_be_used_is_refused(tmp_path, qwen):
     """A question without a response; an image token spelt; responses that D would take for the student's."""
     examples = [Example("a", (), "q", "a"), Example("b", (), "q", "b", where="d.jsonl:2")]
-    for row, says in (({}, "no response for the question 'b' of d.jsonl:2"), ({"teacher": "student"}, "c.jsonl:2"),
-                      ({"text": "a <|image_pad|> here"}, "c.jsonl:2.*image_pad"), ({"text": 7}, "c.jsonl:2: expected"),
+    for row, says in (({}, "no response for the question 'b' of d.jsonl:2"),
+                      ({"teacher": "student"}, "c.jsonl:2"),
+                      ({"text": "a <|image_pad|> here"}, "c.jsonl:2.*image_pad"),
+                      ({"text": 7}, "c.jsonl:2: expected"),
                       ({"finished": "false"}, 'c.jsonl:2: expected true or false as "finished"'),
                       ({"finished": None}, '"finished"'), ({"finish_reason": "length"}, "found 'length'")):
         path = write(tmp_path / "c.jsonl", {"id": "a", "text": "fine"}, {"id": "a", "text": "x"} | row)
@@ -226,12 +229,14 @@ def test_chat_messages_place_images_where_they_stand(tmp_path):
     """An image of a later turn shown too early; a system turn dropped; parts in the wrong order."""
     for name in "ab":
         noise_image(32, 32).save(tmp_path / f"{name}.png")
-    red = [{"type": "text", "text": "Is "}, {"type": "image", "text": None}, {"type": "text", "text": " red?"}]
+    def text(words):
+        return {"type": "text", "text": words}
+    red = [text("Is "), {"type": "image", "text": None}, text(" red?")]
     rows = [{"messages": [{"role": "system", "content": "Be brief."},
                           {"role": "user", "content": red},
-                          {"role": "assistant", "content": [{"type": "text", "text": "No."}]},
+                          {"role": "assistant", "content": [text("No.")]},
                           {"role": "system", "content": "Be kind."},
-                          {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "And this?"}]},
+                          {"role": "user", "content": [{"type": "image"}, text("And this?")]},
                           {"role": "assistant", "content": "Yes."},
                           {"role": "user", "content": "Thanks."}],
              "images": ["a.png", "b.png"]},
@@ -249,16 +254,12 @@ def test_chat_messages_place_images_where_they_stand(tmp_path):
     assert third.truth == "The first." and len(third.images) == 2 and third.category == "c"
 
 
-def test_a_choice_without_a_truth_is_refused(tmp_path):
-    """The empty truth of a test split, read as the letter of an option that does not exist."""
+def test_the_truth_of_a_choice_becomes_a_letter(tmp_path):
     noise_image(8, 8).save(tmp_path / "a.png")
     header = "index\timage_path\tquestion\tA\tB\tquestion_type\tanswer\n"
     for truth, letter in (("dog", "B"), ("A", "A")):
         (tmp_path / "d.tsv").write_text(f"{header}1\ta.png\tWhich?\tcat\tdog\tmulti_choice\t{truth}\n")
         assert load_examples(str(tmp_path / "d.tsv"))[0].truth == letter
-    (tmp_path / "d.tsv").write_text(f"{header}1\ta.png\tWhich?\tcat\tdog\tmulti_choice\t\n")
-    with pytest.raises(UserError, match="a test split"):
-        load_examples(str(tmp_path / "d.tsv"))
 
 
 def test_images_of_every_kind_come_out_upright_and_in_8_bit_rgb(tmp_path):
@@ -398,20 +399,17 @@ CHAT = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant",
 LLAVA = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It."}]}
 
 
-def chat_of(*parts, reply="It.", **more):
-    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": reply}]} | more
-
-
-# Columns that other people's files have, and that were once read. Beside each of the three forms they are refused.
-COLUMNS_THAT_WOULD_BE_LOST = {
+# Columns that other people's files have, and that were once read, by what is said of them.
+IMAGE_COLUMNS = ("image_path", "image_paths", "img", "imgs", "img_path", "image_file", "Image", "file_name",
+                 "image_url", "image_1", "picture", "imagename")
+LOST = {
     'call it "image"': [
-        {name: value} for name in ("image_path", "image_paths", "img", "imgs", "img_path", "image_file", "Image",
-                                   "file_name", "image_url", "image_1", "picture") for value in ("x", ["x", "y"])
-    ] + [{"imagename": "x.png"}, {"image_base64": BARE}, {"image_1": {"bytes": "AAAA"}}, {"pic": {"path": "x.png"}},
-         {"jpg": in_base64("JPEG")}, {"scan": [URL]}, {"image": "x.png", "image_2": "y.png"},
-         {"image": "x.png", "mask": "m.png"}, {"image": "x.png", "after": "xx.png"}, {"url": "http://a.b/c.JPG"}],
-    "only images|it is no image": [
-        {"video": "a"}, {"videos": ["a"]}, {"Audio_Path": "a"}, {"clip": "a b.mp4"}, {"sound": ["a.wav"]}],
+        *({name: value} for name in IMAGE_COLUMNS for value in ("x", ["x", "y"])),
+        {"image_base64": BARE}, {"image_1": {"bytes": "AAAA"}}, {"pic": {"path": "x.png"}}, {"scan": [URL]},
+        {"jpg": in_base64("JPEG")}, {"image": "x.png", "image_2": "y.png"}, {"image": "x.png", "mask": "m.png"},
+        {"image": "x.png", "after": "xx.png"}, {"url": "http://a.b/c.JPG"}],
+    "it is no image": [{"video": "a"}, {"videos": ["a"]}, {"Audio_Path": "a"}, {"clip": "a b.mp4"},
+                       {"sound": ["a.wav"]}],
     "options": [{"choices": ["hen", "cow"]}, {"choices": "['hen', 'cow']"}, {"A": "hen", "B": "cow"},
                 {"choices": {"label": ["A", "B"], "text": ["hen", "cow"]}}, {"choice_a": "hen"}],
     "before the question": [{"system": "Be brief."}, {"system_prompt": "Be brief."}],
@@ -421,10 +419,10 @@ COLUMNS_THAT_WOULD_BE_LOST = {
 
 
 @pytest.mark.parametrize("form", [PLAIN, CHAT, LLAVA])
-@pytest.mark.parametrize("says", COLUMNS_THAT_WOULD_BE_LOST)
+@pytest.mark.parametrize("says", LOST)
 def test_columns_that_would_be_lost_are_refused_with_what_to_write(tmp_path, form, says):
     """A row that became text alone, or lost a picture, its options, its instruction, or the turns before."""
-    for more in COLUMNS_THAT_WOULD_BE_LOST[says]:
+    for more in LOST[says]:
         with pytest.raises(UserError, match=says) as error:
             one(tmp_path, form | more)
         assert str(error.value).startswith(f"{tmp_path / 'rows.jsonl'}:1: ") and len(str(error.value)) < 500
@@ -441,83 +439,84 @@ def test_other_columns_are_passed_over(tmp_path, more):
         assert len(one(tmp_path, form | more).images) == ("image" in more)
 
 
+def chat_of(*parts, reply="It.", **more):
+    turns = [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": reply}]
+    return {"messages": turns} | more
+
+
 IMAGE = {"type": "image"}
 ASK = {"type": "text", "text": "?"}
-CASES = [
-    # no form, or two
-    ({"prompt": "?"}, '"question" and "answer"'), (PLAIN | CHAT, '"question" and "answer"'),
-    ({"problem": "?", "solution": "!"}, '"question" and "answer"'), (PLAIN | {"question": " "}, '"question"'),
-    ({"question": "", "answer": "yes", "kind": "picture"}, '"question"'),
-    ({"question": "?"}, "test split"), (PLAIN | {"answer": ["a"]}, '"answer"'),
-    (CHAT | {"options": ["a", "b"]}, '"options" beside a dialogue'), (LLAVA | {"hint": "a"}, '"hint" beside'),
-    (CHAT | {"history": [["a", "b"]]}, '"history" beside'), (LLAVA | {"answer": "a"}, '"answer" beside'),
-    # images
-    (PLAIN | {"image": URL}, "path of a file; save 'data:image"), (PLAIN | {"image": BARE}, "path of a file; save"),
-    (PLAIN | {"images": [BARE[:90]]}, "does not exist"), (PLAIN | {"image": "https://a.b/c?d=1"}, "save 'https:"),
-    (PLAIN | {"image": "['y.png', 'x.png']"}, "does not exist"), (PLAIN | {"image": {"bytes": BARE}}, "list of str"),
-    (PLAIN | {"image": [{"path": "x.png"}]}, "list of strings"), (PLAIN | {"image": False}, "list of strings"),
-    (PLAIN | {"image": "x.png", "images": ["y.png"]}, "not both"), (PLAIN | {"image": "x" * 900}, "image .*xxx"),
-    # images in texts
-    (PLAIN | {"question": "Is <img>y.png</img> old?"}, "a text holds an image: write <image>"),
-    (PLAIN | {"question": "Which?<IMG>v2_0_0.jpg<IMG>or this<IMG>v2_0_1.png"}, "a text holds an image"),
-    (PLAIN | {"question": f"![]({URL})\nWhat?"}, "a text holds an image"),
-    (PLAIN | {"options": [URL, URL]}, "a text holds an image"),
-    (LLAVA | {"conversations": [{"from": "human", "value": "<img>x.png</img>?"}, LLAVA["conversations"][1]]},
-     "a text holds an image"),
-    # marks
-    (PLAIN | {"question": "<image> or not?"}, "marks 1"), (PLAIN | {"question": "<video>\nWhat?"}, "marks a video"),
-    (PLAIN | {"history": [["<audio>", "Yes."]]}, "marks a video or a sound"),
-    (chat_of(IMAGE, ASK, images=["x.png", "y.png"]), "marks 1 .*for 2"),
-    # options, answers and history
-    (PLAIN | {"options": "hen, cow"}, '"options" is a list'), (PLAIN | {"options": ["hen", 2]}, '"options" is a list'),
-    (PLAIN | {"options": {"A": "hen", "B": "cow"}}, '"options" is a list'),
-    (PLAIN | {"answers": [{"answer": "B", "answer_confidence": "yes"}]}, '"answers" is a list'),
-    (PLAIN | {"history": [{"question": "a", "answer": "b"}]}, '"messages"'),
-    (PLAIN | {"history": [{"role": "user", "content": "a"}]}, '"messages"'), (PLAIN | {"history": [1]}, "forms"),
-    (PLAIN | {"history": [["\ud83d", "half an emoji"]]}, "expected text"), (PLAIN | {"history": "a"}, '"messages"'),
-    # dialogues
-    ({"conversations": [{"from": "gpt", "value": "Hello"}]}, "in turn"), ({"messages": ["hello"]}, "forms"),
-    ({"messages": CHAT["messages"][:1]}, "no question with an answer"),
-    ({"messages": [{"role": "developer", "content": "Hm."}, *CHAT["messages"]]}, "'developer' as turn 1"),
-    ({"messages": [{"role": "system", "text": "Hm."}, *CHAT["messages"]]}, "KeyError: 'content'"),
-    ({"messages": [CHAT["messages"][0] | {"images": ["x.png"]}, CHAT["messages"][1]]}, '"images" is not read'),
-    ({"conversations": CHAT["messages"]}, "KeyError: 'value'"), ({"messages": LLAVA["conversations"]}, "'content'"),
-    (chat_of(ASK, reply="<image> Here."), "no image in a reply"),
-    # parts of a message
-    (chat_of({"type": "image_url", "image_url": {"url": URL}}, ASK), "a part of a message is"),
-    (chat_of({"type": "image", "image": "x.png"}, ASK), 'path in "images"'), (chat_of({"text": "?"}), "a part"),
-    (chat_of({"type": "input_image", "image_url": URL}, ASK), "a part"), (chat_of({"image": "x.png"}, ASK), "a part"),
-    (chat_of({"type": "video", "video": "a.mp4"}), "a part"), (chat_of({"type": "text", "value": "?"}), "a part"),
-    (chat_of({"type": "text", "text": 3}), "forms")]
+# Rows in forms that were once read, or never, by what is said of them.
+REFUSED_ROWS = {
+    '"question" and "answer"': [{"prompt": "?"}, PLAIN | CHAT, {"problem": "?", "solution": "!"}],
+    'as "question"': [PLAIN | {"question": " "}, PLAIN | {"question": ["?"]},
+                      {"question": "", "answer": "yes", "kind": "picture"}],
+    'as "answer"': [{"question": "?"}, PLAIN | {"answer": ["a"]}, PLAIN | {"answer": 2}],
+    "beside a dialogue; write it into": [CHAT | {"options": ["a", "b"]}, LLAVA | {"hint": "a"},
+                                         CHAT | {"history": [["a", "b"]]}, LLAVA | {"answer": "a"}],
+    "is the path of a file; save": [PLAIN | {"image": URL}, PLAIN | {"image": BARE}, CHAT | {"images": [URL]},
+                                    PLAIN | {"image": "https://a.b/c?d=1"}],
+    "does not exist|too long": [PLAIN | {"image": "['y.png', 'x.png']"}, PLAIN | {"images": [BARE[:90]]},
+                                PLAIN | {"image": "x" * 900}],
+    "is a list of strings": [PLAIN | {"image": {"bytes": BARE}}, CHAT | {"images": [{"path": "x.png"}]},
+                             PLAIN | {"image": False}, PLAIN | {"options": "hen, cow"},
+                             PLAIN | {"options": ["hen", 2]}, PLAIN | {"options": {"A": "hen", "B": "cow"}},
+                             PLAIN | {"answers": [{"answer": "B", "answer_confidence": "yes"}]}],
+    "not both": [PLAIN | {"image": "x.png", "images": ["y.png"]}],
+    "a text holds an image: write <image>": [
+        PLAIN | {"question": "Is <img>y.png</img> old?"}, PLAIN | {"question": f"![]({URL})\nWhat?"},
+        PLAIN | {"question": "Which?<IMG>v2_0_0.jpg<IMG>or this<IMG>v2_0_1.png"}, PLAIN | {"options": [URL]},
+        chat_of({"type": "text", "text": "<img>x.png</img>?"})],
+    "marks 1 ": [PLAIN | {"question": "<image> or not?"}, chat_of(IMAGE, ASK, images=["x.png", "y.png"])],
+    "marks a video or a sound": [PLAIN | {"question": "<video>\nWhat?"}, PLAIN | {"history": [["<audio>", "!"]]}],
+    'a dialogue is written as "messages"': [PLAIN | {"history": history} for history in (
+        [{"question": "a", "answer": "b"}], [{"role": "user", "content": "a"}], [["a"]], [1], "a")],
+    "expected text": [PLAIN | {"history": [["\ud83d", "half an emoji"]]}],
+    "in turn": [{"conversations": [{"from": "gpt", "value": "Hello"}]}, chat_of(ASK, reply="<image> Here."),
+                {"messages": [{"role": "developer", "content": "Hm."}, *CHAT["messages"]]}],
+    "no question with an answer": [{"messages": CHAT["messages"][:1]}],
+    "in none of the forms": [{"messages": ["hello"]}, {"conversations": CHAT["messages"]},
+                             {"messages": LLAVA["conversations"]}, chat_of({"type": "text", "text": 3}),
+                             {"messages": [{"role": "system", "text": "Hm."}, *CHAT["messages"]]}],
+    '"images" is not read': [{"messages": [CHAT["messages"][0] | {"images": ["x"]}, CHAT["messages"][1]]}],
+    'with its path in "images"': [chat_of(part, ASK) for part in (
+        {"type": "image_url", "image_url": {"url": URL}}, {"type": "image", "image": "x.png"}, {"text": "?"},
+        {"type": "input_image", "image_url": URL}, {"image": "x.png"}, {"type": "video", "video": "a.mp4"},
+        {"type": "text", "value": "?"}, {"type": "input_text", "text": "?"})]}
 
 
-@pytest.mark.parametrize("row, says", CASES)
-def test_rows_in_other_forms_are_refused_in_one_short_sentence(tmp_path, row, says):
+@pytest.mark.parametrize("says", REFUSED_ROWS)
+def test_rows_in_other_forms_are_refused_in_one_short_sentence(tmp_path, says):
     """Forms that were read once, or that were never: each in a sentence that names file and line."""
-    with pytest.raises(UserError, match=says) as error:
-        one(tmp_path, row)
-    said = str(error.value)
-    assert said.startswith(f"{tmp_path / 'rows.jsonl'}:1: ") and "\n" not in said and len(said) < 700
+    for row in REFUSED_ROWS[says]:
+        with pytest.raises(UserError, match=says) as error:
+            one(tmp_path, row)
+        said = str(error.value)
+        assert said.startswith(f"{tmp_path / 'rows.jsonl'}:1: ") and "\n" not in said and len(said) < 700
 
 
-@pytest.mark.parametrize("name, text, says", [
-    ("d.json", '{"a": 1}\n{"a": 2}\n', "JSON lines is called .jsonl|not JSON"), ("d.json", '{"data": []}', "a list"),
+INDEXED = "index\timage_path\tquestion\tanswer\n1\tx.png\t"
+REFUSED_FILES = [
+    ("d.json", '{"a": 1}\n{"a": 2}\n', "JSON lines are called .jsonl"), ("d.json", '{"data": []}', "a list"),
     ("d.json", '{"v2_0": {"question": "?", "answer": "!", "capability": ["rec"]}}', "a list of rows"),
     ("d.json", '{"images": [], "info": {}}', "with images and annotations"), ("d.json", "[]", "no examples"),
-    ("d.json", "[1]", "d.json: item 1: in none"), ("d.txt", '{"question": "?", "answer": "!"}', "data is .jsonl"),
-    ("d", "", "data is .jsonl"), ("d.jsonl", '[{"question": "?", "answer": "!"}]', "d.jsonl:1: expected an object"),
+    ("d.json", "[1]", "d.json: item 1: in none"), ("d.txt", '{"question": "?"}', "data is .jsonl"),
+    ("d", "", "data is .jsonl"), ("d.jsonl", '[{"question": "?"}]', "d.jsonl:1: expected an object"),
     ("d.jsonl", '{\n"question": "?"}', "d.jsonl:1: not JSON"), ("d.jsonl", '{"data": [1]}', "d.jsonl:1: a row"),
     ("d.tsv", "image\tquestion\tanswer\nx.png\tWho?\tcow\n", "d.tsv:2: .*VLMEvalKit's columns"),
     ("d.tsv", "index\tquestion\tA\n1\tWho?\tcow\n", "VLMEvalKit's columns"),
-    ("d.tsv", "index\timage\tquestion\tanswer\n1\tx.png\tWho?\tcow\n", "d.tsv:2: .*row x.png, which holds none"),
-    ("d.tsv", f"index\timage\tquestion\tanswer\n1\t{URL}\tWho?\tcow\n", "d.tsv:2: image .*cannot be read"),
-    ("d.tsv", "index\tImage\tquestion\tanswer\n1\tx.png\tWho?\tcow\n", 'd.tsv:2: "Image" is not read'),
-    ("d.tsv", "index\timg\tquestion\tanswer\n1\tx.png\tWho?\tcow\n", 'call it "image"'),
-    ("d.tsv", "index\timage_path\tvideo\tanswer\n1\tx.png\ta.mp4\tcow\n", '"video" is not read'),
-    ("d.tsv", "index\timage_path\tsystem_prompt\tanswer\n1\tx.png\tBe brief.\tcow\n", "before the question"),
-    ("d.tsv", "index\timage_path\toptions\tanswer\n1\tx.png\t['a', 'b']\tA\n", "a TSV has A, B"),
-    ("d.tsv", "index\timage_path\tquestion\tanswer\n1\tx.png\tWho?\n", "d.tsv:2: expected 4 cells"),
-    ("d.tsv", "index\timage_path\tquestion\tanswer\n1\tx.png\t<image 2>?\tcow\n", "speaks of <image 2>")])
+    ("d.tsv", INDEXED.replace("_path", "") + "Who?\tcow\n", "row x.png, which holds none"),
+    ("d.tsv", INDEXED.replace("_path", "").replace("x.png", URL) + "Who?\tcow\n", "image .*cannot be read"),
+    ("d.tsv", INDEXED.replace("image_path", "Image") + "Who?\tcow\n", 'd.tsv:2: "Image" is not read'),
+    ("d.tsv", INDEXED.replace("image_path", "img") + "Who?\tcow\n", 'call it "image"'),
+    ("d.tsv", INDEXED.replace("question", "video") + "a.mp4\tcow\n", '"video" is not read'),
+    ("d.tsv", INDEXED.replace("question", "system_prompt") + "Hm.\tcow\n", "before the question"),
+    ("d.tsv", INDEXED.replace("question", "options") + "['a', 'b']\tA\n", "a TSV has A, B"),
+    ("d.tsv", INDEXED + "Who?\n", "d.tsv:2: expected 4 cells"),
+    ("d.tsv", INDEXED + "<image 2>?\tcow\n", "speaks of <image 2>"), ("d.tsv", INDEXED + "?\t\n", "a test split")]
+
+
+@pytest.mark.parametrize("name, text, says", REFUSED_FILES)
 def test_files_in_other_forms_are_refused(tmp_path, name, text, says):
     noise_image(16, 16).save(tmp_path / "x.png")
     (tmp_path / name).write_text(text)
@@ -527,11 +526,12 @@ def test_files_in_other_forms_are_refused(tmp_path, name, text, says):
 
 
 def test_a_row_of_the_first_form_is_read_in_full(tmp_path):
-    got = one(tmp_path, PLAIN | {"id": 7, "image": ["x.png", "y.png"], "options": ["hen", "cow"], "category": "c",
-                                 "hint": "Look.", "answers": ["B", "cow"], "history": [["<image>?", "A cow."]],
-                                 "question": "<image> Which?"})
+    got = one(tmp_path, {"id": 7, "image": ["x.png", "y.png"], "question": "<image> Which?", "answer": "B",
+                         "options": ["hen", "cow"], "category": "c", "hint": "Look.", "answers": ["B", "cow"],
+                         "history": [["<image>?", "A cow."]]})
     assert (got.id, got.truth, got.truths, got.category) == ("7", "B", ("B", "cow"), "c")
-    assert got.text == "Hint: Look.\n<image> Which?\nA. hen\nB. cow" and got.history == (("<image>?", "A cow."),)
+    assert got.text == "Hint: Look.\n<image> Which?\nA. hen\nB. cow"
+    assert got.history == (("<image>?", "A cow."),)
     assert [Path(image).name for image in got.images] == ["x.png", "y.png"] and got.sizes == ((16, 16),) * 2
     ten = one(tmp_path, {"image": "x.png", "question": "What?", "answers": ["dog"] * 9 + ["cat"]})
     assert (ten.id, ten.truth, ten.truths.count("dog")) == ("1", "dog", 9)
@@ -578,7 +578,8 @@ def test_a_bom_or_blank_first_lines_change_nothing(tmp_path, start):
 def test_blank_and_cut_off_responses_are_not_used(tmp_path):
     """A blank response as a model of what to say."""
     rows = [{"id": "0", "teacher": "t", "text": "one"} | more
-            for more in ({}, {"text": ""}, {"text": " \n"}, {"finished": False}, {"text": "two", "finished": True})]
+            for more in ({}, {"text": ""}, {"text": " \n"}, {"finished": False},
+                         {"text": "two", "finished": True})]
     collection = Collection(write(tmp_path / "c.jsonl", *rows), [Example("0", (), "q", "a")])
     assert collection.unfinished == 3 and collection.responses["0"]["t"] == ["one", "two"]
 
@@ -599,9 +600,11 @@ def test_only_some_finish_reasons_mean_unfinished():
     """Complete replies of other servers, all left out of training."""
     parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Ye"}, {"text": "s."}]
     for choice, reply in (
-            ({"finish_reason": "stop"}, ("Yes.", True)), ({"finish_reason": None}, ("Yes.", True)), ({}, ("Yes.", True)),
+            ({"finish_reason": "stop"}, ("Yes.", True)), ({"finish_reason": None}, ("Yes.", True)),
+            ({}, ("Yes.", True)),
             ({"finish_reason": "eos_token"}, ("Yes.", True)), ({"finish_reason": "end_turn"}, ("Yes.", True)),
-            ({"finish_reason": "length"}, ("Yes.", False)), ({"finish_reason": "content_filter"}, ("Yes.", False)),
+            ({"finish_reason": "length"}, ("Yes.", False)),
+            ({"finish_reason": "content_filter"}, ("Yes.", False)),
             ({"message": {"content": None}}, ("", False)), ({"message": {"content": parts}}, ("Yes.", True))):
         assert replies_of({"choices": [{"message": {"content": "Yes."}} | choice]}) == [reply]
 
