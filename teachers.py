@@ -491,13 +491,14 @@ TSV_COLUMNS = {"index", "question_id", "image", "image_path", "choices", *LETTER
 WORDLESS = ("caption", "picture")                  # kinds of examples without a question in words
 # Columns that would be lost without a word, as `"name": value`, and what to do instead.
 LOST = {
-    r'"(index|question_id)"': 'call it "id"',
-    r'"(options|choices|[A-Z]|(choice|option)_?\w)"': 'write {"options": ["red", ...]}; a TSV has A, B, ...',
-    r'"system(_prompt)?"': "write it before the question",
-    r'(?i)"(video|audio)s?(_?(file|path|url)s?)?"|.*\.(mp4|avi|mov|mkv|webm|wav|mp3|flac)"': "it is no image",
-    r'"\w+": \[.*"(role|from|content|value|user|assistant|human|gpt|answer)": ': 'call it "messages"'}
+    r'"(index|question_id)":': 'call it "id"',
+    r'"(options|choices|[A-Z]|(choice|option)_?\w)":': 'write {"options": ["red", ...]}; a TSV has A, B, ...',
+    r'"system(_prompt)?":': "write it before the question",
+    r'(?i)"(video|audio)s?(_?(file|path|url)s?)?":|.*\.(mp4|avi|mov|mkv|webm|wav|mp3|flac)"':
+        "only images can be shown; drop the row",
+    r'"[^"]*": \[.*"(role|from|content|value|user|assistant|human|gpt|answer)": ': 'call it "messages"'}
 LOST_IMAGE = re.compile(r'(?i)"(image|img|picture|photo)s?(_?\d+|_?(path|file|url|name|base64)s?)?": ["[{]|'
-                        r'"file_?name"|\.(jpe?g|png|webp|gif|bmp|tiff?)"|"bytes"|"data:image|'
+                        r'"file_?name":|\.(jpe?g|png|webp|gif|bmp|tiff?)"|"bytes":|"data:image|'
                         r'"(iVBORw0KGgo|/9j/|UklGR|R0lGOD)')
 IMAGE_IN_TEXT = re.compile(r"(?i)<img>(.+?</img>|\S+\.(jpe?g|png|webp|gif|bmp|tiff?))|data:image/\S+;base64,")
 
@@ -695,10 +696,13 @@ def text_of(content: str | list[dict]) -> str:
     texts = []
     for part in content:
         part = {name: value for name, value in part.items() if value is not None}
-        if part.keys() - {"text"} != {"type"} or part["type"] != ("text" if "text" in part else "image"):
+        if part == {"type": "image"}:
+            texts.append(MARK)
+        elif part.keys() == {"type", "text"} and part["type"] == "text":
+            texts.append(part["text"])
+        else:
             raise ValueError('a part of a message is {"type": "text", "text"}, or {"type": "image"} with its '
                              f'path in "images" of the row, found {shortened(part, 80)}')
-        texts.append(part.get("text", MARK))
     return "".join(texts)
 
 
@@ -765,7 +769,8 @@ def tsv_rows(path: str) -> Iterator[tuple[str, dict]]:
     without = 0
     for where, row, offset in read_tsv(path):
         if not {"index", "answer"} <= row.keys():
-            raise UserError(f"{where}: expected VLMEvalKit's columns: index, image, question, answer")
+            raise UserError(f"{where}: expected VLMEvalKit's columns: index, image, question, answer (a test "
+                            "split has none)")
         cell = row.get("image", "")
         known = TSV_COLUMNS | ({"options"} if row.get("A") else set())
         with at(where):
@@ -836,8 +841,9 @@ def coco_rows(path: str, contents: dict) -> Iterator[tuple[str, list[dict]]]:
     groups = {}
     with at(f"{path}: images"):
         images = {image["id"]: image for image in contents["images"]}
+        annotations = list(contents["annotations"])
     without = set(images)
-    for number, row in enumerate(contents["annotations"], 1):
+    for number, row in enumerate(annotations, 1):
         where = f"{path}: annotation {number}"
         with at(where):
             row = row | {"image": images[row["image_id"]]}
@@ -879,13 +885,16 @@ def check_images(examples: list[Example], path: str, skip_bad: bool) -> list[Exa
         for image in example.images:
             if image not in sizes:
                 sizes[image] = open_image(image, example.where).size
-    examples = check_prompts(examples, path, skip_bad, [look])
+    examples = check_prompts(examples, path, skip_bad, [look], threads=8)
     return [replace(example, sizes=tuple(sizes[image] for image in example.images)) for example in examples]
 
 
-def check_prompts(examples: list[Example], path: str, skip_bad: bool,
-                  checks: Iterable[Check]) -> list[Example]:
-    """The examples that pass all checks. UserError on the first other; with skip_bad these are counted."""
+def check_prompts(examples: list[Example], path: str, skip_bad: bool, checks: Iterable[Check],
+                  threads: int = 1) -> list[Example]:
+    """The examples that pass all checks. UserError on the first other; with skip_bad these are counted.
+
+    One thread, as a tokenizer is told for each text how to read special tokens.
+    """
     def refusal(example):
         try:
             for check in checks:
@@ -894,7 +903,7 @@ def check_prompts(examples: list[Example], path: str, skip_bad: bool,
             return error
 
     errors = []
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         bar = tqdm(pool.map(refusal, examples), f"checks of {Path(path).name}", len(examples), delay=3)
         for error in bar:
             errors.append(error)
