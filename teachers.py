@@ -30,6 +30,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from email.utils import parsedate_to_datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Protocol
@@ -601,8 +602,9 @@ def json_examples(path: str, where: str, row: dict) -> list[Example]:
         id=str(row.get("id", re.search(r"\d+$", where)[0])),
         images=tuple(image_path(path, name) for name in names),
         question=row["question"], truth=row.get("answer", answers[0] if answers else None), truths=answers,
-        options=strings(row, "options"), category=str(row.get("category", "")), hint=str(row.get("hint", "")),
-        history=tuple(map(tuple, history)), kind=row["kind"] if row.get("kind") in WORDLESS else "")
+        options=without_letters(strings(row, "options")), category=str(row.get("category", "")),
+        hint=str(row.get("hint", "")), history=tuple(map(tuple, history)),
+        kind=row["kind"] if row.get("kind") in WORDLESS else "")
     return dialogue_examples(row, example) if is_dialogue else [example]
 
 
@@ -612,6 +614,15 @@ def strings(row: dict, name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
         raise ValueError(f'"{name}" is a list of strings, found {shortened(value, 80)!r}')
     return tuple(value)
+
+
+def without_letters(options: Iterable[str]) -> tuple[str, ...]:
+    """Options without the letters that they carry, as "A. red" or "(A) red", where all have theirs in order:
+    they are asked with letters anyway."""
+    own = [re.fullmatch(rf"(?is)\s*\(?{letter}[.:)]\s+(\S.*)", option)
+           for letter, option in zip(LETTERS, options)]
+    in_order = all(own) and len(own) == len(options)
+    return tuple(match[1] for match in own) if in_order else tuple(options)
 
 
 def check_columns(row: dict, known: set[str], shown: tuple[str, ...] | None):
@@ -827,9 +838,10 @@ def tsv_examples(path: str, where: str, row: dict) -> list[Example]:
         images = [images[k - 1] for k in order]
         texts = [tag.sub(MARK, text) for text in texts]
     return [Example(
-        id=row["index"], images=tuple(images), question=texts[1], truth=truth, options=tuple(texts[2:]),
-        category=";".join(filter(None, (row.get("l2-category"), row.get("category")))), hint=texts[0],
-        truths=tuple(truths), group=row.get("g_index", ""), split=row.get("split", ""), kind=kind)]
+        id=row["index"], images=tuple(images), question=texts[1], truth=truth, truths=tuple(truths),
+        options=without_letters(texts[2:]), hint=texts[0], group=row.get("g_index", ""), kind=kind,
+        category=";".join(filter(None, (row.get("l2-category"), row.get("category")))),
+        split=row.get("split", ""))]
 
 
 def coco_rows(path: str, contents: dict) -> Iterator[tuple[str, list[dict]]]:
@@ -961,18 +973,23 @@ def image_bytes(image: str) -> bytes:
 
 
 def open_image(path: str, where: str) -> Image.Image:
-    """An image as 8-bit RGB, upright (EXIF), on white where it is transparent. 16-bit grey is scaled to 8.
+    """An image as 8-bit RGB, upright (EXIF), on white where it is transparent.
 
-    Raises UserError when it is missing, empty, truncated, no image, or as large as a decompression bomb.
+    Grey of more bits is scaled by what it holds: white is 1, 255, 4095 (12 bits) or 65535, the first that is
+    no less than the largest value, or else that. Raises UserError when an image is missing, empty, truncated,
+    no image, negative somewhere, or as large as a decompression bomb.
     """
     try:
         image = Image.open(io.BytesIO(image_bytes(path)))
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            grey = np.asarray(image).astype(np.float32)
-            return Image.fromarray((grey / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+        if image.mode.startswith(("I", "F")):
+            grey = np.asarray(image).astype(np.float64)
+            if not (grey.min() >= 0 and grey.max() < np.inf):
+                raise ValueError("negative or not finite; save it in 8 bits")
+            white = next((white for white in (1, 255, 4095, 65535) if grey.max() <= white), grey.max())
+            return Image.fromarray((grey * (255 / white)).astype(np.uint8)).convert("RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -990,7 +1007,7 @@ def open_image(path: str, where: str) -> Image.Image:
 
 KEY = "OPENAI_API_KEY"                             # an API key is read from here alone, and never logged
 OPTIONAL = ("top_k", "top_p", "repetition_penalty", "seed", "n", "temperature")      # not all servers know
-CUT_OFF = ("length", "content_filter")             # finish reasons; servers have many others for an end
+CUT_OFF = ("length", "content_filter", "abort")    # finish reasons; servers have many others for an end
 
 
 @dataclass(frozen=True)
@@ -1054,9 +1071,13 @@ def attempt(endpoint: Endpoint, path: str, body: dict | None = None) -> dict | l
 
 
 def retry_after(headers) -> float:
-    """The seconds that a server asks to be left alone."""
+    """The seconds that a server asks to be left alone: it gives their number, or a date."""
     after = headers.get("Retry-After", "")
-    return float(after) if after.isdigit() else 0
+    if after.isdigit():
+        return float(after)
+    with suppress(ValueError, TypeError, OverflowError):           # of what is neither
+        return max(0, parsedate_to_datetime(after).timestamp() - time.time())
+    return 0
 
 
 def check_endpoint(endpoint: Endpoint):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -20,7 +21,7 @@ from conftest import ROOT, TEXTS, call, lamp_files, run
 from eval import JUDGE_PROMPT, LLMJudge, parse_verdict
 from model import Sampling, UserError
 from teachers import (KEY, CallFailed, Endpoint, ServerTeacher, chat, check_endpoint, endpoint_of,
-                      fill_collection, load_examples)
+                      fill_collection, load_examples, retry_after)
 
 FAULTS = ("429", "500", "hang", "half", "torn", "empty", "no choices", "null")
 # what is sent in place of a chat completion, with HTTP 200 and its length
@@ -200,6 +201,15 @@ def test_a_server_that_is_down_for_good_is_given_up_in_bounded_time(tmp_path):
     with pytest.raises(UserError, match="not one of the first"):
         fill_collection(str(tmp_path / "c"), [ServerTeacher(endpoint)], load_examples(data), 2, Sampling())
     assert time.time() - start < 10
+
+
+def test_retry_after_is_a_number_of_seconds_or_a_date():
+    """A server that says when, and is asked again before."""
+    soon, past = (formatdate(time.time() + seconds, usegmt=True) for seconds in (100, -100))
+    for said, least, most in (("30", 30, 30), (soon, 97, 101), (past, 0, 0), ("", 0, 0), ("soon", 0, 0),
+                              ("-5", 0, 0), ("Sun, 99 Nov 9999", 0, 0)):
+        assert least <= retry_after({"Retry-After": said}) <= most, said
+    assert retry_after({}) == 0
 
 
 @pytest.mark.parametrize("name", NO_COMPLETIONS)

@@ -288,6 +288,25 @@ def test_images_of_every_kind_come_out_upright_and_in_8_bit_rgb(tmp_path):
     pixel("bits.png")
 
 
+def test_grey_of_many_bits_is_scaled_by_what_it_holds(tmp_path):
+    """Float, int32 and 12-in-16-bit pictures, all read as black."""
+    ramp = np.linspace(0, 1, 9).reshape(3, 3)
+    for top, kind in ((1, np.float32), (255, np.float32), (4095, np.uint16), (65535, np.uint16),
+                      (65535, np.int32), (10 ** 6, np.int32), (0.5, np.float32), (3000, np.uint16), (1, np.int32)):
+        for name in ("deep.tiff", "deep.png"):
+            if name == "deep.png" and kind != np.uint16:
+                continue
+            Image.fromarray((ramp * top).astype(kind)).save(tmp_path / name)
+            white = {0.5: 1, 3000: 4095}.get(top, top)
+            got = np.asarray(open_image(str(tmp_path / name), "here"))[..., 1]
+            assert np.allclose(got, (ramp * top).astype(kind) / white * 255, atol=1), (top, kind)
+    assert got[0, 0] == 0 and got[2, 2] == 255
+    for bad in (-1, np.nan, np.inf):
+        Image.fromarray(np.array([[0.5, bad]], np.float32)).save(tmp_path / "bad.tiff")
+        with pytest.raises(UserError, match="here: image .*negative or not finite; save it in 8 bits"):
+            open_image(str(tmp_path / "bad.tiff"), "here")
+
+
 def bomb(path):
     """A PNG whose header promises 30,000 x 30,000 pixels."""
     header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
@@ -537,6 +556,22 @@ def test_a_row_of_the_first_form_is_read_in_full(tmp_path):
     assert (ten.id, ten.truth, ten.truths.count("dog")) == ("1", "dog", 9)
 
 
+@pytest.mark.parametrize("options, asked", [
+    (["A. red", "B. blue"], "A. red\nB. blue"), (["(A) red", "(B) blue"], "A. red\nB. blue"),
+    (["a) red", "b) blue"], "A. red\nB. blue"), (["A: 1", " B: 2", "C: 3"], "A. 1\nB. 2\nC. 3"),
+    (["B. blue", "A. red"], "A. B. blue\nB. A. red"), (["A. red", "blue"], "A. A. red\nB. blue"),
+    (["A.", "B."], "A. A.\nB. B."), (["a red one", "b"], "A. a red one\nB. b"),
+    (["A. 1", "B. 2", "D. 4"], "A. A. 1\nB. B. 2\nC. D. 4"), (["A.I.", "B.C."], "A. A.I.\nB. B.C.")])
+def test_options_that_carry_their_letters_are_asked_with_one(tmp_path, options, asked):
+    """"A. A. red", and an answer of "red" or "A" that is neither. Letters in another order are text."""
+    assert one(tmp_path, PLAIN | {"options": options}).text == "Which animal?\n" + asked
+    cells = "\t".join(options)
+    letters = "\t".join("ABC"[:len(options)])
+    (tmp_path / "d.tsv").write_text(
+        f"index\timage_path\tquestion\t{letters}\tanswer\n1\tx.png\tWhich animal?\t{cells}\tB\n")
+    assert load_examples(str(tmp_path / "d.tsv"))[0].text == "Which animal?\n" + asked
+
+
 def test_examples_without_words_and_with_hints_are_read_as_they_were_written(tmp_path):
     """--select over MMMU: hours of log-probabilities, and then a file that is refused or lacks hints."""
     cells = [in_base64("PNG", seed) for seed in range(3)]
@@ -604,7 +639,7 @@ def test_only_some_finish_reasons_mean_unfinished():
             ({}, ("Yes.", True)),
             ({"finish_reason": "eos_token"}, ("Yes.", True)), ({"finish_reason": "end_turn"}, ("Yes.", True)),
             ({"finish_reason": "length"}, ("Yes.", False)),
-            ({"finish_reason": "content_filter"}, ("Yes.", False)),
+            ({"finish_reason": "content_filter"}, ("Yes.", False)), ({"finish_reason": "abort"}, ("Yes.", False)),
             ({"message": {"content": None}}, ("", False)), ({"message": {"content": parts}}, ("Yes.", True))):
         assert replies_of({"choices": [{"message": {"content": "Yes."}} | choice]}) == [reply]
 
