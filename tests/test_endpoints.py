@@ -44,16 +44,9 @@ class Hostile(ThreadingHTTPServer):
     def __init__(self, reply, faults=lambda number: None, models=("m",), key=None, ignores_n=False,
                  refuses=()):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.reply = reply
-        self.faults = faults
-        self.models = models
-        self.key = key
-        self.ignores_n = ignores_n
-        self.refuses = refuses
-        self.calls = 0
-        self.lock = threading.Lock()
-        self.bodies = []
-        self.seen_faults = Counter()
+        self.reply, self.faults, self.models, self.key = reply, faults, models, key
+        self.ignores_n, self.refuses = ignores_n, refuses
+        self.calls, self.bodies, self.seen_faults, self.lock = 0, [], Counter(), threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -297,8 +290,7 @@ def test_what_is_wrong_with_a_server_is_said_before_any_work(tmp_path, checkpoin
         check_endpoint(locked)
     data, _ = lamp_files(tmp_path, 2)
     done = call("train.py", "--student", checkpoints["qwen2_5_vl"], "--teachers", f"m@{nobody}",
-                "--data", data,
-                "--out", tmp_path / "out")
+                "--data", data, "--out", tmp_path / "out")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no server" in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -325,16 +317,14 @@ def test_neither_key_nor_question_follow_a_redirect(monkeypatch):
 def test_only_our_own_key_is_sent(monkeypatch):
     """The user's Hugging Face token, sent to a server that is not theirs."""
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
-    server = Hostile(lambda body: "Yes.")
-    heard = []
-    post = Handler.do_POST
+    server, heard, post = Hostile(lambda body: "Yes."), [], Handler.do_POST
 
     def listen(handler):
         heard.append(handler.headers.get("Authorization"))
         post(handler)
     monkeypatch.setattr(Handler, "do_POST", listen)
-    for key in (None, "sesame"):
-        monkeypatch.setenv(KEY, key) if key else monkeypatch.delenv(KEY, raising=False)
+    for key in ("", "sesame"):
+        monkeypatch.setenv(KEY, key)
         chat(Endpoint("m", server.url), ASK, 1, Sampling(), 0)
     assert heard == [None, "Bearer sesame"]
 
