@@ -95,10 +95,7 @@ class Example:
         return "\n".join([f"{question}\n{reply}" for question, reply in self.history] + [self.text])
 
 
-Check = Callable[[Example], None]                  # UserError where a model cannot be asked an example
-
-
-def load_examples(path: str, skip_bad: bool = False, checks: Iterable[Check] = ()) -> list[Example]:
+def load_examples(path: str, skip_bad: bool = False, checks: Iterable["Check"] = ()) -> list[Example]:
     """Read examples and open every image once, so that errors are known before any work is done.
 
     The name of a file tells its format: .jsonl has a row on each line, .json a list of such rows. A row is
@@ -177,11 +174,10 @@ class Collection:
                  longest: int = 0):
         """Read a collection for these examples. A row is {"id", "teacher", "text", "finished"}.
 
-        Some responses are left out and counted. `unfinished` counts those that are blank or were cut off by a
-        token limit ("finished": false). `overlong` counts those of more than `longest` tokens by the
-        student's tokenizer, which the student could never say in full. `examples` are those that have a
-        response left. Raises UserError when an example has no row at all, when no response is left, and when
-        a response spells one of the `forbidden` image tokens of the student.
+        Left out and counted are those that are `unfinished`, blank or cut off by a token limit ("finished":
+        false), and those that are `overlong`, of more than `longest` tokens of the student, which it could
+        never say in full. `examples` are those that have a response left. Raises UserError when an example
+        has no row at all, when no response is left, and when one spells a `forbidden` token of the student.
         """
         self.responses = defaultdict(lambda: defaultdict(list))
         self.unfinished = 0
@@ -889,6 +885,9 @@ def coco_examples(path: str, where: str, rows: list[dict]) -> list[Example]:
 # -------------------------------------------------------------------------------- checks before any work
 
 
+Check = Callable[[Example], None]                  # UserError where a model cannot be asked an example
+
+
 def check_images(examples: list[Example], path: str, skip_bad: bool) -> list[Example]:
     """Open every image once and note the sizes in the examples; bad ones are as in check_prompts."""
     sizes = {}
@@ -1095,19 +1094,16 @@ def check_endpoint(endpoint: Endpoint):
         if names and endpoint.model not in names:
             attempt(endpoint, "/chat/completions", hello)
     except CallFailed as error:
-        complaint = None
         if not error.status:
-            complaint = f": no server answers there ({error})"
-        elif error.status in (401, 403) and os.environ.get(KEY):
-            complaint = f" does not accept the key in the environment variable {KEY}"
-        elif error.status in (401, 403):
-            complaint = f" wants a key: set the environment variable {KEY}"
-        elif error.status == 200 and not names:
-            complaint = f" is no OpenAI-compatible server ({error})"
-        elif error.status == 404 and names:
-            complaint = f" does not serve {endpoint.model}; it serves {', '.join(names[:5])}"
-        if complaint:
-            raise UserError(endpoint.url + complaint) from error
+            raise UserError(f"{endpoint.url}: no server answers there ({error})") from error
+        if error.status in (401, 403):
+            held = "does not accept the key in" if os.environ.get(KEY) else "wants a key: set"
+            raise UserError(f"{endpoint.url} {held} the environment variable {KEY}") from error
+        if error.status == 200 and not names:
+            raise UserError(f"{endpoint.url} is no OpenAI-compatible server ({error})") from error
+        if error.status == 404 and names:
+            raise UserError(f"{endpoint.url} does not serve {endpoint.model}; it serves "
+                            f"{', '.join(names[:5])}") from error
 
 
 def messages_of(turns: list[dict], images: list[Image.Image]) -> list[dict]:
@@ -1144,11 +1140,10 @@ def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling,
     start = time.monotonic()
     pause = endpoint.pause
     while True:
-        body = {"model": endpoint.model, "messages": messages, "stream": False}
-        body |= {name: value for name, value in settings.items() if name not in endpoint.refused}
-        # a newer name for the same thing
         longest = "max_completion_tokens" if "max_tokens" in endpoint.refused else "max_tokens"
-        body[longest] = sampling.max_new_tokens
+        body = {"model": endpoint.model, "messages": messages, "stream": False,
+                longest: sampling.max_new_tokens}
+        body |= {name: value for name, value in settings.items() if name not in endpoint.refused}
         try:
             replies = replies_of(attempt(endpoint, "/chat/completions", body))[:num]
             break
@@ -1327,41 +1322,29 @@ def build_tiny_vlm(path: str, family: str, texts: list[str], width: int, layers:
     """
     torch.manual_seed(seed)
     folder = Path(path)
+    tokens, image, tiny = INTERNVL_TOKENS, "<IMG_CONTEXT>\n", tiny_internvl
     if family == "qwen2_5_vl":
-        image = "<|vision_start|><|image_pad|><|vision_end|>"
-        tokenizer = tiny_tokenizer(texts, vocabulary, QWEN_TOKENS, image)
-    else:
-        tokenizer = tiny_tokenizer(texts, vocabulary, INTERNVL_TOKENS, "<IMG_CONTEXT>\n")
+        tokens, image, tiny = QWEN_TOKENS, "<|vision_start|><|image_pad|><|vision_end|>", tiny_qwen
+    alphabet = {char: i for i, char in enumerate(bytes_to_unicode().values())}
+    tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                               extra_special_tokens=tokens | {"turn_token": "<|im_start|>"})
+    tokenizer = tokenizer.train_new_from_iterator(texts, vocabulary, show_progress=False)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("IMAGE", image)
     tokenizer.save_pretrained(folder)
     ends = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
     text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width,
                 num_hidden_layers=layers, num_attention_heads=width // 32, num_key_value_heads=width // 32,
                 max_position_embeddings=4096, initializer_range=0.1, tie_word_embeddings=False, **ends)
-    if family == "qwen2_5_vl":
-        config, pictures, extra = tiny_qwen(tokenizer, text, ends)
-    else:
-        config, pictures, extra = tiny_internvl(tokenizer, text, ends)
+    config, pictures, processor = tiny(tokenizer, text, ends)
     model = AutoModelForImageTextToText.from_config(config)
     model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(folder)
     pictures.save_pretrained(folder)
-    (folder / "processor_config.json").write_text(json.dumps(extra))
-
-
-def tiny_tokenizer(texts: list[str], vocabulary: int, names: dict[str, str], image: str) -> Qwen2Tokenizer:
-    """A byte-level tokenizer trained on texts. names: its image tokens; image: what the chat template writes
-    for one."""
-    alphabet = {char: i for i, char in enumerate(bytes_to_unicode().values())}
-    tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                               extra_special_tokens=names | {"turn_token": "<|im_start|>"})
-    tokenizer = tokenizer.train_new_from_iterator(texts, vocabulary, show_progress=False)
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("IMAGE", image)
-    return tokenizer
+    (folder / "processor_config.json").write_text(json.dumps(processor))
 
 
 def tiny_qwen(tokenizer: Qwen2Tokenizer, text: dict, ends: dict):
-    """Configuration, image processor and processor_config.json of a tiny Qwen2.5-VL with this text
-    configuration."""
+    """Configuration, image processor and processor_config.json of a Qwen2.5-VL with this text part."""
     ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
     # mrope_section: how many of the head's 16 rotary frequencies count time, height and width
     text = text | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}}
@@ -1376,8 +1359,7 @@ def tiny_qwen(tokenizer: Qwen2Tokenizer, text: dict, ends: dict):
 
 
 def tiny_internvl(tokenizer: Qwen2Tokenizer, text: dict, ends: dict):
-    """Configuration, image processor and processor_config.json of a tiny InternVL with this text
-    configuration."""
+    """The same of an InternVL."""
     vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
                   image_size=[32, 32], patch_size=[CELL, CELL], initializer_range=0.1)
     image = tokenizer.convert_tokens_to_ids(INTERNVL_TOKENS["context_image_token"])
@@ -1412,18 +1394,16 @@ def main():
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--teachers", nargs="+", default=[],
                         help="checkpoint folders, hub ids, or model@http://server/v1")
-    parser.add_argument("--data", required=True, help="examples: JSONL, or a JSON list")
+    parser.add_argument("--data", required=True, help="examples: .jsonl, .json or .tsv, see load_examples")
     parser.add_argument("--out", required=True,
                         help="the collection, JSONL: what it already holds is kept; or the examples chosen")
     parser.add_argument("-n", "--num", type=int, default=16,
                         help="responses of each teacher to each question")
     parser.add_argument("--select", type=int, metavar="K",
-                        help="instead: write the K examples that --student learns most from, sampled by "
-                             "their log-probability, to --out")
+                        help="instead: write to --out the K examples that --student learns most from")
     parser.add_argument("--student", help="checkpoint folder or hub id, for --select")
     parser.add_argument("--skip-bad", action="store_true",
-                        help="leave out examples whose image cannot be read, and those that a model cannot "
-                             "be asked")
+                        help="leave out examples with a bad image, and those that a model cannot be asked")
     parser.add_argument("--batch-size", type=int, default=16, help="questions at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda, mps or cpu; default: the best there is")

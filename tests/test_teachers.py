@@ -292,7 +292,7 @@ def test_grey_of_many_bits_is_scaled_by_what_it_holds(tmp_path):
     ramp = np.linspace(0, 1, 9).reshape(3, 3)
     for top, white, kind in (
             (1, 1, np.float32), (0.5, 1, np.float32), (255, 255, np.float32), (3000, 4095, np.uint16),
-            (65535, 65535, np.uint16), (1, 1, np.int32), (65535, 65535, np.int32), (10 ** 6, 10 ** 6, np.int32)):
+            (65535, 65535, np.uint16), (1, 1, np.int32), (65535, 65535, np.int32), (2e6, 2e6, np.int32)):
         held = (ramp * top).astype(kind)
         Image.fromarray(held).save(tmp_path / "a.tiff")
         got = np.asarray(open_image(str(tmp_path / "a.tiff"), "here"))[..., 1]
