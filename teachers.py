@@ -775,7 +775,7 @@ def tsv_rows(path: str) -> Iterator[tuple[str, dict]]:
     rows = []
     without = 0
     for where, row, offset in read_tsv(path):
-        if not {"index", "answer"} <= row.keys():
+        if "index" not in row or not {"answer", "answers"} & row.keys():
             raise UserError(f"{where}: expected VLMEvalKit's columns: index, image, question, answer (a test "
                             "split has none)")
         cell = row.get("image", "")
@@ -815,8 +815,10 @@ def tsv_examples(path: str, where: str, row: dict) -> list[Example]:
         options.pop()
     if not options and row.get("question_type") != "free_form":
         options = listed(row.get("choices", ""))
-    truths = listed(row.get("answers") or row["answer"])
-    truth = truths[0] if row.get("answers") and truths else row["answer"]
+    truth = row.get("answer", "")
+    truths = listed(row.get("answers") or truth)
+    if row.get("answers") and truths:
+        truth = truths[0]
     kind = row.get("answer_type", "")
     if row.get("question_type") == "multi_choice":
         kind = "multi_choice"

@@ -146,32 +146,25 @@ def test_mutated_collections(tmp_path):
 
 def test_mutated_predictions(tmp_path):
     task = e.tasks_of(str(made.choices("AI2D_TEST", tmp_path)))[0]
-    for name, contents in (("p.json", '{"0": "A", "1": "B", "2": "C"}'),
-                           ("q.json", '[{"id": 0, "text": "A"}, {"id": 1, "text": "A"}, {"id": 2, "text": '
-                            '"A"}]'),
-                           ("p.tsv", "index\tprediction\n0\tA\n1\tA\n2\tA\n")):
+    lines = "".join(json.dumps({"id": i, "text": "A"}) + "\n" for i in range(3))
+    for name, contents in (("p.jsonl", lines), ("p.tsv", "index\tprediction\n0\tA\n1\tA\n2\tA\n")):
         (tmp_path / name).write_text(contents)
         fuzz(tmp_path / name, lambda: e.read_predictions(str(tmp_path / name), task), random.Random(name),
              COUNT // 6)
 
 
-def test_mutated_state_of_a_run(checkpoints, tmp_path):
-    """stages.json, and the JSON of a checkpoint: read, refused, or passed over for an older one."""
+def test_mutated_checkpoints(checkpoints, tmp_path):
+    """The JSON of a checkpoint: read, or refused."""
     data, responses = lamp_files(tmp_path, 4)
     argv = ["--student", checkpoints["qwen2_5_vl"], "--data", str(data), "--collection", str(responses),
             "--out", str(tmp_path / "run"), "--device", "cpu"]
     args = train.parse_args(argv)
     out = tmp_path / "run"
-
-    def stages():
-        folder = train.Folder(args)
-        folder.stage("thing", lambda path: path.write_text("made"), ("lr", "seed"), {"--data": "1"})
-    stages()
-    fuzz(out / "stages.json", stages, random.Random(0), COUNT // 3)
+    out.mkdir()
 
     def state():
         policy = train.load_vlm(checkpoints["qwen2_5_vl"], "cpu")
-        return train.Run(args, train.World(), out, policy, [1, 2], None)
+        return train.Run(args, train.World(), out, policy, load_examples(str(data)), None)
     one = state()
     train.load_checkpoint(one)
     one.step = 3
