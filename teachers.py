@@ -180,8 +180,7 @@ class Collection:
         has no row at all, when no response is left, and when one spells a `forbidden` token of the student.
         """
         self.responses = defaultdict(lambda: defaultdict(list))
-        self.unfinished = 0
-        self.overlong = 0
+        self.unfinished = self.overlong = 0
         named = set()
         for name, teacher, text, finished in read_responses(path, forbidden):
             named.add(name)
@@ -245,6 +244,7 @@ def fill_collection(path: str, teachers: list[Teacher], examples: list[Example],
         sort_collection(path, names, examples)
     return not lacking
 
+
 # ==========================================================================================
 #
 #   MACHINERY: skip on first reading. What RIL needs of a teacher stands above. What follows:
@@ -261,10 +261,7 @@ class CheckpointTeacher:
     device: str | None = None
     dtype: str | None = None
     slots: int = 64
-
-    @property
-    def name(self) -> str:
-        return Path(self.path).name
+    name = property(lambda self: Path(self.path).name)
 
     def check(self):
         load_processor(self.path)
@@ -293,10 +290,7 @@ class CheckpointTeacher:
 class ServerTeacher:
     """A model behind a URL; see Endpoint."""
     endpoint: "Endpoint"
-
-    @property
-    def name(self) -> str:
-        return Path(self.endpoint.model).name
+    name = property(lambda self: Path(self.endpoint.model).name)
 
     def check(self):
         check_endpoint(self.endpoint)
@@ -721,7 +715,8 @@ def check_example(example: Example):
         if not is_text(value) or not may_be_empty and not value.replace(MARK, "").strip():
             hint = " (a test split?)" if name == "answer" and not value else ""
             raise ValueError(f'expected a non-empty string as "{name}", found {shortened(repr(value))}{hint}')
-    for text in (example.dialogue, *example.truths):
+    asked = example.text if example.kind == "dialogue" else example.dialogue    # its turns come each
+    for text in (asked, example.truth, *example.truths):
         if not is_text(text):
             raise ValueError(f"expected text, found {shortened(repr(text))}")
         if re.search("(?i)<(video|audio)>", text):
@@ -891,42 +886,46 @@ Check = Callable[[Example], None]                  # UserError where a model can
 
 
 def check_images(examples: list[Example], path: str, skip_bad: bool) -> list[Example]:
-    """Open every image once and note the sizes in the examples; bad ones are as in check_prompts."""
-    sizes = {}
+    """Open every image once, in threads, and note the sizes in the examples; bad ones are as in
+    check_prompts."""
+    wheres = {image: e.where for e in reversed(examples) for image in e.images}      # the first that names it
 
-    def look(example):
-        for image in example.images:
-            if image not in sizes:
-                sizes[image] = open_image(image, example.where).size
-    examples = check_prompts(examples, path, skip_bad, [look], threads=8)
-    return [replace(example, sizes=tuple(sizes[image] for image in example.images)) for example in examples]
-
-
-def check_prompts(examples: list[Example], path: str, skip_bad: bool, checks: Iterable[Check],
-                  threads: int = 1) -> list[Example]:
-    """The examples that pass all checks. UserError on the first other; with skip_bad these are counted.
-
-    One thread, as a tokenizer is told for each text how to read special tokens.
-    """
-    def refusal(example):
+    def look(image):
         try:
-            for check in checks:
-                check(example)
+            return open_image(image, wheres[image]).size
         except UserError as error:
             return error
 
-    errors = []
-    with ThreadPoolExecutor(threads) as pool:
-        bar = tqdm(pool.map(refusal, examples), f"checks of {Path(path).name}", len(examples), delay=3)
-        for error in bar:
-            errors.append(error)
-            if error and (not skip_bad or len(errors) == len(examples) and all(errors)):
-                pool.shutdown(cancel_futures=True)
-                raise error
-    if any(errors):
-        first = next(filter(None, errors))
-        print(f"{path}: {sum(map(bool, errors))} of {len(examples)} examples skipped, the first: {first}")
-    return [example for example, error in zip(examples, errors) if not error]
+    def check(example):
+        for image in example.images:
+            if isinstance(sizes[image], UserError):
+                raise sizes[image]
+    with ThreadPoolExecutor(8) as pool:
+        bar = tqdm(pool.map(look, wheres), f"images of {Path(path).name}", len(wheres), unit="image", delay=3)
+        sizes = dict(zip(wheres, bar))
+    examples = check_prompts(examples, path, skip_bad, [check])
+    return [replace(e, sizes=tuple(sizes[image] for image in e.images)) for e in examples]
+
+
+def check_prompts(examples: list[Example], path: str, skip_bad: bool,
+                  checks: Iterable[Check]) -> list[Example]:
+    """The examples that pass all checks. UserError on the first other; with skip_bad these are counted."""
+    kept = []
+    first = None
+    for example in tqdm(examples, f"checks of {Path(path).name}", unit="example", delay=3):
+        try:
+            for check in checks:
+                check(example)
+            kept.append(example)
+        except UserError as error:
+            first = first or error
+            if not skip_bad:
+                raise
+    if first and not kept:
+        raise first
+    if first:
+        print(f"{path}: {len(examples) - len(kept)} of {len(examples)} examples skipped, the first: {first}")
+    return kept
 
 
 def prompt_checks(models: list[str], response: int | None) -> list[Check]:
