@@ -1428,30 +1428,5 @@ def main():
         fill_collection(args.out, teachers, examples, args.num, sampling_of(args), args.seed)
 
 
-# for the old eval.py
-def as_object(where, row):
-    return row
-
-
-def look_into(path):
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    if str(path).endswith(".tsv"):
-        return True, {}
-    if str(path).endswith(".json"):
-        c = read_json(path)
-        return False, c if isinstance(c, dict) else {}
-    return False, {}
-
-
-def json_rows(path, contents):
-    if str(path).endswith(".json"):
-        c = read_json(path)
-        if not isinstance(c, list):
-            raise UserError(f"{path}: no list")
-        return ((f"{path}: item {i}", row, None) for i, row in enumerate(c, 1))
-    return ((where, row, None) for where, row in read_jsonl(path))
-
-
 if __name__ == "__main__":
     run(main)
