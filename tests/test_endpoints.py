@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -20,7 +21,7 @@ from conftest import ROOT, TEXTS, call, lamp_files, run
 from eval import JUDGE_PROMPT, LLMJudge, parse_verdict
 from model import Sampling, UserError
 from teachers import (KEY, CallFailed, Endpoint, ServerTeacher, chat, check_endpoint, endpoint_of,
-                      fill_collection, load_examples)
+                      fill_collection, load_examples, retry_after)
 
 FAULTS = ("429", "500", "hang", "half", "torn", "empty", "no choices", "null")
 # what is sent in place of a chat completion, with HTTP 200 and its length
@@ -43,16 +44,9 @@ class Hostile(ThreadingHTTPServer):
     def __init__(self, reply, faults=lambda number: None, models=("m",), key=None, ignores_n=False,
                  refuses=()):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.reply = reply
-        self.faults = faults
-        self.models = models
-        self.key = key
-        self.ignores_n = ignores_n
-        self.refuses = refuses
-        self.calls = 0
-        self.lock = threading.Lock()
-        self.bodies = []
-        self.seen_faults = Counter()
+        self.reply, self.faults, self.models, self.key = reply, faults, models, key
+        self.ignores_n, self.refuses = ignores_n, refuses
+        self.calls, self.bodies, self.seen_faults, self.lock = 0, [], Counter(), threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -98,12 +92,6 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(1.5)
         if fault in ("429", "500"):
             self.send(int(fault), b"busy", [("Retry-After", "0")] if fault == "429" else [])
-        elif fault == "drip":
-            self.send(200, b"", length=len(good))
-            for byte in good:
-                self.wfile.write(bytes([byte]))
-                self.wfile.flush()
-                time.sleep(0.1)
         elif fault == "half":
             self.send(200, good[:len(good) // 2], length=len(good))
             self.wfile.flush()
@@ -182,7 +170,7 @@ def test_killed_in_the_middle_it_resumes_to_the_same_file(tmp_path):
     assert hostile.calls <= 1.5 * (200 - before.count(b"\n")) + 30  # what was there was not asked for again
 
 
-def test_settings_that_a_server_does_not_take_are_left_out_and_said(capsys):
+def test_settings_that_a_server_does_not_take_are_left_out_and_said(capsys, monkeypatch):
     server = Hostile(lambda body: "Yes.", refuses=("top_k", "repetition_penalty", "max_tokens"))
     endpoint = Endpoint("m", server.url)
     assert chat(endpoint, ASK, 3, Sampling(), 0) == [("Yes.", True)] * 3
@@ -190,6 +178,10 @@ def test_settings_that_a_server_does_not_take_are_left_out_and_said(capsys):
     assert server.calls == 5
     assert "max_completion_tokens" in server.bodies[-1] and "top_k" not in server.bodies[-1]
     assert "does not take top_k" in capsys.readouterr().out
+    monkeypatch.setitem(BODIES, "complaint", b'{"error": {"message": "top_k is not supported"}}')
+    server = Hostile(lambda body: "Yes.", lambda number: "complaint" if number == 1 else None)
+    assert chat(Endpoint("m", server.url, limit=1), ASK, 1, Sampling(), 0) == [("Yes.", True)]
+    assert "top_k" not in server.bodies[1]
 
 
 def test_a_server_that_is_down_for_good_is_given_up_in_bounded_time(tmp_path):
@@ -202,6 +194,15 @@ def test_a_server_that_is_down_for_good_is_given_up_in_bounded_time(tmp_path):
     with pytest.raises(UserError, match="not one of the first"):
         fill_collection(str(tmp_path / "c"), [ServerTeacher(endpoint)], load_examples(data), 2, Sampling())
     assert time.time() - start < 10
+
+
+def test_retry_after_is_a_number_of_seconds_or_a_date():
+    """A server that says when, and is asked again before."""
+    soon, past = (formatdate(time.time() + seconds, usegmt=True) for seconds in (100, -100))
+    for said, least, most in (("30", 30, 30), (soon, 97, 101), (past, 0, 0), ("", 0, 0), ("soon", 0, 0),
+                              ("-5", 0, 0), ("Sun, 99 Nov 9999", 0, 0)):
+        assert least <= retry_after({"Retry-After": said}) <= most, said
+    assert retry_after({}) == 0
 
 
 @pytest.mark.parametrize("name", NO_COMPLETIONS)
@@ -217,13 +218,6 @@ def test_a_reply_that_is_no_completion_is_quoted_at_once(name, monkeypatch):
     assert "".join(BODIES[name].decode().split()).replace("sesame", "***") in said.replace(" ", "")
 
 
-def test_a_complaint_with_http_200_about_a_setting_is_followed(monkeypatch):
-    monkeypatch.setitem(BODIES, "complaint", b'{"error": {"message": "top_k is not supported"}}')
-    server = Hostile(lambda body: "Yes.", lambda number: "complaint" if number == 1 else None)
-    assert chat(Endpoint("m", server.url, limit=1), ASK, 1, Sampling(), 0) == [("Yes.", True)]
-    assert "top_k" not in server.bodies[1]
-
-
 def test_a_page_is_no_server_and_a_list_of_models_is(monkeypatch):
     """An address without its /v1 that is believed until hours later the judge is asked."""
     pages = {"/v1/models": b'[{"id": "m"}]', "/models": b"<!doctype html>"}
@@ -234,15 +228,6 @@ def test_a_page_is_no_server_and_a_list_of_models_is(monkeypatch):
         check_endpoint(Endpoint("big", server.url))
     with pytest.raises(UserError, match="no OpenAI-compatible server .*doctype"):
         check_endpoint(Endpoint("m", server.url.removesuffix("/v1")))
-
-
-def test_a_server_that_drips_does_not_hold_a_call(tmp_path):
-    """A reply of which a byte comes now and then: each read succeeds, and the call never ends."""
-    server = Hostile(lambda body: "Yes.", lambda number: "drip")
-    start = time.time()
-    with pytest.raises(CallFailed, match="did not end"):
-        chat(Endpoint("m", server.url, timeout=0.5, limit=0.6), ASK, 1, Sampling(), 0)
-    assert time.time() - start < 4
 
 
 def test_questions_that_a_server_fails_on_are_left_for_another_run(tmp_path, capsys):
@@ -287,30 +272,25 @@ def free_port():
 
 def test_what_is_wrong_with_a_server_is_said_before_any_work(tmp_path, checkpoints, monkeypatch):
     """Server down, model not served, key missing or wrong; the key never shown."""
-    with pytest.raises(UserError, match="no server answers"):
-        check_endpoint(Endpoint("m", f"http://127.0.0.1:{free_port()}/v1"))
-    with pytest.raises(UserError, match="does not serve big; it serves m"):
-        check_endpoint(Endpoint("big", Hostile(says).url))
+    def refused(endpoint, says):
+        with pytest.raises(UserError, match=says) as error:
+            check_endpoint(endpoint)
+        assert "wrong-key" not in str(error.value) and "sesame" not in str(error.value)
+    nobody = f"http://127.0.0.1:{free_port()}/v1"
+    refused(Endpoint("m", nobody), "no server answers")
+    refused(Endpoint("big", Hostile(says).url), "does not serve big; it serves m")
     monkeypatch.delenv(KEY, raising=False)
-    locked = Hostile(says, key="sesame")
-    with pytest.raises(UserError, match=f"set the environment variable {KEY}"):
-        check_endpoint(Endpoint("m", locked.url))
-    monkeypatch.setenv(KEY, "wrong-key")
-    with pytest.raises(UserError, match="does not accept") as error:
-        check_endpoint(Endpoint("m", locked.url))
-    assert "wrong-key" not in str(error.value)
-    monkeypatch.setenv(KEY, "sesame\r\nX-Evil: 1")                # is quoted by what refuses it as a header
-    with pytest.raises(UserError, match="no key can be") as error:
-        check_endpoint(Endpoint("m", locked.url))
-    assert "sesame" not in str(error.value)
-    monkeypatch.setenv(KEY, "sesame\n")
-    check_endpoint(Endpoint("m", locked.url))
-    monkeypatch.setenv(KEY, "sesame")
-    check_endpoint(Endpoint("m", locked.url))
+    locked = Endpoint("m", Hostile(says, key="sesame").url)
+    refused(locked, f"wants a key: set the environment variable {KEY}")
+    for key, says_so in (("wrong-key", "does not accept the key"), ("sesame\r\nX-Evil: 1", "no key can be")):
+        monkeypatch.setenv(KEY, key)               # the second is quoted by what refuses it as a header
+        refused(locked, says_so)
+    for key in ("sesame\n", "sesame"):
+        monkeypatch.setenv(KEY, key)
+        check_endpoint(locked)
     data, _ = lamp_files(tmp_path, 2)
-    teacher = f"m@http://127.0.0.1:{free_port()}/v1"
-    done = call("train.py", "--student", checkpoints["qwen2_5_vl"], "--teachers", teacher, "--data", data,
-                "--out", tmp_path / "out")
+    done = call("train.py", "--student", checkpoints["qwen2_5_vl"], "--teachers", f"m@{nobody}",
+                "--data", data, "--out", tmp_path / "out")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no server" in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -337,16 +317,14 @@ def test_neither_key_nor_question_follow_a_redirect(monkeypatch):
 def test_only_our_own_key_is_sent(monkeypatch):
     """The user's Hugging Face token, sent to a server that is not theirs."""
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 34)
-    server = Hostile(lambda body: "Yes.")
-    heard = []
-    post = Handler.do_POST
+    server, heard, post = Hostile(lambda body: "Yes."), [], Handler.do_POST
 
     def listen(handler):
         heard.append(handler.headers.get("Authorization"))
         post(handler)
     monkeypatch.setattr(Handler, "do_POST", listen)
-    for key in (None, "sesame"):
-        monkeypatch.setenv(KEY, key) if key else monkeypatch.delenv(KEY, raising=False)
+    for key in ("", "sesame"):
+        monkeypatch.setenv(KEY, key)
         chat(Endpoint("m", server.url), ASK, 1, Sampling(), 0)
     assert heard == [None, "Bearer sesame"]
 
@@ -359,19 +337,13 @@ def test_model_at_url_is_an_endpoint_and_nothing_else_is():
 # -------------------------------------------------------------------------------- the judge
 
 
-@pytest.mark.parametrize("reply, verdict", [
-    ("It says the same. <answer>1</answer>", 1),
-    ("No.\n<answer> 0 </answer>.\n", 0),
-    ("<answer>1</answer> or rather <answer>0</answer>", None),
-    ("The response claims <answer>1</answer>, but I do not agree.", None),
-    ("<answer>yes</answer>", None),
-    ("<answer>10</answer>", None),
-    ("1", None),
-    ("", None),
-    ("<answer>1", None),
-])
-def test_verdicts_are_parsed_strictly(reply, verdict):
-    assert parse_verdict(reply) == verdict
+def test_verdicts_are_parsed_strictly():
+    for reply, verdict in (("It says the same. <answer>1</answer>", 1), ("No.\n<answer> 0 </answer>.\n", 0),
+                           ("<answer>1</answer> or rather <answer>0</answer>", None),
+                           ("<answer>10</answer>", None),
+                           ("The response claims <answer>1</answer>, but I do not agree.", None), ("1", None),
+                           ("<answer>yes</answer>", None), ("", None), ("<answer>1", None)):
+        assert parse_verdict(reply) == verdict
 
 
 def test_a_response_cannot_close_its_tag_or_answer_for_the_judge(tmp_path):
@@ -484,11 +456,8 @@ def test_a_reply_without_a_verdict_is_shown_once(capsys):
     assert judge([("q", "a", "again")]) == [None]
     said = capsys.readouterr().out
     assert said.count("The response is right") == said.count("Verdict: 1") == 1 and len(said) < 400
-
-
-def test_a_verdict_that_was_only_considered_is_none():
-    server = Hostile(lambda body: "<think><answer>1</answer>?</think> No. <answer>0</answer>")
-    assert LLMJudge(f"m@{server.url}")([("q", "a", "b")]) == [0]
+    server.reply = lambda body: "<think><answer>1</answer>?</think> No. <answer>0</answer>"
+    assert judge([("q", "a", "b")]) == [0]
 
 
 def test_a_judge_that_is_down_is_said_and_given_up(capsys):

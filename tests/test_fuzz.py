@@ -21,53 +21,46 @@ ATOMS = [None, True, 0, -1, 1e999, "", "x", "\ud83d", [], {}, [[]], {"a": None},
 
 def shaken(value, rng):
     """A JSON value with one part replaced, removed or doubled."""
+    way = rng.randrange(8)
     if isinstance(value, dict) and value and rng.random() < 0.9:
         key = rng.choice(list(value))
-        match rng.randrange(8):
-            case 0:
-                return {k: v for k, v in value.items() if k != key}
-            case 1:
-                return value | {rng.choice(["id", "image", "images", "question", "answers",
-                                            "foil"]): rng.choice(ATOMS)}
+        if way == 0:
+            return {k: v for k, v in value.items() if k != key}
+        if way == 1:
+            key = rng.choice(["id", "image", "images", "question", "answers", "foil"])
+            return value | {key: rng.choice(ATOMS)}
         return value | {key: shaken(value[key], rng)}
     if isinstance(value, list) and value and rng.random() < 0.9:
         i = rng.randrange(len(value))
-        match rng.randrange(8):
-            case 0:
-                return value[:i] + value[i + 1:]
-            case 1:
-                return value[:i] + [value[i]] + value[i:]
-        return value[:i] + [shaken(value[i], rng)] + value[i + 1:]
+        return value[:i] + [[], 2 * [value[i]]][way] + value[i + 1:] if way < 2 else (
+            value[:i] + [shaken(value[i], rng)] + value[i + 1:])
     return rng.choice(ATOMS)
 
 
 def mutated(data, rng):
     """Bytes of a file, changed in one of many ways."""
-    match rng.randrange(6):
-        case 0:
-            return data[:rng.randrange(len(data) + 1)]
-        case 1:
-            i = rng.randrange(len(data))
-            return data[:i] + rng.randbytes(rng.randint(1, 8)) + data[i + rng.randint(0, 8):]
-        case 2:
-            i, j = sorted(rng.randrange(len(data)) for _ in range(2))
-            return data[:j] + data[i:]
-        case 3:
-            return data.replace(*rng.choice([(b'"', b"'"), (b"\n", b"\r"), (b"\t", b" "), (b":", b""),
-                                             (b"{", b"[" * 3000), (b"e", b"\x00")]))
-    try:
-        return json.dumps(shaken(json.loads(data), rng)).encode()
-    except ValueError:
-        pass
-    try:
-        rows = [json.loads(line) for line in data.splitlines()]
-        return "\n".join(map(json.dumps, shaken(rows, rng) if rng.random() < 0.7
-                             else [shaken(row, rng) for row in rows])).encode()
-    except (ValueError, TypeError):
-        cells = data.split(b"\t")                                  # a TSV
-        cells[rng.randrange(len(cells))] = rng.choice([b"", b'"', b"['x'", b"[1, 2]", b"-1", b'"0"', b"\n",
-                                                       b"<image 9>"])
-        return b"\t".join(cells)
+    way = rng.randrange(6)
+    i, j = sorted(rng.randrange(len(data)) for _ in range(2))
+    if way == 0:
+        return data[:i]
+    if way == 1:
+        return data[:i] + rng.randbytes(rng.randint(1, 8)) + data[i + rng.randint(0, 8):]
+    if way == 2:
+        return data[:j] + data[i:]
+    if way == 3:
+        return data.replace(*rng.choice([(b'"', b"'"), (b"\n", b"\r"), (b"\t", b" "), (b":", b""),
+                                         (b"e", b"\x00"),
+                                         (b"{", b"[" * 3000)]))
+    for lines in ([data], data.splitlines()):                      # a JSON value, or one on each line
+        try:
+            rows = shaken([json.loads(line) for line in lines], rng)
+            return "\n".join(map(json.dumps, rows)).encode()
+        except (ValueError, TypeError):
+            pass
+    cells = data.split(b"\t")                                      # a TSV
+    cells[rng.randrange(len(cells))] = rng.choice([b"", b'"', b"['x'", b"[1, 2]", b"-1", b'"0"', b"\n",
+                                                   b"<image 9>"])
+    return b"\t".join(cells)
 
 
 def survives(work):
@@ -117,20 +110,22 @@ def test_mutated_benchmark_files(name, tmp_path):
     fuzz(path, work, random.Random(name), COUNT // 15)
 
 
-@pytest.mark.parametrize("form", ["ours", "llava", "chat"])
+ROWS = {
+    "ours": {"id": "7", "image": ["a.jpg"], "question": "How <image> many?", "answer": "2",
+             "options": ["1", "2"],
+             "history": [["Hello", "there"]], "hint": "Look.", "category": "c"},
+    "llava": {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nHow?"},
+                                                             {"from": "gpt", "value": "2"}]},
+    "chat": {"images": ["b.jpg"], "messages": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]},
+        {"role": "assistant", "content": "2"}]}}
+
+
+@pytest.mark.parametrize("form", ROWS)
 def test_mutated_data_files(form, tmp_path):
     made.jpg(tmp_path, "a.jpg", "b.jpg")
-    row = {"ours": {"id": "7", "image": ["a.jpg"], "question": "How <image> many?", "answer": "2",
-                    "options": ["1", "2"], "history": [["Hello", "there"]]},
-           "llava": {"id": "7", "image": "a.jpg", "conversations": [{"from": "human",
-                                                                     "value": "<image>\nHow?"},
-                                                                    {"from": "gpt", "value": "2"}]},
-           "chat": {"images": ["b.jpg"], "messages": [{"role": "user",
-                                                       "content": [{"type": "image"},
-                                                                   {"type": "text", "text": "?"}]},
-                                                      {"role": "assistant", "content": "2"}]}}[form]
     path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(row | {"id": str(i)}) + "\n" for i in range(3)))
+    path.write_text("".join(json.dumps(ROWS[form] | {"id": str(i)}) + "\n" for i in range(3)))
     fuzz(path, lambda: load_examples(str(path)), random.Random(form), COUNT // 6)
 
 
@@ -151,42 +146,36 @@ def test_mutated_collections(tmp_path):
 
 def test_mutated_predictions(tmp_path):
     task = e.tasks_of(str(made.choices("AI2D_TEST", tmp_path)))[0]
-    for name, contents in (("p.json", '{"0": "A", "1": "B", "2": "C"}'),
-                           ("q.json", '[{"id": 0, "text": "A"}, {"id": 1, "text": "A"}, {"id": 2, "text": '
-                            '"A"}]'),
-                           ("p.tsv", "index\tprediction\n0\tA\n1\tA\n2\tA\n")):
+    lines = "".join(json.dumps({"id": i, "text": "A"}) + "\n" for i in range(3))
+    for name, contents in (("p.jsonl", lines), ("p.tsv", "index\tprediction\n0\tA\n1\tA\n2\tA\n")):
         (tmp_path / name).write_text(contents)
         fuzz(tmp_path / name, lambda: e.read_predictions(str(tmp_path / name), task), random.Random(name),
              COUNT // 6)
 
 
-def test_mutated_state_of_a_run(checkpoints, tmp_path):
-    """stages.json, and the JSON of a checkpoint: read, refused, or passed over for an older one."""
+def test_cut_checkpoints(checkpoints, tmp_path):
+    """Half of a checkpoint's JSON: passed over or refused, and the weights stay as they are."""
     data, responses = lamp_files(tmp_path, 4)
-    argv = ["--student", checkpoints["qwen2_5_vl"], "--data", str(data), "--collection", str(responses),
-            "--out", str(tmp_path / "run"), "--device", "cpu"]
-    args = train.parse_args(argv)
     out = tmp_path / "run"
-
-    def stages():
-        folder = train.Folder(args)
-        folder.stage("thing", lambda path: path.write_text("made"), ("lr", "seed"), {"--data": "1"})
-    stages()
-    fuzz(out / "stages.json", stages, random.Random(0), COUNT // 3)
-
-    def state():
-        policy = train.load_vlm(checkpoints["qwen2_5_vl"], "cpu")
-        return train.Run(args, train.World(), out, policy, [1, 2], None)
-    one = state()
-    train.load_checkpoint(one)
-    one.step = 3
-    train.save_checkpoint(one)
-    again = state()
-    before = [w.clone() for w in again.policy.model.parameters()]
+    out.mkdir()
+    args = train.parse_args(["--student", checkpoints["qwen2_5_vl"], "--data", str(data), "--collection",
+                             str(responses), "--out", str(out), "--device", "cpu"])
+    policy = train.load_vlm(checkpoints["qwen2_5_vl"], "cpu")
+    run = train.Run(args, train.World(), out, policy, load_examples(str(data)), None)
+    train.load_checkpoint(run)
+    run.step = 3
+    train.save_checkpoint(run)
+    before = [w.clone() for w in policy.model.parameters()]
+    path = out / "checkpoint-000003" / "state.json"
+    whole = path.read_bytes()
 
     def work():
-        train.load_checkpoint(again)
-        for log in again.logs.values():
+        train.load_checkpoint(run)
+        for log in run.logs.values():
             log.close()
-    fuzz(out / "checkpoint-000003" / "state.json", work, random.Random(1), COUNT // 3)
-    assert all((a == b).all() for a, b in zip(before, again.policy.model.parameters()))
+    for length in range(0, len(whole) - 1, len(whole) // 20):
+        path.write_bytes(whole[:length])
+        survives(work)
+    path.write_bytes(whole)
+    assert survives(work) and run.step == 3
+    assert all((a == b).all() for a, b in zip(before, policy.model.parameters()))
