@@ -76,9 +76,10 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
     the whole answer but for a frame, such as "it is a ...".
     """
     options, letter = options_of(question, truth)
-    said = extract_choice(response, options) if letter else None
-    if said or letter and not is_phrase(truth):
-        return int(said == letter)
+    if letter:
+        said, truth = extract_choice(response, options), options[letter]
+        if said or not is_phrase(truth):
+            return int(said == letter)
     answer, wanted = normalise(final_answer(response)), normalise(truth).strip(" .")
     kind = next((kind for kind in KINDS if re.fullmatch(kind, wanted)), None)
     if kind is None:

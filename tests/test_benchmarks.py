@@ -40,6 +40,12 @@ def dump(path, value):
     return path
 
 
+def responses(path, rows):
+    """A file of responses {id: text}, as eval.py reads it."""
+    path.write_text("".join(json.dumps({"id": str(key), "text": text}) + "\n" for key, text in rows.items()))
+    return path
+
+
 def choices(name, folder, **more):
     options = dict(zip("ABCD", ("red", "a green dog", "blue", "10")))
     rows = [{"index": i, "image": b64(i), "question": "What is\nit?", **options, "answer": answer,
@@ -72,23 +78,13 @@ def mathvista(folder):
                {"index": 2, "image": b64(), "question": "How many?", "question_type": "free_form",
                 "answer_type": "integer", "answer": "1,200"},
                {"index": 3, "image": b64(), "question": "How long?", "question_type": "free_form",
-                "answer_type": "float", "answer": "1.2"},
-               {"index": 4, "image": b64(), "question": "Which range?", "question_type": "free_form",
-                "answer_type": "list", "answer": "[1, 2]"})
+                "answer_type": "float", "answer": "1.2"})
 
 
-def mmvet(folder, name="MMVet.tsv"):
+def mmvet(folder, name="MMVet.tsv", answer="cat<AND>dog"):
     return tsv(folder / name, {"index": 0, "image": b64(), "question": "What is there?",
-                               "answer": "cat<AND>dog", "category": "rec"},
-               {"index": 1, "image": b64(), "question": "And here?", "answer": "12<OR>twelve",
-                "category": "rec,ocr"})
-
-
-def mmvet2(folder):
-    jpg(folder, "v2_0_0.jpg", "v2_0_1.png")
-    question = "Which is red?<IMG>v2_0_0.jpg<IMG>or this<IMG>v2_0_1.png"
-    return dump(folder / "mm-vet-v2.json", {
-        "v2_0": {"question": question, "answer": "the first", "capability": ["rec", "seq"]}})
+                               "answer": answer, "category": "rec"},
+               {"index": 1, "image": b64(), "question": "And here?", "answer": "12", "category": "rec,ocr"})
 
 
 def mmmu(folder):
@@ -123,13 +119,9 @@ def nocaps(folder):
 
 
 def vizwiz(folder):
-    jpg(folder, "VizWiz_val_0.jpg", "VizWiz_val_1.jpg")
     answers = [["dog"] * 2 + ["a cat"] * 8, ["unanswerable"] * 10]
-    return dump(folder / "val.json", [
-        {"image": f"VizWiz_val_{i}.jpg", "question": "What is it?",
-         "answer_type": ["other", "unanswerable"][i], "answerable": 1 - i,
-         "answers": [{"answer": a, "answer_confidence": "yes"} for a in given]}
-        for i, given in enumerate(answers)])
+    return tsv(folder / "VizWiz.tsv", *({"index": i, "image": b64(i), "question": "What is it?", "answers": str(given)}
+                                        for i, given in enumerate(answers)))
 
 
 def vizwiz_captions(folder):
@@ -181,18 +173,18 @@ CASES = {
               {"BLINK": 200 / 3}),
     "realworldqa": (realworldqa, [{0: "B. 2", 1: "left."}], {"RealWorldQA": 100}),
     "chartqa": (chartqa, [{0: "10.4", 1: "2300", 2: " YES "}], {"ChartQA": 200 / 3}),
-    "mathvista": (mathvista, [{1: "The answer is blue.", 2: "There are 1200 of them", 3: r"\boxed{1.24}",
-                               4: "[1, 3]"}], {"MathVista": 75}),
+    "mathvista": (mathvista, [{1: "The answer is blue.", 2: "There are 1200 of them", 3: r"\boxed{1.3}"}],
+                  {"MathVista": 200 / 3}),
     "mmbench": (mmbench, [{0: "A", 10 ** 6: "B", 1: "A", 10 ** 6 + 1: "A"}], {"MMBench": 50}),
-    "mmvet": (mmvet, [{0: "I see a dog.", 1: "Twelve."}], {"MM-Vet": 75}),
-    "mmvet2": (mmvet2, [{"v2_0": "The second."}], {"MM-Vet-v2": 0}),
+    "mmvet": (lambda f: mmvet(f, answer="cat"), [{0: "I see a dog.", 1: "Twelve."}], {"MM-Vet": 50}),
+    "mmvet2": (lambda f: mmvet(f, "mm-vet-v2.tsv", "cat"), [{0: "A cat.", 1: "12"}], {"MM-Vet-v2": 100}),
     "mmmu": (mmmu, [{"validation_1": "B", "validation_2": "So its length is 3.50 metres."}], {"MMMU": 50}),
     "mmmu_pro": (lambda f: pro(f, "MMMU_Pro_10c_COT"),
                  [{"t0": "I think A is bad.\nAnswer: J", "t1": "I think it is C"}], {"MMMU-Pro": 100}),
     "mmmu_pro_v": (lambda f: pro(f, "MMMU_Pro_V"), [{"t0": "J", "t1": "thing AA"}], {"MMMU-Pro vision": 50}),
     "nocaps": (nocaps, [{0: "A man rides a brown horse.", 1: "two dogs sleep on the red sofa", 2: "",
                          3: "a bus in a wide street"}], {"NoCaps": 750}),
-    "vizwiz": (vizwiz, [{"VizWiz_val_0.jpg": "dog", "VizWiz_val_1.jpg": "Unanswerable"}], {"VizWiz": 80}),
+    "vizwiz": (vizwiz, [{0: "dog", 1: "Unanswerable"}], {"VizWiz": 80}),
     "vizwiz_captions": (vizwiz_captions, [{0: "a red can of soup on a table", 1: ""}],
                         {"VizWiz captions": 500}),
     "foil": (foil, [{"5-0": "Yes.", "5-1": "No", "6-0": "yes", "6-1": "yes"},
@@ -206,9 +198,7 @@ def test_a_file_of_each_benchmark_is_scored_as_by_hand(name, tmp_path):
     """A column, a tag, a group or a reference read wrongly gives another score than that worked by hand."""
     make, predictions, expected = CASES[name]
     data = make(tmp_path)
-    files = []
-    for i, responses in enumerate(predictions):
-        files.append(dump(tmp_path / f"p{i}.json", {str(k): v for k, v in responses.items()}))
+    files = [responses(tmp_path / f"p{i}.jsonl", rows) for i, rows in enumerate(predictions)]
     done = call("eval.py", "--data", data, "--predictions", *files, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "scores.json").read_text())
@@ -221,15 +211,12 @@ def test_a_file_of_each_benchmark_is_scored_as_by_hand(name, tmp_path):
 
 def test_breakdowns(tmp_path):
     """A category, a split, a domain or a pair counted in the wrong place."""
-    def scored(make, responses):
+    def by(make, texts):
         task = e.tasks_of(str(make(tmp_path)))[0]
-        return e.score_responses(task, [responses[x.id] for x in task.examples], e.rule_judge)
-
-    def by(make, responses):
-        return scored(make, responses)["by"]
+        return e.score_responses(task, [texts[x.id] for x in task.examples], e.rule_judge)["by"]
     assert by(CASES["ai2d"][0], {"0": "A", "1": "C", "2": "C"}) == {"c0": 100, "c1": 0}
     assert by(chartqa, {"0": "10", "1": "1", "2": "yes"}) == {"test_human": 50, "test_augmented": 100}
-    assert by(mmvet, {"0": "cat", "1": "12"}) == {"rec": 75, "ocr": 100}
+    assert by(CASES["mmvet"][0], {"0": "dog", "1": "12"}) == {"rec": 50, "ocr": 100}
     assert by(mmbench, {"0": "A", "1000000": "B", "1": "A", "1000001": "A"}) == {"p": 50, "x": 50}
     assert by(foil, {"5-0": "yes", "5-1": "no", "6-0": "yes", "6-1": "yes"}) == {
         "foil": 50, "original": 100, "pairs": 50}
@@ -237,7 +224,6 @@ def test_breakdowns(tmp_path):
                        "3": "a bus in a wide street"})
     assert caps["in-domain"] == pytest.approx(1000) and caps["out-domain"] == pytest.approx(500)
     assert 0 < caps["BLEU-4"] < 100
-    assert scored(mmvet, {"0": "cat", "1": "12"})["metric"] == "graded_rule"
 
 
 def test_what_the_model_is_shown(tmp_path):
@@ -253,8 +239,7 @@ def test_what_the_model_is_shown(tmp_path):
     assert [open_image(x, "").size for x in asked.images] == [(48, 32), (32, 32), (32, 32)]      # 2, 1, 1
     asked = shown(mmmu(tmp_path), 1)
     assert asked.text.startswith("Question: How long is <image>?") and "Options" not in asked.text
-    asked = shown(mmvet2(tmp_path))
-    assert asked.text == "Which is red?<image>or this<image>" and len(asked.images) == 2
+    assert shown(mmvet(tmp_path)).text == "What is there?"
     assert "Which?" not in shown(pro(tmp_path, "MMMU_Pro_V")).text
     assert shown(foil(tmp_path), 0, 2).text.startswith('Caption: "a cat runs"\nThe word "cat" is wrong')
     bench = shown(mmbench(tmp_path), 1)
@@ -275,7 +260,7 @@ def test_the_command_line_with_checkpoints(checkpoints, tmp_path):
     assert list(results) == ["internvl", "qwen2_5_vl"] and len(results["internvl"]) == len(CASES) + 2
     assert "difference" in done.stdout and "not comparable with published numbers" in done.stdout
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<script" not in page and "http" not in page and "<svg" in page and "data:image/jpeg" in page
+    assert "<script" not in page and "http" not in page and "data:image/jpeg" in page
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*/*.jsonl")}
     assert len(before) == 2 * (len(CASES) + 2)
     again = call("eval.py", *options[:4], "--data", *data, "--max-new-tokens", 4, "--out", tmp_path / "out")
@@ -369,21 +354,8 @@ def test_files_that_have_no_known_name_are_told_by_content(tmp_path):
 def broken(name, folder):
     """A file with something wrong, and what the message must name."""
     rows = {"index": 1, "image": b64(), "question": "?", "A": "x", "B": "y", "answer": "A"}
-    intact = tsv(folder / "AI2D_TEST.tsv", rows).read_text()
     path = folder / "MMStar.tsv"
     match name:
-        case "unknown":
-            path.write_text("some,comma,separated\n1,2,3\n")
-            return path, "no known format"
-        case "columns":
-            path.write_text("a\tb\n1\t2\n")
-            return path, "columns image and question"
-        case "empty":
-            path.write_text("")
-            return path, "no examples"
-        case "header":
-            path.write_text(intact.splitlines()[0] + "\n")
-            return path, "no examples"
         case "dangling":
             tsv(path, rows, rows | {"index": 2, "image": "77"})
             return path, "MMStar.tsv:3: its image is that of the row with index 77"
@@ -395,7 +367,7 @@ def broken(name, folder):
         case "ids":
             return tsv(path, rows, rows), "MMStar.tsv:3: the id '1' was used before"
         case "cells":
-            path.write_text(intact + "1\t2\n")
+            path.write_text(tsv(path, rows).read_text() + "1\t2\n")
             return path, "expected 6 cells"
         case "answer":
             return tsv(path, rows | {"answer": "C"}), "none of the options"
@@ -423,14 +395,15 @@ def broken(name, folder):
             del data["annotations"][0]
             return dump(folder / "foil_x.json", data), "one true caption"
         case "few answers":
-            data = json.loads(vizwiz(folder).read_text())
-            data[1]["answers"] = data[1]["answers"][:2]
-            return dump(folder / "VizWiz.json", data), "at least 4 answers"
+            row = {"index": 1, "image": b64(), "question": "?", "answers": "['dog', 'cat']"}
+            return tsv(folder / "VizWiz.tsv", row), "at least 4 answers, found 2"
+        case "no judge":
+            return mmvet(folder), "MMVet.tsv:2: a rule cannot judge the answer 'cat<AND>dog'; give --judge MODEL"
 
 
 @pytest.mark.parametrize("name", [
-    "unknown", "columns", "empty", "header", "dangling", "base64", "noimage", "ids", "cells", "answer",
-    "test split", "tag", "rotation", "no captions", "one image", "annotation", "foil pair", "few answers"])
+    "dangling", "base64", "noimage", "ids", "cells", "answer", "test split", "tag", "rotation", "no captions",
+    "one image", "annotation", "foil pair", "few answers", "no judge"])
 def test_bad_data_is_one_sentence(name, tmp_path, checkpoints):
     """A traceback, or a score of something that cannot be scored."""
     path, message = broken(name, tmp_path)
@@ -440,49 +413,36 @@ def test_bad_data_is_one_sentence(name, tmp_path, checkpoints):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([{"id": "0", "text": "A"}], "no response to 2 of 3 questions of AI2D, the first: 1"),
-    ([{"index": i, "prediction": "A"} for i in (0, 1, 2, 2)], "a second response to 2"),
-    ([{"id": i, "text": "A"} for i in (0, 1, 2, 9)], "answers to another file?"),
-    ([{"id": 0, "text": None}], "expected a response"),
-])
-def test_predictions_that_do_not_fit(rows, message, tmp_path):
-    """Missing, repeated or foreign predictions scored as if they fitted."""
-    path = dump(tmp_path / "p.json", rows)
-    done = call("eval.py", "--data", choices("AI2D_TEST", tmp_path), "--predictions", path, "--out",
-                tmp_path / "out")
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+LINES = [json.dumps({"id": i, "text": text}) for i, text in enumerate("ABC")]
+TABLE = "id\tindex\tquestion\tprediction\nx\t0\t?\tA\ny\t1\t?\tB\nz\t2\t?\tC\n"
 
 
-GIVEN = [{"question_id": i, "text": text} for i, text in enumerate("ABC")]
-TABLE = "id\tindex\tprediction\nx\t0\tA\ny\t1\tB\nz\t2\tC\n"
-
-
-@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n", b"\xef\xbb\xbf \n\n"])
-@pytest.mark.parametrize("name, text", [
-    ("p.TSV", TABLE), ("p.txt", TABLE), ("p.json", json.dumps(GIVEN)),
-    ("p.jsonl", json.dumps({"data": GIVEN})), ("p", json.dumps({"version": 1, "data": GIVEN}, indent=1)),
-    ("p.json", "\n".join(map(json.dumps, GIVEN))),
-    ("p.jsonl", json.dumps({"settings": {}}) + "\n" + "\n".join(map(json.dumps, GIVEN))),
-    ("p.JSON", '{"0": "A", "1": "B", "2": "C"}'), ("p", '{\n"0": "A",\n"1": "B",\n"2": "C"\n}')])
-def test_predictions_are_read_as_data_are(start, name, text, tmp_path):
-    """Formats told by the name or the first byte of a file, where the data's are told by what is in it."""
-    (tmp_path / name).write_bytes(start + text.encode())
+@pytest.mark.parametrize("name, text, says", [
+    ("p.tsv", TABLE, None), ("p.jsonl", "\n".join(LINES), None),
+    ("p.jsonl", "\n".join(['{"settings": {}}', *reversed(LINES)]), None),           # as eval.py writes it
+    ("p.jsonl", LINES[0], "no response to 2 of 3 questions of AI2D, the first: 1"),
+    ("p.tsv", TABLE + "w\t2\t?\tD\n", "p.tsv:5: a second response to 2"),
+    ("p.jsonl", '{"id": "%s", "text": "A"}' % ("x" * 5000), "p.jsonl:1: the id x{100} ... x{100} is not among"),
+    ("p.jsonl", '{"id": 0, "text": null}', 'p.jsonl:1: expected a response with "id" and "text"'),
+    ("p.jsonl", '{"index": 0, "prediction": "A"}', 'expected a response with "id" and "text"'),
+    ("p.jsonl", '{"question_id": 0, "text": "A"}', 'expected a response with "id" and "text"'),
+    ("p.tsv", TABLE.replace("index", "number"), 'p.tsv:2: expected a response with "index" and "prediction"'),
+    ("p.json", '{"0": "A", "1": "B", "2": "C"}', ".tsv with the columns index and prediction, or .jsonl"),
+    ("p.json", f"[{','.join(LINES)}]", "p.json: expected a file of responses"),
+    ("p.csv", "index,prediction\n0,A\n", "p.csv: expected a file of responses"),
+    ("p", "\n".join(LINES), "p: expected a file of responses"),
+    ("p.jsonl", '["A", "B", "C"]', "p.jsonl:1: expected an object"),
+    ("missing.tsv", None, "missing.tsv: expected a file of responses")])
+def test_predictions_are_read_or_refused(name, text, says, tmp_path):
+    """Missing, repeated or foreign responses, or rows in another form, scored as if they fitted."""
+    if text:
+        (tmp_path / name).write_text(text)
     task = e.tasks_of(str(choices("AI2D_TEST", tmp_path)))[0]
-    assert e.read_predictions(str(tmp_path / name), task) == ["A", "B", "C"]
-
-
-@pytest.mark.parametrize("text, says", [
-    ("index,prediction\n0,A\n", "no known format"), ('{"0": "A"}\n{"1": "B"}\n{"2": "C"}', "not JSON"),
-    ('["A", "B", "C"]', "item 1: expected an object"),
-    ('{"0": {"text": "A"}}', "item 0: expected a response"),
-    ('[{"id": "%s", "text": "A"}]' % ("x" * 5000), "item 1: the id x{100} ... x{100} is not among")])
-def test_predictions_in_other_forms_are_refused(text, says, tmp_path):
-    """Rows that are passed over, and a sentence that speaks of missing ones."""
-    (tmp_path / "p").write_text(text)
-    task = e.tasks_of(str(choices("AI2D_TEST", tmp_path)))[0]
+    if not says:
+        assert e.read_predictions(str(tmp_path / name), task) == ["A", "B", "C"]
+        return
     with pytest.raises(UserError, match=says):
-        e.read_predictions(str(tmp_path / "p"), task)
+        e.read_predictions(str(tmp_path / name), task)
 
 
 def test_a_report_shows_images_that_are_in_lines_of_the_data(tmp_path):
@@ -490,9 +450,8 @@ def test_a_report_shows_images_that_are_in_lines_of_the_data(tmp_path):
     row = {"question": "?", "image": f"data:image/png;base64,{b64(0, (300, 300))}"}
     rows = [row | {"id": str(i), "answer": answer} for i, answer in enumerate(["red", "blue"])]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    dump(tmp_path / "p.json", {"0": "red", "1": "red"})
-    done = call("eval.py", "--data", tmp_path / "d.jsonl", "--predictions", tmp_path / "p.json",
-                "--out", tmp_path / "out")
+    given = responses(tmp_path / "p.jsonl", {"0": "red", "1": "red"})
+    done = call("eval.py", "--data", tmp_path / "d.jsonl", "--predictions", given, "--out", tmp_path / "out")
     assert done.returncode == 0 and "50.0" in done.stdout, done.stderr
     assert (tmp_path / "out" / "report.html").read_text().count("data:image/jpeg") == 2
     assert (tmp_path / "out" / "scores.json").stat().st_size < 4000
@@ -506,7 +465,6 @@ def test_a_metric_that_the_data_cannot_have(tmp_path):
     refused(choices("AI2D_TEST", tmp_path), "foil_word", "at least 2 answers, found 1")
     mine = dump(tmp_path / "mine.json", [{"question": "?", "answer": "2"}])
     refused(mine, "cider", "at least 1 answers, found 0")
-    refused(foil(tmp_path), "mcq", "FOIL has the metrics foil, foil_word and foil_fix, not mcq")
 
 
 def test_skip_bad_and_limit(tmp_path):
@@ -578,7 +536,7 @@ def test_extract_choice_of_ten(text, letter):
 
 @pytest.mark.parametrize("text, letter", [
     ("vitamin A", "C"), ("It's vitamin A, I guess.", "C"),
-    ("Therefore B is the right one to choose here", None),
+    ("Therefore B is the right one to choose here", "B"),
     ("D. both A and B", "D"), ("both A and B", "D"), ("It must be b.", "A"),
     ("C#", "E"),
 ])
@@ -689,16 +647,15 @@ def test_bleu_and_cider_are_those_of_coco_caption():
     refs, hyps = [[ref.split() for ref in group] for group in REFS], [hyp.split() for hyp in HYPS]
     assert e.bleu(refs, hyps) == pytest.approx([0.8451260213418907, 0.7100478817033836, 0.5317812554790314,
                                                 0.34968371368885526], abs=1e-9)
-    assert e.cider(refs, hyps) == pytest.approx(1.8952216588819508, abs=1e-9)
     assert e.cider_each(refs, hyps) == pytest.approx([2.46069388, 1.62159273, 1.60337837], abs=1e-7)
     refs = [["a man rides a brown horse".split()], ["two dogs sleep on the red sofa".split()]]
     assert e.bleu(refs, [[], ["two", "dogs"]]) == pytest.approx([0.004086771434377308, 0.004086771433355616,
                                                                  4.0867714343773085e-05,
                                                                  4.086771434888154e-06], abs=1e-12)
-    assert e.cider(refs, [[], ["two", "dogs"]]) == pytest.approx(0.83275918008213, abs=1e-9)
+    assert sum(e.cider_each(refs, [[], ["two", "dogs"]])) == pytest.approx(2 * 0.83275918008213, abs=1e-9)
     exact = [ref[0] for ref in refs]
-    assert e.bleu(refs, exact) == pytest.approx([1] * 4) and e.cider(refs, exact) == pytest.approx(10)
-    assert e.cider(refs[:1], exact[:1]) == 0
+    assert e.bleu(refs, exact) == pytest.approx([1] * 4) and e.cider_each(refs, exact) == pytest.approx([10] * 2)
+    assert e.cider_each(refs[:1], exact[:1]) == [0]
 
 
 TOKENS = [                                                         # as the jar of pycocoevalcap 1.2 has them
@@ -746,15 +703,13 @@ def test_known_misses_of_the_tokeniser(text, tokens):
     ("mathvista", Example("", (), "?", "0", kind="integer"), "0", 1),
     ("mathvista", Example("", (), "?", "1.5", kind="float"), "1.46", 1),
     ("mathvista", Example("", (), "?", "1.5", kind="float"), "nothing", None),
-    ("mathvista", Example("", (), "?", "[1, 2]", kind="list"), "It is [1,2]", 1),
-    ("graded", Example("", (), "?", "red<AND>two<OR>blue"), "Red and blue.", 1),
-    ("graded", Example("", (), "?", "red<AND>two"), "redder, 2", 0.5),
     ("foil_word", Example("", (), "a man rides a big horse", "No", truths=("horse", "bike")), "horses", 1),
     ("foil_word", Example("", (), "a man rides a big horse", "No", truths=("horse", "bike")),
      "The wrong word is horse.", 1),
     ("foil_word", Example("", (), "a man rides a big horse", "No", truths=("horse", "bike")),
      "a man rides a big horse", 0),
-    ("mmmu_pro", Example("", (), "?", "B", tuple("abcdefghij")), "Perhaps A.\nAnswer: B", 1),
+    ("foil_fix", Example("", (), "a man rides a big horse", "No", truths=("horse", "bike")), '"bike"', 1),
+    ("mcq", Example("", (), "?", "B", tuple("abcdefghij")), "Perhaps A.\nAnswer: B", 1),
 ])
 def test_other_metrics(metric, truth, text, score):
     assert e.SCORES[metric](truth, text) == score
@@ -771,30 +726,18 @@ def test_paired_difference_is_of_pairs(tmp_path):
     assert e.difference(result(base), result(base)) == (0, 0, 0)
 
 
-def test_groups_are_resampled_together():
-    """Rotations drawn one by one would make the interval of a circular score too narrow."""
+def test_the_interval_covers_as_it_should():
+    """For 0/1 data near the normal p +- 1.96 sqrt(p (1 - p) / n). Rotations drawn one by one would make the
+    interval of a circular score too narrow."""
+    mean, low, high = e.mean_and_interval([1.0] * 300 + [0.0] * 200, [1] * 500)
+    assert mean == 60 and low == pytest.approx(60 - 4.3, abs=0.5) and high == pytest.approx(60 + 4.3, abs=0.5)
+    assert e.mean_and_interval([1.0] * 50, [1] * 50) == (100, 100, 100)
     rng = random.Random(0)
     each = [rng.random() < 0.5 for _ in range(100)]
-    low, high = e.bootstrap_interval([4.0 * x for x in each], [4] * 100)
-    assert high - low == pytest.approx(2 * 1.96 * 0.05, abs=0.02)
-    narrow = e.bootstrap_interval([float(x) for x in each for _ in range(4)])
-    assert narrow[1] - narrow[0] < 0.6 * (high - low)
-
-
-def test_the_report_escapes_and_filters(tmp_path):
-    """Model text, questions and file names can hold any HTML; a question that changed must be marked so."""
-    evil = "<script>alert(1)</script>\"'>"
-    row = {"id": evil, "image": [], "question": evil, "truth": evil, "category": "", "text": evil,
-           "verdict": 1.0}
-    def score(value):
-        return {"task": evil, "metric": "mcq", "questions": 2, "extracted": 1.0, "failed": 0, "score": value,
-                "interval": [0, 100], "by": {evil: 1.0},
-                "units": {"a": [value, 1], "b": [1.0, 1]}, "rows": [row | {"verdict": value}, row]}
-    e.write_comparison(tmp_path / "r.html", {"base": [score(0.0)], "new" + evil: [score(1.0)]})
-    page = (tmp_path / "r.html").read_text()
-    assert "<script" not in page
-    assert page.count('class="card better"') == 1 and page.count('class="card same"') == 1
-    assert page.index("card better") < page.index("card same")
+    _, low, high = e.mean_and_interval([4.0 * x for x in each], [4] * 100)
+    assert high - low == pytest.approx(2 * 1.96 * 5, abs=2)
+    _, below, above = e.mean_and_interval([float(x) for x in each for _ in range(4)], [1] * 400)
+    assert above - below < 0.6 * (high - low)
 
 
 def test_a_graded_judge(tmp_path, monkeypatch):
@@ -829,8 +772,8 @@ def test_a_judge_is_any_function(tmp_path, monkeypatch):
     monkeypatch.setattr(e, "make_judge", lambda *args: length_judge)
     data = dump(tmp_path / "mine.json", [{"id": i, "question": f"q{i}",
                                           "answer": f"truth {i}"} for i in range(3)])
-    responses = dump(tmp_path / "p.json", {"0": "ab", "1": "?", "2": "abcd"})
-    done = call("eval.py", "--data", data, "--predictions", responses, "--out", tmp_path / "out")
+    given = responses(tmp_path / "p.jsonl", {"0": "ab", "1": "?", "2": "abcd"})
+    done = call("eval.py", "--data", data, "--predictions", given, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert asked == [("q0", "truth 0", "ab"), ("q1", "truth 1", "?"), ("q2", "truth 2", "abcd")]
     [score] = json.loads((tmp_path / "out" / "scores.json").read_text())["predictions"]
