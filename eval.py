@@ -169,17 +169,16 @@ KINDS = (
     "top left|top right|bottom left|bottom right|top|bottom|left|right|centre",
     rf"{DECIMAL}(?! (?:hundred|thousand|million|billion)\b)",
 )
-# a negation up to two words before a value
-NEGATION = re.compile(r"(\bnot|\bno|n't|\bnever|\bneither|\bnor|\bwithout|\bunlike|\brather than"
-                      r"|\binstead of)( \w+){0,2} ?$")
+# up to two words before a value
+NEGATION = re.compile(r"(?:n't|\b(?:not?|never|neither|nor|without|unlike|rather than|instead of))(?: \w+){0,2} ?$")
 WORD = r"[a-zà-öø-ÿ\d]+(?:['.][a-z\d]+)?"
 PHRASE = re.compile(rf"{DECIMAL}|{WORD}(?:[ -]{WORD}){{0,4}}")
 # What may stand before and after a phrase that is an answer, in a normalised text.
 FRAME = r"""
     (?:(?:yes|sure|certainly|well|looking\ at\ it|in\ (?:the|this)\ \w+)\ \.\ )?
-    (?:(?:(?!(?:no|not|nor|or|never|neither|nothing|without|cannot|hardly|doubt|if|whether|\w+n't)\b)[\w']+\ ){0,8}?
-       (?:is|are|was|were|be|\w+'s|\w+'re|says?|reads?|shows?|see|think|believe|guess|like|called|named)\ 
-       (?:(?:probably|likely|clearly|surely|that|\.)\ )?)?
+    (?:(?:(?!(?:not?|nor|or|never|neither|nothing|without|cannot|hardly|doubt|if|whether|\w+n't)\b)[\w']+\ ){0,8}?
+       (?:is|are|was|were|be|\w+'s|\w+'re|says?|reads?|shows?|see|think|believe|guess|like|called|named)
+       \ (?:(?:probably|likely|clearly|surely|that|\.)\ )?)?
     (?:an?\ |the\ )?
     PHRASE(?:e?s)?(?:\ \.)?
     (?:\ (?:it\ is|is\ (?:the|my)\ answer|i\ (?:think|believe|guess|see|would\ say)|(?:it\ must|that\ would)\ be
@@ -257,9 +256,8 @@ def parse_verdict(reply: str, graded: bool = False) -> float | None:
 class LLMJudge:
     """The paper's judge: a language model that sees question, truth and response, and not the image.
 
-    model: a checkpoint, which is asked batch_size prompts at a time, or "model@http://server/v1". Both decode
-    greedily. cache: a file that keeps the verdicts, so that no later run asks the same again. Failures are
-    not kept.
+    model: a checkpoint, or "model@http://server/v1"; both decode greedily. cache: a file that keeps verdicts, so
+    that no later run asks the same again. Failures are not kept.
     """
 
     def __init__(self, model: str, cache: Path | None = None, device: str | None = None,
@@ -284,8 +282,8 @@ class LLMJudge:
     def __call__(self, triples: list[Triple], graded: bool = False) -> list[float | None]:
         """Verdicts in the order of the triples: 0 or 1, or with `graded` a share from 0 to 1.
 
-        Equal triples are asked once. A response that is the truth itself is right without asking. The first
-        reply without a verdict is shown; its prompt will be asked again.
+        Equal triples are asked once, and a response that is the truth itself is right without asking. The
+        first reply without a verdict is shown; its prompt will be asked again.
         """
         template = GRADED_PROMPT if graded else JUDGE_PROMPT
         safe = [[TAGS.sub("&lt;", text) for text in triple] for triple in triples]
@@ -382,13 +380,12 @@ def options_of(question: str, truth: str) -> tuple[dict[str, str], str | None]:
 def extract_choice(text: str, options: dict[str, str]) -> str | None:
     """The letter of the option that a response commits to, or None. options: letter -> its text.
 
-    First comes what the response marks as its answer or concludes. A letter there may be in either case, and
-    wrapped in anything. Then comes VLMEvalKit's rule of October 2025 (`can_infer`): the only option letter
-    among the words, if it is among the last four; or else the only option whose text occurs. Ours differs
-    where that is plainly wrong. "A" or "I" before a word in lower case is an article or a pronoun. The only
-    letter also counts where it is a label, as in "(B) a dog, which ...". A text must occur as complete words,
-    outside of a longer option's ("10" in "100"). Not taken over: a guess at random without a judge, and
-    "answer is X" without a word boundary ("The answer is dog": D).
+    First comes what the response marks as its answer or concludes; then VLMEvalKit's rule of October 2025
+    (`can_infer`): the only option letter among the words, if it is among the last four, or else the only
+    option whose text occurs. Ours differs where that is plainly wrong: "A" or "I" before a word in lower case
+    is an article or a pronoun, a letter may also be a label, as in "(B) a dog, which ...", and a text must
+    occur as complete words, outside of a longer option's ("10" in "100"). Not taken over: a guess at random
+    without a judge, and "answer is X" without a word boundary ("The answer is dog": D).
     """
     if any(refusal in text for refusal in REFUSALS):
         return None
@@ -425,11 +422,9 @@ def leading_letter(text: str, options: dict[str, str]) -> str | None:
 
 
 def only_letter(text: str, options: dict[str, str]) -> str | None:
-    """The only option letter among the words, if it first occurs among the last four (`can_infer_option`).
-
-    Or where the text begins with it, or it is a label: "(B)" or "B)", or "B." where a sentence begins. A
-    letter within the text of an option, as in "vitamin A", is none.
-    """
+    """The only option letter among the words, if it first occurs among the last four (`can_infer_option`); or
+    where the text begins with it, or it is a label: "(B)" or "B)", or "B." where a sentence begins. A letter
+    within the text of an option, as in "vitamin A", is none."""
     bare = text
     for option in options.values():
         if len(option) > 1 and re.search(r"\b[A-Z]\b", option):
@@ -447,10 +442,8 @@ def only_letter(text: str, options: dict[str, str]) -> str | None:
 
 def only_text(text: str, options: dict[str, str]) -> str | None:
     """The only option whose text occurs, unless the response is twice as long as them all (`can_infer_text`).
-
     As complete words: "concatenate" has no "cat" in it, and "100" no "10"; but "10cm" has. Case counts for a
-    text of one letter, as "b": "B" is more likely the option B.
-    """
+    text of one letter, as "b": "B" is more likely the option B."""
     options = {letter: option for letter, option in options.items() if option}
     if len(text) > 2 * sum(map(len, options.values())):
         return None
@@ -469,11 +462,8 @@ def only_text(text: str, options: dict[str, str]) -> str | None:
 
 
 def relaxed_accuracy(prediction: str, target: str) -> bool:
-    """ChartQA: numbers within 5% of the target, other texts equal but for case.
-
-    This is VLMEvalKit's `relaxed_correctness`. As there, "5%" is 0.05, the prediction is stripped of white
-    space and nothing else, and a target of 0 is a text.
-    """
+    """ChartQA: numbers within 5% of the target, other texts equal but for case. As in VLMEvalKit, "5%" is 0.05,
+    the prediction is stripped of white space and nothing else, and a target of 0 is a text."""
     def number(text):
         try:
             return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
@@ -526,9 +516,7 @@ def normalize_vqa(text: str) -> str:
 
 def vqa_accuracy(prediction: str, truths: list[str]) -> float:
     """min(1, truths that agree / 3), averaged over leaving each truth out, normalised (VLMEvalKit's VizWiz).
-
-    With one truth it is always 0, with two at most 1/3: tasks_of refuses data with fewer than four.
-    """
+    With one truth it is always 0, with two at most 1/3: tasks_of refuses data with fewer than four."""
     said = normalize_vqa(prediction)
     agrees = [normalize_vqa(truth) == said for truth in truths]
     return sum(min(1.0, (sum(agrees) - own) / 3) for own in agrees) / len(agrees)
@@ -536,10 +524,8 @@ def vqa_accuracy(prediction: str, truths: list[str]) -> float:
 
 def yes_no(text: str) -> str | None:
     """"Yes" or "No" where the response holds one of the words alone (VLMEvalKit's `YOrN_Extraction`)."""
-    words = strip_punctuation(text.lower()).split()
-    if ("yes" in words) == ("no" in words):
-        return None
-    return "Yes" if "yes" in words else "No"
+    said = {"yes", "no"} & set(strip_punctuation(text.lower()).split())
+    return said.pop().capitalize() if len(said) == 1 else None
 
 
 # -------------------------------------------------------------------------------- captions
@@ -570,11 +556,9 @@ def bleu(references: list[list[list[str]]], hypotheses: list[list[str]]) -> list
 
 
 def cider_each(references: list[list[list[str]]], hypotheses: list[list[str]]) -> list[float]:
-    """CIDEr-D of each image, as coco-caption's class `Cider` computes it, times 10 (Vedantam et al. 2015).
-
-    The weight of an n-gram is its count times log(images / images that have it in a reference), so the score
-    of one image depends on the others; of one image alone it is 0.
-    """
+    """CIDEr-D of each image, as coco-caption's class `Cider` computes it, times 10 (Vedantam et al. 2015). The
+    weight of an n-gram is its count times log(images / images that have it in a reference), so the score of
+    one image depends on the others; of one image alone it is 0."""
     images_with = Counter()
     for refs in references:
         images_with.update({gram for ref in refs for n in range(1, 5) for gram in ngrams(ref, n)})
@@ -624,10 +608,8 @@ DROPPED = {"''", "'", '"', "``", "`", ".", "?", "!", ",", ":", "-", "--", "...",
 
 def tokenize_caption(text: str) -> list[str]:
     """A caption as coco-caption's PTBTokenizer has it: Penn Treebank words, lower case, without punctuation.
-
     These differ: URLs, addresses and HTML tags; "1 1/2"; letters with a dot at the end of a sentence;
-    currency signs. There, a line break within a caption shifts all captions after it. Here it is a space.
-    """
+    currency signs. There, a line break within a caption shifts all captions after it. Here it is a space."""
     text = " ".join(text.split()).translate(PLAIN)
     text = CONTRACTED.sub(lambda match: " ".join(filter(None, match.groups())), text)
     text = re.sub(r"(?i)(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b", r" \1", text)
@@ -656,31 +638,27 @@ def mcq_score(e: Example, text: str) -> float | None:
 
 
 def mmmu_score(e: Example, text: str) -> float | None:
-    """MMMU: multiple choice, or an open question by MMMU's own parser.
-
-    A truth must be in what follows the last "is", "so", "=", ... of a sentence, or else anywhere: as words,
-    or as a number to 2 decimals. (VLMEvalKit also takes a bare "A" for right.)
-    """
+    """MMMU: multiple choice, or an open question by MMMU's own parser. A truth must be in what follows the last
+    "is", "so", "=", ... of a sentence, or else anywhere: as words, or as a number to 2 decimals. (VLMEvalKit
+    also takes a bare "A" for right.)"""
     if e.options:
         return mcq_score(e, text)
-    sentences = re.split(r"\.\s+(?=[A-Z])|\n", text.lower().strip().rstrip("."))
     marker = r"\b(?:could be|so|is|thus|therefore|final|answer|result)\b|="
-    tails = [re.split(marker, sentence)[-1] for sentence in sentences if re.search(marker, sentence)]
-    said = "\n".join(tail for tail in tails if tail.strip(" .,:;!?'")) or text.lower()
+    sentences = re.split(r"\.\s+(?=[A-Z])|\n", text.strip().rstrip("."))
+    tails = [re.split(marker, sentence.lower())[1:][-1:] for sentence in sentences]
+    said = "\n".join(tail for [tail] in filter(None, tails) if tail.strip(" .,:;!?'")) or text.lower()
     numbers = [round(number, 2) for number in numbers_in(said)]
-    for truth in e.truths or (e.truth,):
-        words = re.escape(truth.strip().lower())
-        is_number = re.fullmatch(NUMBER, truth.strip())
-        if round(*numbers_in(truth), 2) in numbers if is_number else re.search(rf"(?<!\w){words}(?!\w)", said):
-            return 1.0
-    return 0.0
+
+    def is_right(truth):
+        if re.fullmatch(NUMBER, truth):
+            return round(*numbers_in(truth), 2) in numbers
+        return re.search(rf"(?<!\w){re.escape(truth.lower())}(?!\w)", said)
+    return float(any(is_right(truth.strip()) for truth in e.truths or (e.truth,)))
 
 
 def mathvista_score(e: Example, text: str) -> float | None:
-    """MathVista by rule: its choice, or the last number, after the last "answer" if there is one there.
-
-    The number is rounded as the truth is; upstream compares without rounding. As there, a list is never right.
-    """
+    """MathVista by rule: its choice, or the last number, after the last "answer" if there is one there. It is
+    rounded as the truth is; upstream compares without rounding. As there, a list is never right."""
     if e.options:
         return mcq_score(e, text)
     truth, tail = e.truth.strip(), re.split("answer", text, flags=re.IGNORECASE)[-1]
@@ -834,7 +812,7 @@ def tasks_of(path: str, metric: str | None = None, skip_bad: bool = False,
     """The tasks of a data file: one, or FOIL's three. It is recognised by its name, or else by its content.
 
     metric: score the data so instead. limit: only so many questions, or groups of what is scored together.
-    checks: as in load_examples; a group is left out as a whole, and rule_check is for the metric "judge".
+    checks: as in load_examples; a group is left out as a whole, and rule_check is for what a judge is asked.
     UserError where a metric makes no sense, see check_task.
     """
     examples = load_examples(path, skip_bad)
@@ -1001,7 +979,7 @@ def read_predictions(path: str, task: Task) -> list[str]:
 
 
 def score_responses(task: Task, texts: list[str], judge: Judge) -> dict:
-    """Score one response per example. Numbers are percentages; for CIDEr, 100 times it.
+    """Score one response per example, in percent (CIDEr: 100 times it).
 
     Returns {"task", "metric", "questions", "extracted" (share), "failed" (judge), "score", "interval" (95%),
     "by" (scores of categories and splits), "units" ({what is resampled: [sum, count]}), "rows" (one per
@@ -1024,11 +1002,8 @@ def score_responses(task: Task, texts: list[str], judge: Judge) -> dict:
 
 
 def values_of(task: Task, texts: list[str], judge: Judge) -> tuple[str, list[float | None], float]:
-    """(name of the metric, value of each response, share extracted). None: the judge failed.
-
-    A judge is asked about all of MM-Vet's responses; a language model also about those of MathVista's that
-    are not right by rule.
-    """
+    """(name of the metric, value of each response, share extracted). None: the judge failed. It is asked about
+    all of MM-Vet's responses, and a language model about those of MathVista's that are not right by rule."""
     metric, pairs, is_model = task.metric, list(zip(task.examples, texts)), isinstance(judge, LLMJudge)
     if metric == "cider":
         return metric, cider_each(*tokens_of(task, texts)), 1.0
@@ -1053,10 +1028,8 @@ def tokens_of(task: Task, texts: list[str]) -> tuple[list[list[list[str]]], list
 
 
 def units_of(task: Task, values: list[float | None]) -> dict[str, list[float]]:
-    """{what is resampled as one: [sum of its scores, how many there are]}. Values of None are left out.
-
-    In a circular task a question counts once, and is right if every rotation is.
-    """
+    """{what is resampled as one: [sum of its scores, how many there are]}. Values of None are left out. In a
+    circular task a question counts once, and is right if every rotation is."""
     groups = defaultdict(list)
     for e, value in zip(task.examples, values):
         if value is not None:
@@ -1067,11 +1040,9 @@ def units_of(task: Task, values: list[float | None]) -> dict[str, list[float]]:
 
 
 def breakdown(task: Task, texts: list[str], values: list[float | None]) -> dict[str, float]:
-    """Scores by category and by split, where there is more than one.
-
-    MM-Vet's capabilities each count where a question needs it. Captions of a domain are compared within it,
-    and have BLEU too. FOIL's pairs count where the caption and all its foils are right.
-    """
+    """Scores by category and by split, where there is more than one. MM-Vet's capabilities each count where a
+    question needs it. Captions of a domain are compared within it, and have BLEU too. FOIL's pairs count
+    where the caption and all its foils are right."""
     members = defaultdict(list)                                    # category or split -> its examples' places
     for i, e in enumerate(task.examples):
         for name in {*re.split("[;,]" if task.metric == "graded" else ";", e.category), e.split} - {""}:
@@ -1119,11 +1090,8 @@ def difference(score: dict, baseline: dict) -> tuple[float, float, float]:
 
 
 def results_table(results: dict[str, list[dict]]) -> str:
-    """{model: scores of the tasks} as text. Numbers are percent, intervals 95%.
-
-    Each task has a line, and so has, indented, each category. Each model has a column; then all but the
-    first, the baseline, have one for their difference from it.
-    """
+    """{model: scores of the tasks} as text: a line for each task and, indented, each category; a column for each
+    model, then for the difference of all but the first, the baseline, from it. Percent, intervals 95%."""
     lines = []
 
     def line(name, scored, cells):
@@ -1156,10 +1124,8 @@ LEFT, TOP, RIGHT, BOTTOM = 60, 46, 540, 330                        # of the area
 
 def draw_curves(metrics: list[dict], path: str):
     """Figure 5 of the paper from metrics.jsonl, as a PNG: each reward term of the student, held-out accuracy.
-
     Thin is every step, thick the mean of the steps up to 5 away. The terms are those that a row has, as
-    "reward/<term>/student". A held-out accuracy is a mean already: each is a dot.
-    """
+    "reward/<term>/student". A held-out accuracy is a mean already: each is a dot."""
     terms = [name for name in dict.fromkeys(name for row in metrics for name in row)
              if re.fullmatch("reward/.+/student", name)]
     last = max((row["step"] + 1 for row in metrics), default=1)
@@ -1218,11 +1184,9 @@ td { overflow-wrap: anywhere }
 
 
 def write_report(folder: Path, settings: dict, results: dict[str, list[dict]], rollouts: list[dict]):
-    """report.html of a training run or of an evaluation: one file, without scripts or requests to anywhere.
-
-    It has curves.png if the folder does; the scores, results being as results_table takes them; rollouts, the
-    rows of rollouts.jsonl; examples, first those on which the last model differs from the first; settings.
-    """
+    """report.html of a training run or of an evaluation: one file, without scripts or requests to anywhere. It
+    has curves.png if the folder does; the scores, results being as results_table takes them; rollouts, the
+    rows of rollouts.jsonl; examples, first those on which the last model differs from the first; settings."""
     curves, title = folder / "curves.png", html.escape(f"RIL: {folder.name}")
     page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>",
             f"<meta name=viewport content='width=device-width'><style>{STYLE}</style><h1>{title}</h1>"]
@@ -1334,25 +1298,19 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def load_tasks(args: argparse.Namespace, models: list[str]) -> list[Task]:
-    """The tasks of all data files. UserError where they fit neither together nor with --predictions."""
-    checks = prompt_checks(models, args.max_new_tokens) + [rule_check] * (args.judge == "rule")
-    tasks = [task for path in args.data
-             for task in tasks_of(path, args.metric, args.skip_bad, args.limit, checks)]
-    names = ", ".join(task.name for task in tasks)
-    if args.predictions and len(args.predictions) != len(tasks):
-        raise UserError(f"{len(args.predictions)} files of --predictions for {len(tasks)} tasks: {names}")
-    if len({task.name for task in tasks}) < len(tasks):
-        raise UserError(f"two of the files are the same benchmark: {names}")
-    return tasks
-
-
 def main():
     """Evaluate from the command line."""
     args = parse_args()
     models = [args.baseline] * bool(args.baseline) + args.model
     labels = labels_of(models)
-    tasks = load_tasks(args, models)
+    checks = prompt_checks(models, args.max_new_tokens) + [rule_check] * (args.judge == "rule")
+    tasks = [task for path in args.data
+             for task in tasks_of(path, args.metric, args.skip_bad, args.limit, checks)]
+    names = [task.name for task in tasks]
+    if args.predictions and len(args.predictions) != len(tasks):
+        raise UserError(f"{len(args.predictions)} files of --predictions for {len(tasks)} tasks: {', '.join(names)}")
+    if len(set(names)) < len(names):
+        raise UserError(f"two of the files are the same benchmark: {', '.join(names)}")
     if not any(task.metric in ASKS_JUDGE for task in tasks):
         args.judge = "rule"                                        # there is nothing to ask another
     check_judge(args.judge)
