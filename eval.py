@@ -170,19 +170,22 @@ KINDS = (
     rf"{DECIMAL}(?! (?:hundred|thousand|million|billion)\b)",
 )
 # up to two words before a value
-NEGATION = re.compile(r"(?:n't|\b(?:not?|never|neither|nor|without|unlike|rather than|instead of))(?: \w+){0,2} ?$")
+NEGATION = re.compile(r"(?:n't|\b(?:not?|never|neither|nor|without|unlike|rather than|instead of))"
+                      r"(?: \w+){0,2} ?$")
 WORD = r"[a-zà-öø-ÿ\d]+(?:['.][a-z\d]+)?"
 PHRASE = re.compile(rf"{DECIMAL}|{WORD}(?:[ -]{WORD}){{0,4}}")
 # What may stand before and after a phrase that is an answer, in a normalised text.
 FRAME = r"""
     (?:(?:yes|sure|certainly|well|looking\ at\ it|in\ (?:the|this)\ \w+)\ \.\ )?
-    (?:(?:(?!(?:not?|nor|or|never|neither|nothing|without|cannot|hardly|doubt|if|whether|\w+n't)\b)[\w']+\ ){0,8}?
+    (?:(?:(?!(?:not?|nor|or|never|neither|nothing|without|cannot|hardly|doubt|if|whether|\w+n't)\b)
+          [\w']+\ ){0,8}?
        (?:is|are|was|were|be|\w+'s|\w+'re|says?|reads?|shows?|see|think|believe|guess|like|called|named)
        \ (?:(?:probably|likely|clearly|surely|that|\.)\ )?)?
     (?:an?\ |the\ )?
     PHRASE(?:e?s)?(?:\ \.)?
-    (?:\ (?:it\ is|is\ (?:the|my)\ answer|i\ (?:think|believe|guess|see|would\ say)|(?:it\ must|that\ would)\ be
-       |by\ the\ look\ of\ it|right\ there|(?:is\ )?in\ (?:the|this)\ (?:image|picture|photo)|surely|plainly))?"""
+    (?:\ (?:it\ is|is\ (?:the|my)\ answer|i\ (?:think|believe|guess|see|would\ say)|surely|plainly
+       |(?:it\ must|that\ would)\ be|by\ the\ look\ of\ it|right\ there
+       |(?:is\ )?in\ (?:the|this)\ (?:image|picture|photo)))?"""
 
 
 def plain(text: str) -> str:
@@ -256,8 +259,8 @@ def parse_verdict(reply: str, graded: bool = False) -> float | None:
 class LLMJudge:
     """The paper's judge: a language model that sees question, truth and response, and not the image.
 
-    model: a checkpoint, or "model@http://server/v1"; both decode greedily. cache: a file that keeps verdicts, so
-    that no later run asks the same again. Failures are not kept.
+    model: a checkpoint, or "model@http://server/v1"; both decode greedily. cache: a file that keeps verdicts,
+    so that no later run asks the same again. Failures are not kept.
     """
 
     def __init__(self, model: str, cache: Path | None = None, device: str | None = None,
@@ -452,7 +455,8 @@ def only_text(text: str, options: dict[str, str]) -> str | None:
         before = r"(?<!\w)(?<!\d[.,])" if option[0].isalnum() else ""
         after = r"(?![.,]?\d)" if option[-1].isdigit() else r"(?:e?s)?(?!\w)" if option[-1].isalpha() else ""
         flags = re.ASCII | (re.IGNORECASE if len(option) > 1 else 0)         # Chinese has no ends of words
-        spans += [(letter, *match.span()) for match in re.finditer(before + re.escape(option) + after, text, flags)]
+        pattern = before + re.escape(option) + after
+        spans += [(letter, *match.span()) for match in re.finditer(pattern, text, flags)]
     found = {letter for letter, start, end in spans                # not inside the text of another option
              if not any(a <= start and end <= b and (a, b) != (start, end) for _, a, b in spans)}
     return found.pop() if len(found) == 1 else None
@@ -462,8 +466,8 @@ def only_text(text: str, options: dict[str, str]) -> str | None:
 
 
 def relaxed_accuracy(prediction: str, target: str) -> bool:
-    """ChartQA: numbers within 5% of the target, other texts equal but for case. As in VLMEvalKit, "5%" is 0.05,
-    the prediction is stripped of white space and nothing else, and a target of 0 is a text."""
+    """ChartQA: numbers within 5% of the target, other texts equal but for case. As in VLMEvalKit, "5%" is
+    0.05, the prediction is stripped of white space and nothing else, and a target of 0 is a text."""
     def number(text):
         try:
             return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
@@ -556,9 +560,9 @@ def bleu(references: list[list[list[str]]], hypotheses: list[list[str]]) -> list
 
 
 def cider_each(references: list[list[list[str]]], hypotheses: list[list[str]]) -> list[float]:
-    """CIDEr-D of each image, as coco-caption's class `Cider` computes it, times 10 (Vedantam et al. 2015). The
-    weight of an n-gram is its count times log(images / images that have it in a reference), so the score of
-    one image depends on the others; of one image alone it is 0."""
+    """CIDEr-D of each image, as coco-caption's class `Cider` computes it, times 10 (Vedantam et al. 2015).
+    The weight of an n-gram is its count times log(images / images that have it in a reference), so the score
+    of one image depends on the others; of one image alone it is 0."""
     images_with = Counter()
     for refs in references:
         images_with.update({gram for ref in refs for n in range(1, 5) for gram in ngrams(ref, n)})
@@ -638,9 +642,9 @@ def mcq_score(e: Example, text: str) -> float | None:
 
 
 def mmmu_score(e: Example, text: str) -> float | None:
-    """MMMU: multiple choice, or an open question by MMMU's own parser. A truth must be in what follows the last
-    "is", "so", "=", ... of a sentence, or else anywhere: as words, or as a number to 2 decimals. (VLMEvalKit
-    also takes a bare "A" for right.)"""
+    """MMMU: multiple choice, or an open question by MMMU's own parser. A truth must be in what follows the
+    last "is", "so", "=", ... of a sentence, or else anywhere: as words, or as a number to 2 decimals.
+    (VLMEvalKit also takes a bare "A" for right.)"""
     if e.options:
         return mcq_score(e, text)
     marker = r"\b(?:could be|so|is|thus|therefore|final|answer|result)\b|="
@@ -824,9 +828,10 @@ def tasks_of(path: str, metric: str | None = None, skip_bad: bool = False,
         rows = [first._replace(metric=metric, prompt=first.prompt if first.name else same.prompt)]
     tasks = []
     for row in rows:
-        kept = grouped(row, examples, path)
-        groups = set(list(dict.fromkeys(e.group for e in kept))[:limit])
-        task = Task(row.name or Path(path).stem, row.metric, row.prompt, [e for e in kept if e.group in groups])
+        asked = grouped(row, examples, path)
+        groups = set(list(dict.fromkeys(e.group for e in asked))[:limit])
+        asked = [e for e in asked if e.group in groups]
+        task = Task(row.name or Path(path).stem, row.metric, row.prompt, asked)
         used = [check for check in checks if check is not rule_check or row.metric in ("judge", "graded")]
         good = {e.id for e in check_prompts([task.asked(e) for e in task.examples], path, skip_bad, used)}
         refused = {e.group for e in task.examples if e.id not in good}
@@ -891,8 +896,8 @@ def greedy(vlm: VLM, prompts: Iterable[Prompt], max_new_tokens: int,
 
 
 def answers(vlm: VLM, task: Task, max_new_tokens: int, batch_size: int) -> Iterator[tuple[Example, str]]:
-    """(example, greedy response) as they end. Images are opened when it is their turn. The longest prompts come
-    first: what does not fit into memory fails at once, and the time left is not underestimated."""
+    """(example, greedy response) as they end. Images are opened when it is their turn. The longest prompts
+    come first: what does not fit into memory fails at once, and the time left is not underestimated."""
     def tokens(e):                                                 # roughly
         return sum(w * h for w, h in e.sizes) / 28 ** 2 + len(e.text) / 4
     todo = sorted(task.examples, key=tokens, reverse=True)
@@ -909,7 +914,7 @@ def predict(vlm: VLM, task: Task, max_new_tokens: int, batch_size: int = 64) -> 
 
 
 def respond(model: str, folder: Path, tasks: list[Task], args: argparse.Namespace) -> list[list[str]]:
-    """A model's responses to all tasks. Each is appended to a file of its task in `folder` as soon as it ends.
+    """A model's responses to all tasks. Each is appended to its task's file in `folder` as soon as it ends.
 
     Those that are there are taken from there, but a question that reads otherwise than it did is asked again.
     UserError where they were made with other settings. The model is loaded only if a response is missing.
@@ -938,7 +943,8 @@ def respond(model: str, folder: Path, tasks: list[Task], args: argparse.Namespac
             texts = {row["id"]: row["text"] for row in rows if row["asked"] == asked.get(row["id"])}
             todo = replace(task, examples=[e for e in task.examples if e.id not in texts])
             if todo.examples:
-                vlm = vlm or replace(load_vlm(model, args.device, args.dtype), room=0)       # keeps no prompts
+                # it keeps no prompts: each is asked once
+                vlm = vlm or replace(load_vlm(model, args.device, args.dtype), room=0)
                 for e, text in answers(vlm, todo, args.max_new_tokens, args.batch_size):
                     texts[e.id] = text
                     write(id=e.id, text=text, asked=asked[e.id])
@@ -953,8 +959,8 @@ def read_predictions(path: str, task: Task) -> list[str]:
     """Responses made elsewhere, in the order of the task. UserError for a file of another form than those in
     PREDICTIONS, an id that is repeated or unknown, and a question without a response."""
     if not Path(path).is_file() or Path(path).suffix not in PREDICTIONS:
-        raise UserError(f"{path}: expected a file of responses, .tsv with the columns index and prediction, or "
-                        '.jsonl with lines {"id": ..., "text": ...}')
+        raise UserError(f"{path}: expected a file of responses, .tsv with the columns index and prediction, "
+                        'or .jsonl with lines {"id": ..., "text": ...}')
     name, text = PREDICTIONS[Path(path).suffix]
     found = dict.fromkeys(e.id for e in task.examples)
     for where, row, *_ in (read_tsv if name == "index" else read_jsonl)(path):
@@ -995,15 +1001,15 @@ def score_responses(task: Task, texts: list[str], judge: Judge) -> dict:
              "truth": "; ".join(dict.fromkeys(e.truths)) or e.truth,
              "category": e.category, "text": text, "verdict": value}
             for e, text, value in zip(task.examples, texts, values, strict=True)]
-    mean, low, high = mean_and_interval(*zip(*units.values()))
+    score, *interval = mean_and_interval(*zip(*units.values()))
     return {"task": task.name, "metric": metric, "questions": len(units), "extracted": extracted,
-            "failed": sum(value is None for value in values), "score": mean, "interval": [low, high], "by": breakdown(task, shown, values),
-            "units": units, "rows": rows}
+            "failed": sum(value is None for value in values), "score": score, "interval": interval,
+            "by": breakdown(task, shown, values), "units": units, "rows": rows}
 
 
 def values_of(task: Task, texts: list[str], judge: Judge) -> tuple[str, list[float | None], float]:
-    """(name of the metric, value of each response, share extracted). None: the judge failed. It is asked about
-    all of MM-Vet's responses, and a language model about those of MathVista's that are not right by rule."""
+    """(name of the metric, value of each response, share extracted). None: the judge failed. It is asked
+    about all of MM-Vet's responses, and a model about those of MathVista's that are not right by rule."""
     metric, pairs, is_model = task.metric, list(zip(task.examples, texts)), isinstance(judge, LLMJudge)
     if metric == "cider":
         return metric, cider_each(*tokens_of(task, texts)), 1.0
@@ -1014,7 +1020,8 @@ def values_of(task: Task, texts: list[str], judge: Judge) -> tuple[str, list[flo
         todo = [i for i, value in enumerate(values) if value != 1.0]
         triples = [(e.text, e.truth.replace("<AND>", " and ").replace("<OR>", " or "), text)
                    for e, text in (pairs[i] for i in todo)]
-        for i, verdict in zip(todo, judge(triples, graded=metric == "graded") if is_model else judge(triples)):
+        verdicts = judge(triples, graded=metric == "graded") if is_model else judge(triples)
+        for i, verdict in zip(todo, verdicts):
             values[i] = verdict
         return f"{metric}, {judge.name if is_model else 'rule'}", values, 1.0
     extracted = float(np.mean([value is not None for value in values]))
@@ -1077,7 +1084,7 @@ def mean_and_interval(totals: list[float], counts: list[int]) -> tuple[float, fl
     draws = (rng.integers(0, len(totals), len(totals)) for _ in range(2000))
     means = [totals[drawn].sum() / counts[drawn].sum() for drawn in draws]
     low, high = np.percentile(means, [2.5, 97.5])
-    return 100 * float(totals.sum() / counts.sum()), 100 * float(low), 100 * float(high)
+    return float(100 * totals.sum() / counts.sum()), float(100 * low), float(100 * high)
 
 
 def difference(score: dict, baseline: dict) -> tuple[float, float, float]:
@@ -1090,8 +1097,8 @@ def difference(score: dict, baseline: dict) -> tuple[float, float, float]:
 
 
 def results_table(results: dict[str, list[dict]]) -> str:
-    """{model: scores of the tasks} as text: a line for each task and, indented, each category; a column for each
-    model, then for the difference of all but the first, the baseline, from it. Percent, intervals 95%."""
+    """{model: scores of the tasks} as text, in percent, with 95% intervals. A line for each task and each of
+    its categories; a column for each model, then for the difference of each from the first, the baseline."""
     lines = []
 
     def line(name, scored, cells):
@@ -1133,15 +1140,17 @@ def draw_curves(metrics: list[dict], path: str):
     for i, name in enumerate([*terms, "heldout_accuracy"]):
         points = [(row["step"] + 1, row[name]) for row in metrics  # a mean of no verdicts is NaN
                   if row.get(name) is not None and math.isfinite(row[name])]
-        title = f"{name.split('/')[1].capitalize()} reward of the student" if i < len(terms) else "Held-out accuracy"
-        colour = COLOURS[i % len(COLOURS)] if i < len(terms) else ACCURACY_COLOUR
+        title, colour = "Held-out accuracy, greedy", ACCURACY_COLOUR
+        if i < len(terms):
+            title = f"{name.split('/')[1].capitalize()} reward of the student"
+            colour = COLOURS[i % len(COLOURS)]
         image.paste(panel(title, points, colour, last, dots=i == len(terms)), (i * WIDTH, 0))
     image.save(path)
 
 
 def panel(title: str, points: list[tuple[int, float]], colour: tuple[int, int, int], last: int,
           dots: bool) -> Image.Image:
-    """One curve of (step, value), steps from 1 to at most `last`. dots: mark the points, do not smooth them."""
+    """One curve of (step, value), steps from 1 to `last`. dots: mark the points, do not smooth them."""
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen, small, large = ImageDraw.Draw(image), ImageFont.load_default(14), ImageFont.load_default(18)
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
@@ -1184,14 +1193,14 @@ td { overflow-wrap: anywhere }
 
 
 def write_report(folder: Path, settings: dict, results: dict[str, list[dict]], rollouts: list[dict]):
-    """report.html of a training run or of an evaluation: one file, without scripts or requests to anywhere. It
-    has curves.png if the folder does; the scores, results being as results_table takes them; rollouts, the
+    """report.html of a training run or of an evaluation: one file, without scripts or requests to anywhere.
+    It has curves.png if the folder does; the scores, results being as results_table takes them; rollouts, the
     rows of rollouts.jsonl; examples, first those on which the last model differs from the first; settings."""
     curves, title = folder / "curves.png", html.escape(f"RIL: {folder.name}")
     page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>",
             f"<meta name=viewport content='width=device-width'><style>{STYLE}</style><h1>{title}</h1>"]
     if curves.exists():
-        page.append(f'<img class=curves alt="Rewards and accuracy" src="{data_url(curves.read_bytes(), "png")}">')
+        page.append(f'<img class=curves alt="Curves" src="{data_url(curves.read_bytes(), "png")}">')
     if results:
         page.append(f"<h2>Scores</h2><pre>{html.escape(results_table(results))}</pre>")
     if rollouts:
@@ -1282,7 +1291,7 @@ def parse_args() -> argparse.Namespace:
     add("--predictions", nargs="+", default=[], metavar="FILE",
         help="score responses made elsewhere and load no model: one file for each task, in their order")
     add("--metric", choices=METRICS, help="score the data so, whatever it looks like")
-    add("--judge", default="rule", help="says what is right where no metric can: rule, a checkpoint, model@url")
+    add("--judge", default="rule", help="judges where no metric can: rule, a checkpoint, or model@url")
     add("--limit", type=int, help="only so many questions of each file")
     add("--skip-bad", action="store_true", help="leave out questions that cannot be read, asked or judged")
     add("--max-new-tokens", type=int, default=256, help="tokens of a response, at most")
@@ -1306,22 +1315,21 @@ def main():
     checks = prompt_checks(models, args.max_new_tokens) + [rule_check] * (args.judge == "rule")
     tasks = [task for path in args.data
              for task in tasks_of(path, args.metric, args.skip_bad, args.limit, checks)]
-    names = [task.name for task in tasks]
+    names = ", ".join(task.name for task in tasks)
     if args.predictions and len(args.predictions) != len(tasks):
-        raise UserError(f"{len(args.predictions)} files of --predictions for {len(tasks)} tasks: {', '.join(names)}")
-    if len(set(names)) < len(names):
-        raise UserError(f"two of the files are the same benchmark: {', '.join(names)}")
+        raise UserError(f"{len(args.predictions)} files of --predictions for {len(tasks)} tasks: {names}")
+    if len({task.name for task in tasks}) < len(tasks):
+        raise UserError(f"two of the files are the same benchmark: {names}")
     if not any(task.metric in ASKS_JUDGE for task in tasks):
         args.judge = "rule"                                        # there is nothing to ask another
     check_judge(args.judge)
-    out = Path(args.out)
+    responses, out = {}, Path(args.out)
+    if args.predictions:
+        responses["predictions"] = [read_predictions(*pair) for pair in zip(args.predictions, tasks)]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
-    responses = {}
-    if args.predictions:
-        responses["predictions"] = [read_predictions(*pair) for pair in zip(args.predictions, tasks)]
     for model, label in zip(models, labels):
         responses[label] = respond(model, out / label, tasks, args)
     judge = make_judge(args.judge, out / "verdicts.jsonl", args.device, args.dtype)

@@ -20,8 +20,9 @@ WHAT = "What is it?"
 
 @pytest.mark.parametrize("question, truth, right, wrong", [
     (COLOUR, "red", ["red", "Red.", "The circle is red.", "The answer is red.", "The answer is: red",
-                     "Answer: red", "It is not blue, it is red.", "red, not blue", "It is red rather than blue.",
-                     "red is the answer:", "<answer>red</answer>", r"Blue? \boxed{red}", "ｒｅｄ"],
+                     "Answer: red", "It is not blue, it is red.", "red, not blue",
+                     "It is red rather than blue.", "red is the answer:", "<answer>red</answer>",
+                     r"Blue? \boxed{red}", "ｒｅｄ"],
      ["not red", "It isn't red.", "red or blue or green", "red blue green", "I see red and blue.",
       "The square is red. The answer is blue.", "A red square is there, so it is blue",
       "The answer is red or blue.", "It was hired.", "I am not sure.", "", r"red \boxed{blue}"]),
@@ -51,7 +52,8 @@ def test_the_rule_judge(question, truth, right, wrong):
 @pytest.mark.parametrize("truth, right, wrong", [
     ("Beagle", ["Beagle", "a beagle.", "It is a Beagle.", "It's probably a beagle", "Beagle, I think.",
                 "The dog in the picture is a Beagle.", "I think that it is a Beagle.", "Sure! A beagle.",
-                "The answer is Beagle.", "Beagle is the answer.", "Beagles.", "**Beagle**", "I see a beagle."],
+                "The answer is Beagle.", "Beagle is the answer.", "Beagles.", "**Beagle**",
+                "I see a beagle."],
      ["Beagle, Pug, Boxer", "Beagle Pug Boxer", "1. Beagle\n2. Pug\n3. Boxer", "Is it a Beagle? No, a Pug.",
       "There is no sign of a Beagle", "It is not a Beagle.", "A Beagle or a Pug", "a pug", "beagleish",
       "I doubt it is a Beagle", "It is a Pug, not a Beagle", "Is it a Beagle"]),
@@ -61,7 +63,7 @@ def test_the_rule_judge(question, truth, right, wrong):
     ("on the table", ["It is on the table.", "On the table."], ["under the table"]),
 ])
 def test_a_phrase_is_the_whole_answer(truth, right, wrong):
-    """A list of all breeds, a question or a denial that mentions the truth: what a policy finds in 100 steps."""
+    """A list of all breeds, a question or a denial that mentions the truth: a policy soon finds them."""
     assert [text for text in right if not rule_verdict(WHAT, truth, text)] == []
     assert [text for text in wrong if rule_verdict(WHAT, truth, text)] == []
 
@@ -96,7 +98,7 @@ REFUSED = ["C++", "$7", "50%", "€1,000", "3/4", "10:30", "?", "K>0", r"\frac{6
 
 @pytest.mark.parametrize("truth", REFUSED)
 def test_a_truth_that_a_rule_cannot_judge_is_refused(truth):
-    """A judge that is silently wrong about signs, scripts, LaTeX and sentences; a letter or an option is fine."""
+    """A judge that is silently wrong about signs, scripts, LaTeX and sentences; an option's text is fine."""
     with pytest.raises(UserError, match="f.jsonl:3: a rule cannot judge the answer .* give --judge MODEL"):
         rule_check(Example("0", (), "?", truth, where="f.jsonl:3"))
     if "\n" not in truth:
@@ -104,7 +106,7 @@ def test_a_truth_that_a_rule_cannot_judge_is_refused(truth):
 
 
 @pytest.mark.parametrize("truth", ["12", "-5", "1,000", "2.5", "Yes", "no.", "B", "(b)", "red", "Grey cat",
-                                   "on the left", "t-shirt", "dog's bowl", "café", "top left", "3.5 cm", '"stop"'])
+                                   "on the left", "t-shirt", "dog's bowl", "café", "top left", "3.5 cm"])
 def test_a_truth_that_a_rule_can_judge(truth):
     rule_check(Example("0", (), "?", truth))
     assert rule_verdict("?", truth, truth) == 1
