@@ -38,7 +38,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import (VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, load_processor, load_vlm,
-                   run, stream, write_atomic)
+                   render, run, stream, write_atomic)
 from teachers import (CallFailed, Check, Example, chat, check_endpoint, check_prompts, drop_torn_line,
                       encode_example, endpoint_of, load_examples, messages_of, open_image, prompt_checks,
                       read_jsonl, read_tsv, shortened)
@@ -60,11 +60,14 @@ def make_judge(name: str, cache: Path | None = None, device: str | None = None,
 def final_answer(response: str) -> str:
     """What a response finally says: what it marks as its answer, else its last conclusion, else all of it.
 
-    A mark is a box or an answer tag. A conclusion follows "the answer is", "so" or the like. Thoughts are no
-    part of a response. Every metric begins with marked_answer; what follows it here is for judge and choices.
+    A mark is a box or an answer tag. A conclusion follows "the answer is", "so" or the like; no reason for it
+    counts, and of a calculation only its result. Thoughts are no part of a response. Every metric begins with
+    marked_answer; what follows it here is for judge and choices.
     """
     text = marked_answer(without_thoughts(response))
-    return next(iter(conclusions(text)), text)
+    said = next(iter(conclusions(text)), text)
+    said = REASON.split(said)[0].strip() or said
+    return re.split(r"=\s*(?=-?\d)", said)[-1]
 
 
 def rule_verdict(question: str, truth: str, response: str) -> int:
@@ -115,26 +118,39 @@ def rule_check(example: Example):
 # ==========================================================================================
 
 
-def without_thoughts(response: str) -> str:
-    """A response without its <think> blocks. One that never ends hides all that follows; a "</think>" alone
-    ends one that the prompt opened. Whoever calls a judge passes its responses through this."""
-    response = re.sub(r"<think>.*?(?:</think>|\Z)", "", response, flags=re.DOTALL | re.IGNORECASE)
-    return re.split("</think>", response, flags=re.IGNORECASE)[-1].strip()
-
-
 # -------------------------------------------------------------------------------- final answers
 
+THOUGHT_BEGINS, THOUGHT_ENDS = "<think(?:ing)?>|◁think▷", "</think(?:ing)?>|◁/think▷"
 MARKS = (re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"),
-         re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE))
+         re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE),
+         re.compile(r"<\|begin_of_box\|>(.*?)<\|end_of_box\|>", re.DOTALL))             # GLM's
 FONT = re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}")
 CONCLUSION = re.compile(r"""
-    \b(?:answer|option|choice)[*"']*\s+is\b\s*:? | \banswer[*"']*\s*:
-  | \b(?:therefore|thus|hence)\b | [.,;!?:]\s+so\b | \bis:?\s+(?=\**\([A-Z]\))
-  | 答案[是为]?\s*:? | (?<![不错])选(?:择|项(?=[是为:]))?[是为]?\s*:?(?=\W*[A-Z])""", re.VERBOSE | re.IGNORECASE)
+    \b(?:answer|option|choice)[*"']*\s+is\b\s*:? | \banswer[*"']*\s*: | \bgo(?:ing)?\ with\b
+  | \b(?:therefore|thus|hence)\b | (?:[.,;!?:]\s|\n)\s*so\b | \bis:?\s+(?=\**\([A-Z]\))
+  | ^\s*\*\*(?=[^*\n]+\*\*\W*\Z)                                                 # a last line in bold
+  | 答案[是为]?\s*:? | (?<![不错])选(?:择|项(?=[是为:]))?[是为]?\s*:?(?=\W*[A-Z])""",
+                        re.VERBOSE | re.IGNORECASE | re.MULTILINE)
+REASON = re.compile(r"[,;]?\s(?:because|since)\b|[,;(]\s*as\b", re.IGNORECASE)
+
+
+def without_thoughts(response: str) -> str:
+    """A response without its thoughts. One that never ends hides all that follows; the end of one without its
+    beginning ends one that the prompt opened. Whoever calls a judge passes its responses through this."""
+    response = re.sub(rf"(?is)(?:{THOUGHT_BEGINS}).*?(?:{THOUGHT_ENDS}|\Z)", "", response)
+    return re.split(rf"(?i){THOUGHT_ENDS}", response)[-1].strip()
+
+
+def opened_thought(processor) -> str:
+    """The mark of a thought that the chat template opens before a response, or "". Put before a response, it
+    hides a thought that was cut off."""
+    prompt = render(processor, chat_turns("?", 0), add_generation_prompt=True)
+    match = re.search(rf"(?i)({THOUGHT_BEGINS})\s*\Z", prompt)
+    return match[1] if match else ""
 
 
 def marked_answer(text: str) -> str:
-    """The last that a text marks as its answer: in \\boxed{}, or else in an <answer> tag; or all of it."""
+    """The last that a text marks as its answer: in \\boxed{}, else an <answer> tag, else a box; or all of it."""
     for mark in MARKS:
         marked = [FONT.sub(r"\1", piece) for piece in mark.findall(text) if piece.strip()]
         if marked:
@@ -250,10 +266,11 @@ TAGS = re.compile(r"<(?=\s*/?\s*(question|truth|response|answer)\b|[/|]?[a-z])",
 
 
 def parse_verdict(reply: str, graded: bool = False) -> float | None:
-    """1 or 0 (graded: 0 to 1) where the reply ends in it, in its only <answer> tag; otherwise None."""
-    number = r"0(?:\.\d+)?|1(?:\.0+)?" if graded else "[01]"
-    match = re.fullmatch(rf".*<answer>\s*({number})\s*</answer>\W*", reply, re.DOTALL)
-    return float(match.group(1)) if match and reply.count("<answer>") == 1 else None
+    """1 or 0 (graded: 0 to 1) where the reply ends in it, in its only <answer> tag; otherwise None. After it
+    may stand special tokens, as "</s>"."""
+    number = r"0(?:\.\d+)?|1(?:\.0+)?" if graded else r"[01](?:\.0+)?"
+    match = re.fullmatch(rf"(?is).*<answer>\s*({number})\s*</answer>(?:[^\w<]|<[^<>\s]*>)*", reply)
+    return float(match[1]) if match and reply.lower().count("<answer>") == 1 else None
 
 
 class LLMJudge:
@@ -314,7 +331,7 @@ class LLMJudge:
         keys, heard, failures = list(prompts), [], []
         if not self.endpoint:
             encoded = (encode(self.llm, prompt, []) for prompt in prompts.values())
-            for i, reply in greedy(self.llm, encoded, self.sampling.max_new_tokens, self.batch_size):
+            for i, reply, _ in greedy(self.llm, encoded, self.sampling.max_new_tokens, self.batch_size):
                 yield keys[i], reply
             return
 
@@ -624,7 +641,7 @@ def tokenize_caption(text: str) -> list[str]:
 #
 # (example, marked_answer of the response) -> 0 to 1, or None where nothing could be extracted.
 
-NUMBER = r"(?:(?<!\d)-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+NUMBER = r"(?:(?<!\d)-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?"
 
 
 def numbers_in(text: str) -> list[float]:
@@ -657,7 +674,7 @@ def mmmu_score(e: Example, text: str) -> float | None:
         if re.fullmatch(NUMBER, truth):
             return round(*numbers_in(truth), 2) in numbers
         return re.search(rf"(?<!\w){re.escape(truth.lower())}(?!\w)", said)
-    return float(any(is_right(truth.strip()) for truth in e.truths or (e.truth,)))
+    return float(any(is_right(truth.strip(" $")) for truth in e.truths or (e.truth,)))
 
 
 def mathvista_score(e: Example, text: str) -> float | None:
@@ -887,29 +904,32 @@ def check_task(task: Task, path: str):
 
 
 def greedy(vlm: VLM, prompts: Iterable[Prompt], max_new_tokens: int,
-           batch_size: int) -> Iterator[tuple[int, str]]:
-    """(number, greedy response) of each prompt, as they end. batch_size of them are in progress at a time."""
+           batch_size: int) -> Iterator[tuple[int, str, bool]]:
+    """(number, greedy response, whether it was finished) of each prompt, as they end. batch_size of them are
+    in progress at a time. A thought that the prompt opened is a part of the response."""
+    opened = opened_thought(vlm.processor)
     sampling = Sampling(temperature=0, repetition_penalty=1, max_new_tokens=max_new_tokens)
     noise = torch.zeros(1, max_new_tokens, device=vlm.device)      # of no effect at temperature 0
     for i, ids in stream(vlm, prompts, repeat(noise), 1, sampling, batch_size):
-        yield i, decode(vlm, ids)[0]
+        yield i, opened + decode(vlm, ids)[0], ids[0][-1].item() in vlm.stop_ids
 
 
-def answers(vlm: VLM, task: Task, max_new_tokens: int, batch_size: int) -> Iterator[tuple[Example, str]]:
-    """(example, greedy response) as they end. Images are opened when it is their turn. The longest prompts
+def answers(vlm: VLM, task: Task, max_new_tokens: int,
+            batch_size: int) -> Iterator[tuple[Example, str, bool]]:
+    """(example, greedy response, finished) as they end. Images are opened when it is their turn. The longest prompts
     come first: what does not fit into memory fails at once, and the time left is not underestimated."""
     def tokens(e):                                                 # roughly
         return sum(w * h for w, h in e.sizes) / 28 ** 2 + len(e.text) / 4
     todo = sorted(task.examples, key=tokens, reverse=True)
     prompts = (encode_example(vlm, task.asked(e)) for e in todo)
     replies = greedy(vlm, prompts, max_new_tokens, batch_size)
-    for i, text in tqdm(replies, task.name, len(todo), unit="question", leave=False):
-        yield todo[i], text
+    for i, text, finished in tqdm(replies, task.name, len(todo), unit="question", leave=False):
+        yield todo[i], text, finished
 
 
 def predict(vlm: VLM, task: Task, max_new_tokens: int, batch_size: int = 64) -> list[str]:
     """One greedy response per example, in their order."""
-    texts = {e.id: text for e, text in answers(vlm, task, max_new_tokens, batch_size)}
+    texts = {e.id: text for e, text, _ in answers(vlm, task, max_new_tokens, batch_size)}
     return [texts[e.id] for e in task.examples]
 
 
@@ -945,9 +965,9 @@ def respond(model: str, folder: Path, tasks: list[Task], args: argparse.Namespac
             if todo.examples:
                 # it keeps no prompts: each is asked once
                 vlm = vlm or replace(load_vlm(model, args.device, args.dtype), room=0)
-                for e, text in answers(vlm, todo, args.max_new_tokens, args.batch_size):
+                for e, text, finished in answers(vlm, todo, args.max_new_tokens, args.batch_size):
                     texts[e.id] = text
-                    write(id=e.id, text=text, asked=asked[e.id])
+                    write(id=e.id, text=text, finished=finished, asked=asked[e.id])
         responses.append([texts[e.id] for e in task.examples])
     return responses
 

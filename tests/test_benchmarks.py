@@ -264,6 +264,8 @@ def test_the_command_line_with_checkpoints(checkpoints, tmp_path):
     assert "<script" not in page and "http" not in page and "data:image/jpeg" in page
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*/*.jsonl")}
     assert len(before) == 2 * (len(CASES) + 2)
+    rows = [json.loads(line) for text in before.values() for line in text.splitlines()[1:]]
+    assert {row["finished"] for row in rows} == {False}            # these models never stop
     again = call("eval.py", *options[:4], "--data", *data, "--max-new-tokens", 4, "--out", tmp_path / "out")
     assert again.returncode == 0 and again.stdout == done.stdout
     assert {path: path.read_bytes() for path in before} == before
@@ -496,7 +498,11 @@ TEN = {letter: f"thing {letter}{letter}" for letter in "ABCDEFGHIJ"}
     ("The answer is B because A is too small", "B"),
     ("The answer is not A. The answer is B.", "B"), ("The answer is not A", None),
     ("The answer is A or B", None), ("The answer is A, B", None), ("Both A and B are right", None),
-    ("A. is red: no. B. is blue: yes.", None), ("The answer is C++", None),
+    ("A. is red: no. B. is blue: yes.", None), ("A is red: no. B is blue: yes. So B", "B"),
+    ("I'd go with C because the others, A and B, are too small", "C"), ("A is there.\n\n**B**", "B"),
+    ("Between A and B: <|begin_of_box|>C<|end_of_box|>", "C"), ("A, hmm.\nSo the one on the left, (B)", "B"),
+    ("<thinking>C</thinking>B", "B"), ("◁think▷it must be C", None),
+    ("The answer is C++", None),
     ("It is a picture of vitamin B in a bottle that somebody left there", None),
 ])
 def test_extract_choice_of_ten(text, letter):
@@ -518,7 +524,7 @@ def test_extract_choice_of_texts_with_letters(text, letter):
 
 def test_thoughts_are_dropped_once_before_metrics_and_judges(tmp_path):
     """A score of what was only considered, or rows of a report that hide what the model wrote."""
-    texts = ["<think>B, no: C</think>A", "<think>The answer is B", "<think>A</think>The answer is C."]
+    texts = ["<think>B, no: C</think>A", "<thinking>The answer is B", "◁think▷A◁/think▷The answer is C."]
     score = e.score_responses(e.tasks_of(str(choices("AI2D_TEST", tmp_path)))[0], texts, e.rule_judge)
     assert [row["verdict"] for row in score["rows"]] == [1, 0, 1]
     assert [row["text"] for row in score["rows"]] == texts
@@ -658,6 +664,8 @@ def test_tokenize_caption(text, tokens):
     ("mmmu", Example("", (), "?", "3.5"), "A", 0),
     ("mmmu", Example("", (), "?", "entropy"), "So it is Entropy.", 1),
     ("mmmu", Example("", (), "?", "entropy"), "negentropy", 0),
+    ("mmmu", Example("", (), "?", "$6$"), "The answer is 6.", 1), ("mmmu", Example("", (), "?", "1e3"), "1000 m", 1),
+    ("mmmu", Example("", (), "?", "1e3"), "The answer is 1", 0),
     ("mathvista", Example("", (), "?", "14", kind="integer"), "The answer is 14 cm.", 1),
     ("mathvista", Example("", (), "?", "14", kind="integer"), "There are 3 rows, 14 in all", 1),
     ("mathvista", Example("", (), "?", "0", kind="integer"), "0", 1),

@@ -1,13 +1,16 @@
 """The rule judge against strings made to fool it; thoughts, curves and the report."""
+import copy
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from conftest import call, noise_image
-from eval import draw_curves, rule_check, rule_judge, rule_verdict, tasks_of, without_thoughts, write_report
-from model import UserError
+from eval import (draw_curves, greedy, opened_thought, parse_verdict, rule_check, rule_judge, rule_verdict,
+                  tasks_of, without_thoughts, write_report)
+from model import UserError, encode
 from teachers import Example, load_examples
 
 COLOUR = "What colour is the circle?"
@@ -135,10 +138,57 @@ def test_truths_are_checked_before_any_work(checkpoints, tmp_path):
     ("<THINK>\n1\n</THINK>\n\n2", "2"), ("<think>1</think>x <think>2</think>y", "x y"),
     ("red</think>blue", "blue"),
     ("I think it is red", "I think it is red"),
+    ("<thinking>A?\n</thinking>\nB", "B"), ("◁think▷The answer is C.◁/think▷B", "B"), ("◁think▷So B", ""),
+    ("The answer is A.</thinking>B", "B"), ("<Thinking>\\boxed{A}", ""),
 ])
 def test_thoughts_are_no_part_of_a_response(response, rest):
     """A verdict on what a model only considered."""
     assert without_thoughts(response) == rest
+
+
+@pytest.mark.parametrize("end, opened", [
+    ("<think>\n", "<think>"), ("<think>\n\n</think>\n\n", ""), ("", ""), ("◁think▷", "◁think▷"),
+    ("Say <think> first.\n", "")])
+def test_a_thought_that_the_template_opened_hides_what_never_left_it(end, opened, qwen):
+    """A letter out of a thought that was cut off, because its first mark stands in the prompt."""
+    tokenizer = copy.deepcopy(qwen.tokenizer)
+    tokenizer.chat_template = ("{% for m in messages %}{{ m.content }}\n{% endfor %}"
+                               "{% if add_generation_prompt %}A:\n" + end.replace("\n", "{{ '\\n' }}") + "{% endif %}")
+    assert opened_thought(tokenizer) == opened
+    assert opened_thought(qwen.processor) == ""
+    vlm = replace(qwen, processor=tokenizer)
+    prompts = [encode(vlm, "How many?", [])]
+    [(_, text, finished)] = greedy(vlm, prompts, 2, 1)
+    assert text.startswith(opened) and not finished
+    [(_, _, finished)] = greedy(replace(vlm, stop_ids=list(range(len(tokenizer)))), prompts, 2, 1)
+    assert finished
+    assert (without_thoughts(text) == "") == bool(opened)
+    assert rule_verdict(COUNT, "2", opened + "Is it 2") == int(not opened)
+
+
+@pytest.mark.parametrize("truth, text", [
+    ("12", r"We have 3 rows of 4. \boxed{12}"), ("12", "3 x 4 = 12"), ("12", "The answer is 12, as 3 x 4 = 12"),
+    ("12", "<answer>12</answer> since 3 rows of 4"), ("12", "There are 3 rows of 4.\n\n**12**"),
+    ("12", "3 rows.\n4 in each.\n**Answer: 12**"), ("12", "It is 12 because there are 3 rows of 4."),
+    ("12", r"\(\boxed{12\text{ apples}}\)"), ("12", "<|begin_of_box|>12<|end_of_box|>, from 3 rows of 4"),
+    ("red", "It is red, since the blue one is a square."), ("7", "2 + 5 = 7 apples"),
+    ("beagle", "The ears are long.\n**Beagle**"), ("beagle", "I'd go with a Beagle because of its ears."),
+])
+def test_a_right_answer_after_a_calculation_or_before_its_reason(truth, text):
+    """Numbers of the way there, counted as if they were answers too."""
+    assert rule_verdict("?", truth, text) == 1
+    assert rule_verdict("?", "5" if truth != "5" else "6", text) == 0
+
+
+@pytest.mark.parametrize("reply, graded, verdict", [
+    ("Yes. <answer>1.0</answer>", False, 1), ("<Answer>1</Answer>", False, 1), ("<ANSWER>0.0</ANSWER>.", False, 0),
+    ("<answer>1</answer><|im_end|>", False, 1), ("<answer>0</answer>\n</s>", False, 0),
+    ("<answer>0.25</answer><end_of_turn>\n", True, 0.25), ("<answer>0.5</answer>", False, None),
+    ("<answer>1</answer> <answer>", False, None), ("<Answer>1</Answer> No: <answer>0</answer>", False, None),
+    ("<answer>1</answer><b>not really</b>", False, None), ("<answer>1.5</answer>", True, None)])
+def test_verdicts_in_other_spellings(reply, graded, verdict):
+    """A judge that says 1.0, or whose stop token was decoded, without a verdict in a whole run."""
+    assert parse_verdict(reply, graded) == verdict
 
 
 def test_the_report_cannot_run_what_a_model_wrote(tmp_path):
