@@ -26,6 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -150,7 +151,7 @@ def opened_thought(processor) -> str:
 
 
 def marked_answer(text: str) -> str:
-    """The last that a text marks as its answer: in \\boxed{}, else an <answer> tag, else a box; or all of it."""
+    """The last that a text marks as its answer, in \\boxed{}, an <answer> tag or a box; or else all of it."""
     for mark in MARKS:
         marked = [FONT.sub(r"\1", piece) for piece in mark.findall(text) if piece.strip()]
         if marked:
@@ -192,16 +193,17 @@ WORD = r"[a-zà-öø-ÿ\d]+(?:['.][a-z\d]+)?"
 PHRASE = re.compile(rf"{DECIMAL}|{WORD}(?:[ -]{WORD}){{0,4}}")
 # What may stand before and after a phrase that is an answer, in a normalised text.
 FRAME = r"""
-    (?:(?:yes|sure|certainly|well|looking\ at\ it|in\ (?:the|this)\ \w+)\ \.\ )?
-    (?:(?:(?!(?:not?|nor|or|never|neither|nothing|without|cannot|hardly|doubt|if|whether|\w+n't)\b)
-          [\w']+\ ){0,8}?
+    (?:(?:yes|so|sure|certainly|well|probably|looking\ \w+(?:\ it)?
+          |in\ (?:the|this)\ (?:image|picture|photo))\ (?:\.\ )?)?
+    (?:(?:(?!(?:not?|nor|or|never|neither|nothing|nobody|without|cannot|hardly|doubt|wrong\ to|if|whether
+             |\w+n't)\b)[\w']+\ ){0,8}?
        (?:is|are|was|were|be|\w+'s|\w+'re|says?|reads?|shows?|see|think|believe|guess|like|called|named)
-       \ (?:(?:probably|likely|clearly|surely|that|\.)\ )?)?
+       \ (?:(?:(?:most\ )?(?:probably|likely|clearly|surely)|that|\.)\ )?)?
     (?:an?\ |the\ )?
     PHRASE(?:e?s)?(?:\ \.)?
     (?:\ (?:it\ is|is\ (?:the|my)\ answer|i\ (?:think|believe|guess|see|would\ say)|surely|plainly
        |(?:it\ must|that\ would)\ be|by\ the\ look\ of\ it|right\ there
-       |(?:is\ )?in\ (?:the|this)\ (?:image|picture|photo)))?"""
+       |(?:is\ )?(?:shown\ )?in\ (?:the|this)\ (?:image|picture|photo)))?"""
 
 
 def plain(text: str) -> str:
@@ -677,23 +679,7 @@ def mmmu_score(e: Example, text: str) -> float | None:
     return float(any(is_right(truth.strip(" $")) for truth in e.truths or (e.truth,)))
 
 
-def mathvista_score(e: Example, text: str) -> float | None:
-    """MathVista by rule: its choice, or the last number, after the last "answer" if there is one there. It is
-    rounded as the truth is; upstream compares without rounding. As there, a list is never right."""
-    if e.options:
-        return mcq_score(e, text)
-    truth, tail = e.truth.strip(), re.split("answer", text, flags=re.IGNORECASE)[-1]
-    if not re.fullmatch(NUMBER, truth):
-        return float(tail.strip(WRAPPING).lower() == truth.lower())
-    numbers = numbers_in(tail) or numbers_in(text)
-    if not numbers:
-        return None
-    decimals = len(truth.partition(".")[2])
-    said = np.trunc(numbers[-1]) if e.kind == "integer" else round(numbers[-1], decimals)
-    return float(said == numbers_in(truth)[0])
-
-
-def foil_score(e: Example, text: str, wanted: str) -> float:
+def foil_score(wanted: str, text: str) -> float:
     """FOIL: the response is the wanted word, in singular or plural: quoted, or give or take a frame."""
     quoted = re.search(r"[\"“'‘*](\w[\w ]*?)[\"”'’*]", text)
     return float(is_framed(normalise(wanted).removesuffix("s"), normalise(quoted[1] if quoted else text)))
@@ -709,10 +695,10 @@ SCORES = {
     "mcq": mcq_score,
     "circular": mcq_score,                                         # of each rotation, see units_of
     "mmmu": mmmu_score,
-    "mathvista": mathvista_score,
+    "mathvista": mcq_score,                                        # and what has no options is judged
     "foil": yes_no_score,
-    "foil_word": lambda e, text: foil_score(e, text, e.truths[0]),
-    "foil_fix": lambda e, text: foil_score(e, text, e.truths[1]),
+    "foil_word": lambda e, text: foil_score(e.truths[0], text),
+    "foil_fix": lambda e, text: foil_score(e.truths[1], text),
     "relaxed": lambda e, text: float(any(relaxed_accuracy(text, truth) for truth in e.truths or (e.truth,))),
     "vqa": lambda e, text: vqa_accuracy(text, list(e.truths)),
     "yes_no": yes_no_score,
@@ -788,7 +774,7 @@ BENCHMARKS = (
     Benchmark("", "", "judge", "", "the judge of training"),
 )
 METRICS = sorted({benchmark.metric for benchmark in BENCHMARKS})
-ASKS_JUDGE = ("judge", "graded", "mathvista")                      # of these, the last also scores by rule
+JUDGED = ("judge", "graded", "mathvista")                          # two are published with a model's verdicts
 
 
 def content_of(examples: list[Example]) -> str:
@@ -849,7 +835,7 @@ def tasks_of(path: str, metric: str | None = None, skip_bad: bool = False,
         groups = set(list(dict.fromkeys(e.group for e in asked))[:limit])
         asked = [e for e in asked if e.group in groups]
         task = Task(row.name or Path(path).stem, row.metric, row.prompt, asked)
-        used = [check for check in checks if check is not rule_check or row.metric in ("judge", "graded")]
+        used = [check for check in checks if check is not rule_check or row.metric in JUDGED]
         good = {e.id for e in check_prompts([task.asked(e) for e in task.examples], path, skip_bad, used)}
         refused = {e.group for e in task.examples if e.id not in good}
         task = replace(task, examples=[e for e in task.examples if e.group not in refused])
@@ -916,8 +902,8 @@ def greedy(vlm: VLM, prompts: Iterable[Prompt], max_new_tokens: int,
 
 def answers(vlm: VLM, task: Task, max_new_tokens: int,
             batch_size: int) -> Iterator[tuple[Example, str, bool]]:
-    """(example, greedy response, finished) as they end. Images are opened when it is their turn. The longest prompts
-    come first: what does not fit into memory fails at once, and the time left is not underestimated."""
+    """(example, greedy response, finished) as they end. Images are opened when it is their turn. The longest
+    prompts come first: what does not fit into memory fails at once, and progress is not overestimated."""
     def tokens(e):                                                 # roughly
         return sum(w * h for w, h in e.sizes) / 28 ** 2 + len(e.text) / 4
     todo = sorted(task.examples, key=tokens, reverse=True)
@@ -1028,24 +1014,26 @@ def score_responses(task: Task, texts: list[str], judge: Judge) -> dict:
 
 
 def values_of(task: Task, texts: list[str], judge: Judge) -> tuple[str, list[float | None], float]:
-    """(name of the metric, value of each response, share extracted). None: the judge failed. It is asked
-    about all of MM-Vet's responses, and a model about those of MathVista's that are not right by rule."""
-    metric, pairs, is_model = task.metric, list(zip(task.examples, texts)), isinstance(judge, LLMJudge)
+    """(name of the metric, value of each response, share extracted). None: the judge failed. It is asked in
+    the metrics of JUDGED, but not about MathVista's choices. MM-Vet's truths name parts and alternatives."""
+    metric, pairs = task.metric, list(zip(task.examples, texts))
     if metric == "cider":
         return metric, cider_each(*tokens_of(task, texts)), 1.0
-    if metric == "judge":
-        return metric, judge([(e.dialogue, e.truth, text) for e, text in pairs]), 1.0
-    values = [SCORES[metric](e, marked_answer(text)) if metric in SCORES else None for e, text in pairs]
-    if metric == "graded" or metric == "mathvista" and is_model:
-        todo = [i for i, value in enumerate(values) if value != 1.0]
-        triples = [(e.text, e.truth.replace("<AND>", " and ").replace("<OR>", " or "), text)
-                   for e, text in (pairs[i] for i in todo)]
-        verdicts = judge(triples, graded=metric == "graded") if is_model else judge(triples)
-        for i, verdict in zip(todo, verdicts):
-            values[i] = verdict
-        return f"{metric}, {judge.name if is_model else 'rule'}", values, 1.0
-    extracted = float(np.mean([value is not None for value in values]))
-    return metric.replace("mathvista", "mathvista, rule"), [value or 0.0 for value in values], extracted
+    judged = [i for i, e in enumerate(task.examples)
+              if metric in JUDGED and not (metric == "mathvista" and e.options)]
+    triples = [(e.dialogue, e.truth.replace("<AND>", " and ").replace("<OR>", " or "), text)
+               for e, text in (pairs[i] for i in judged)]
+    name = f"{metric}_rule" if metric in JUDGED[1:] else metric
+    if isinstance(judge, LLMJudge):
+        name = f"{metric}, {judge.name}" if metric in JUDGED[1:] else metric
+        judge = partial(judge, graded=metric == "graded")
+    verdicts = dict(zip(judged, judge(triples) if triples else []))
+    values = [verdicts[i] if i in verdicts else SCORES[metric](e, marked_answer(text))
+              for i, (e, text) in enumerate(pairs)]
+    missing = [i for i, value in enumerate(values) if value is None and i not in verdicts]
+    for i in missing:
+        values[i] = 0.0
+    return name, values, 1 - len(missing) / len(values)
 
 
 def tokens_of(task: Task, texts: list[str]) -> tuple[list[list[list[str]]], list[list[str]]]:
@@ -1136,8 +1124,8 @@ def results_table(results: dict[str, list[dict]]) -> str:
             line("  judge failed, left out", "", [score["failed"] for score in scores])
         for part in dict.fromkeys(part for score in scores for part in score["by"]):
             line(f"  {part}", "", [f"{score['by'].get(part, float('nan')):.1f}" for score in scores])
-    if any(", rule" in score["metric"] for scores in results.values() for score in scores):
-        lines.append("rule: scored without a language model as judge; not comparable with published numbers")
+    if any("_rule" in score["metric"] for scores in results.values() for score in scores):
+        lines.append("_rule: scored by rule, without a judge; not comparable with published numbers")
     return "\n".join(lines)
 
 
@@ -1340,7 +1328,7 @@ def main():
         raise UserError(f"{len(args.predictions)} files of --predictions for {len(tasks)} tasks: {names}")
     if len({task.name for task in tasks}) < len(tasks):
         raise UserError(f"two of the files are the same benchmark: {names}")
-    if not any(task.metric in ASKS_JUDGE for task in tasks):
+    if not any(task.metric in JUDGED for task in tasks):
         args.judge = "rule"                                        # there is nothing to ask another
     check_judge(args.judge)
     responses, out = {}, Path(args.out)

@@ -153,7 +153,7 @@ def test_a_thought_that_the_template_opened_hides_what_never_left_it(end, opened
     """A letter out of a thought that was cut off, because its first mark stands in the prompt."""
     tokenizer = copy.deepcopy(qwen.tokenizer)
     tokenizer.chat_template = ("{% for m in messages %}{{ m.content }}\n{% endfor %}"
-                               "{% if add_generation_prompt %}A:\n" + end.replace("\n", "{{ '\\n' }}") + "{% endif %}")
+                               "{% if add_generation_prompt %}" + end.replace("\n", "{{ '\\n' }}") + "{% endif %}")
     assert opened_thought(tokenizer) == opened
     assert opened_thought(qwen.processor) == ""
     vlm = replace(qwen, processor=tokenizer)
@@ -167,7 +167,8 @@ def test_a_thought_that_the_template_opened_hides_what_never_left_it(end, opened
 
 
 @pytest.mark.parametrize("truth, text", [
-    ("12", r"We have 3 rows of 4. \boxed{12}"), ("12", "3 x 4 = 12"), ("12", "The answer is 12, as 3 x 4 = 12"),
+    ("12", r"We have 3 rows of 4. \boxed{12}"), ("12", "3 x 4 = 12"),
+    ("12", "The answer is 12, as 3 x 4 = 12"),
     ("12", "<answer>12</answer> since 3 rows of 4"), ("12", "There are 3 rows of 4.\n\n**12**"),
     ("12", "3 rows.\n4 in each.\n**Answer: 12**"), ("12", "It is 12 because there are 3 rows of 4."),
     ("12", r"\(\boxed{12\text{ apples}}\)"), ("12", "<|begin_of_box|>12<|end_of_box|>, from 3 rows of 4"),
@@ -181,7 +182,8 @@ def test_a_right_answer_after_a_calculation_or_before_its_reason(truth, text):
 
 
 @pytest.mark.parametrize("reply, graded, verdict", [
-    ("Yes. <answer>1.0</answer>", False, 1), ("<Answer>1</Answer>", False, 1), ("<ANSWER>0.0</ANSWER>.", False, 0),
+    ("Yes. <answer>1.0</answer>", False, 1), ("<Answer>1</Answer>", False, 1),
+    ("<ANSWER>0.0</ANSWER>.", False, 0),
     ("<answer>1</answer><|im_end|>", False, 1), ("<answer>0</answer>\n</s>", False, 0),
     ("<answer>0.25</answer><end_of_turn>\n", True, 0.25), ("<answer>0.5</answer>", False, None),
     ("<answer>1</answer> <answer>", False, None), ("<Answer>1</Answer> No: <answer>0</answer>", False, None),
@@ -232,26 +234,22 @@ def test_the_report_has_a_column_for_each_reward_term(tmp_path):
 BLUE, GREEN, PURPLE, ORANGE = (40, 110, 200), (30, 140, 80), (140, 70, 160), (200, 80, 40)
 
 
-def rows_with(path, colour, panel, panels):
-    """The y of all pixels of a colour in one of the panels of a curve."""
-    image = Image.open(path)
-    width = image.width // panels
-    image = image.crop((panel * width, 0, (panel + 1) * width, image.height))
-    return [y for y in range(image.height) for x in range(image.width) if image.getpixel((x, y)) == colour]
-
-
-def draw(path, metrics):
-    """Draw metrics that were on the disk meanwhile."""
+def rows_with(metrics, path, colour, panel, panels):
+    """The y of all pixels of a colour in one of the panels of the curves of metrics, which were on disk."""
     draw_curves(json.loads(json.dumps(metrics)), str(path))
-    return path
+    image = Image.open(path)
+    assert image.width == 560 * panels
+    image = image.crop((panel * 560, 0, (panel + 1) * 560, image.height))
+    return [y for y in range(image.height) for x in range(image.width) if image.getpixel((x, y)) == colour]
 
 
 def test_curves_are_drawn_where_the_numbers_are(tmp_path):
     """A curve upside down or off its panel: similarity 1 must colour the top line and nothing lower."""
     row = {"reward/similarity/student": 1.0, "reward/answer/student": 0.0, "reward/answer/qwen": 0.5,
            "heldout_accuracy": 0.5}
-    path = draw(tmp_path / "c.png", [{"step": i} | row for i in range(20)])
-    top, bottom, middle = (rows_with(path, colour, i, 3) for i, colour in enumerate((BLUE, GREEN, ORANGE)))
+    metrics = [{"step": i} | row for i in range(20)]
+    top, bottom, middle = (rows_with(metrics, tmp_path / "c.png", colour, i, 3)
+                           for i, colour in enumerate((BLUE, GREEN, ORANGE)))
     assert max(top) < min(middle) < max(middle) < min(bottom)
     assert abs((max(top) + min(bottom)) / 2 - (min(middle) + max(middle)) / 2) < 4
 
@@ -261,13 +259,8 @@ def test_curves_of_any_reward(tmp_path):
     metrics = [{"step": i, "reward/similarity/student": 0.5, "reward/answer/student": None if i % 3 else 1.0,
                 "reward/length/student": (-7.0, 3.0)[i % 2], "reward/length/qwen": 99.0} for i in range(20)]
     metrics[5]["reward/answer/student"] = float("nan")             # a step in which the judge was down
-    path = draw(tmp_path / "c.png", metrics)
-    assert Image.open(path).width == 4 * 560                       # no panel for a teacher
-    y = {}
-    for panel, (name, colour) in enumerate((("half", BLUE), ("one", GREEN), ("length", PURPLE))):
-        y[name] = rows_with(path, colour, panel, 4)
-    assert max(y["one"]) < min(y["half"])
-    assert y["length"] and rows_with(path, ORANGE, 3, 4) == []     # nothing was held out
     pale = tuple((channel + 2 * 255) // 3 for channel in PURPLE)
-    jumps = rows_with(path, pale, 2, 4)                            # every step, from -7 to 3, the whole axis
-    assert min(jumps) == pytest.approx(46, abs=2) and max(jumps) == pytest.approx(330, abs=2)
+    half, one, jumps, nothing = (rows_with(metrics, tmp_path / "c.png", colour, i, 4)     # none for a teacher
+                                 for i, colour in enumerate((BLUE, GREEN, pale, ORANGE)))
+    assert max(one) < min(half) and nothing == []                  # nothing was held out
+    assert min(jumps) == pytest.approx(46, abs=2) and max(jumps) == pytest.approx(330, abs=2)      # -7 to 3
