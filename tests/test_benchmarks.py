@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -165,11 +166,10 @@ def chartqa(folder):
 MCQ_ANSWERS = {0: "A", 1: "It is a green dog.", 2: "no idea"}
 # file, {id: response} of each task, {task: score}
 CASES = {
-    "ai2d": (lambda f: choices("AI2D_TEST", f), [MCQ_ANSWERS], {"AI2D": 200 / 3}),
+    **{name: (partial(choices, name), [MCQ_ANSWERS], {task: 200 / 3}) for name, task in (
+        ("AI2D_TEST", "AI2D"), ("SEEDBench_IMG", "SEED"), ("SEEDBench2_Plus", "SEED-2-Plus"))},
     "mmstar": (lambda f: choices("MMStar", f), [{0: "B", 1: "(B) a dog", 2: r"\boxed{C}"}],
                {"MMStar": 200 / 3}),
-    "seed": (lambda f: choices("SEEDBench_IMG", f), [MCQ_ANSWERS], {"SEED": 200 / 3}),
-    "seed2": (lambda f: choices("SEEDBench2_Plus", f), [MCQ_ANSWERS], {"SEED-2-Plus": 200 / 3}),
     "blink": (lambda f: choices("BLINK", f, image=str([b64(7), b64(8)])), [MCQ_ANSWERS],
               {"BLINK": 200 / 3}),
     "realworldqa": (realworldqa, [{0: "B. 2", 1: "left."}], {"RealWorldQA": 100}),
@@ -215,7 +215,7 @@ def test_breakdowns(tmp_path):
     def by(make, texts):
         task = e.tasks_of(str(make(tmp_path)))[0]
         return e.score_responses(task, [texts[x.id] for x in task.examples], e.rule_judge)["by"]
-    assert by(CASES["ai2d"][0], {"0": "A", "1": "C", "2": "C"}) == {"c0": 100, "c1": 0}
+    assert by(CASES["AI2D_TEST"][0], {"0": "A", "1": "C", "2": "C"}) == {"c0": 100, "c1": 0}
     assert by(chartqa, {"0": "10", "1": "1", "2": "yes"}) == {"test_human": 50, "test_augmented": 100}
     assert by(CASES["mmvet"][0], {"0": "dog", "1": "12"}) == {"rec": 50, "ocr": 100}
     assert by(mmbench, {"0": "A", "1000000": "B", "1": "A", "1000001": "A"}) == {"p": 50, "x": 50}
@@ -432,22 +432,18 @@ def test_predictions_are_read_or_refused(name, text, says, tmp_path):
 
 def test_a_metric_that_the_data_cannot_have(tmp_path):
     """A traceback, or an empty table, for a --metric that needs more than the data have."""
-    def refused(path, metric, message):
-        with pytest.raises(UserError, match=message):
-            e.tasks_of(str(path), metric)
-    refused(choices("AI2D_TEST", tmp_path), "foil_word", "at least 2 answers, found 1")
     mine = dump(tmp_path / "mine.json", [{"question": "?", "answer": "2"}])
-    refused(mine, "cider", "at least 1 answers, found 0")
+    for path, metric, needed in ((choices("AI2D_TEST", tmp_path), "foil_word", 2), (mine, "cider", 1)):
+        with pytest.raises(UserError, match=f"at least {needed} answers, found {needed - 1}"):
+            e.tasks_of(str(path), metric)
 
 
 def test_skip_bad_and_limit(tmp_path):
     """A question left out that should not be; half a circular group asked."""
-    rows = [{"index": i, "image": b64(i) if i else "x" * 80, "question": "?", "A": "x", "B": "y",
-             "answer": "A"} for i in range(3)]
-
     def ids(path, **options):
         return [x.id for x in e.tasks_of(str(path), **options)[0].examples]
-    assert ids(tsv(tmp_path / "MMStar.tsv", *rows), skip_bad=True) == ["1", "2"]
+    bad = stars(tmp_path, row(index=0, image="x" * 80), row(), row(index=2))
+    assert ids(bad, skip_bad=True) == ["1", "2"]
     assert ids(mmbench(tmp_path), limit=1) == ["0", "1000000"]
     assert len(ids(foil(tmp_path), limit=1)) == 2
 
@@ -476,7 +472,8 @@ WITH_LETTERS = {"A": "b", "B": "a dog", "C": "vitamin A", "D": "both A and B", "
         "B": ["选B", "故选：B", "应选 B。", "正确选项是Ｂ", "B选项正确，因为图中有一个红色的圆", "Ｂ", "（Ｂ）",
               "<answer>Ｂ</answer>", '{"answer": "B"}', "{'answer': 'B'}", "$B$", "The right option is $B$.",
               "The most likely diagnosis is (B) Placenta accreta, which goes with a vitamin A deficiency",
-              "B is the one with more legs than all of the others have", "The answer is not A. The answer is B.",
+              "B is the one with more legs than all of the others have",
+              "The answer is not A. The answer is B.",
               "The answer is B because A is too small", "A is red: no. B is blue: yes. So B",
               "A is there.\n\n**B**", "A, hmm.\nSo the one on the left, (B)", "<thinking>C</thinking>B"],
         "C": ["答案为Ｃ。", "(C) Biotic. The living parts of an area are grouped under this word.",
@@ -493,11 +490,12 @@ WITH_LETTERS = {"A": "b", "B": "a dog", "C": "vitamin A", "D": "both A and B", "
                "◁think▷it must be C"]}),
     (WITH_LETTERS, {
         "A": ["It must be b."], "B": ["Therefore B is the right one to choose here"],
-        "C": ["vitamin A", "It's vitamin A, I guess."], "D": ["D. both A and B", "both A and B"], "E": ["C#"]}),
+        "C": ["vitamin A", "It's vitamin A, I guess."], "D": ["D. both A and B", "both A and B"],
+        "E": ["C#"]}),
 ])
 def test_extract_choice(options, said):
-    """An article or a pronoun read as an option, a text inside another word, a letter in another script, stated
-    before a long reason, or a part of an option's text; a guess where nothing is said."""
+    """An article or a pronoun read as an option; a text inside another word; a letter in another script, or
+    before a long reason, or within an option's text; a guess where nothing is said."""
     for letter, texts in said.items():
         assert [text for text in texts if e.extract_choice(text, options) != letter] == []
 

@@ -152,8 +152,9 @@ def test_thoughts_are_no_part_of_a_response(response, rest):
 def test_a_thought_that_the_template_opened_hides_what_never_left_it(end, opened, qwen):
     """A letter out of a thought that was cut off, because its first mark stands in the prompt."""
     tokenizer = copy.deepcopy(qwen.tokenizer)
-    tokenizer.chat_template = ("{% for m in messages %}{{ m.content }}\n{% endfor %}"
-                               "{% if add_generation_prompt %}" + end.replace("\n", "{{ '\\n' }}") + "{% endif %}")
+    end = end.replace("\n", "{{ '\\n' }}")
+    tokenizer.chat_template = ("{% for m in messages %}{{ m.content }}{% endfor %}"
+                               f"{{% if add_generation_prompt %}}{end}{{% endif %}}")
     assert opened_thought(tokenizer) == opened
     assert opened_thought(qwen.processor) == ""
     vlm = replace(qwen, processor=tokenizer)
