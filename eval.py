@@ -123,13 +123,13 @@ def rule_check(example: Example):
 
 THOUGHT_BEGINS, THOUGHT_ENDS = "<think(?:ing)?>|◁think▷", "</think(?:ing)?>|◁/think▷"
 MARKS = (re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"),
-         re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE),
+         re.compile(r"(?is)<answer>((?:(?!<answer>).)*?)</answer>"),
          re.compile(r"<\|begin_of_box\|>(.*?)<\|end_of_box\|>", re.DOTALL))             # GLM's
 FONT = re.compile(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}")
 CONCLUSION = re.compile(r"""
     \b(?:answer|option|choice)[*"']*\s+is\b\s*:? | \banswer[*"']*\s*: | \bgo(?:ing)?\ with\b
-  | \b(?:therefore|thus|hence)\b | (?:[.,;!?:]\s|\n)\s*so\b | \bis:?\s+(?=\**\([A-Z]\))
-  | ^\s*\*\*(?=[^*\n]+\*\*\W*\Z)                                                 # a last line in bold
+  | \b(?:therefore|thus|hence)\b | (?:[.,;!?:]\s+|\n)so\b | \bis:?\s+(?=\**\([A-Z]\))
+  | ^[ ]*\*\*(?=[^*\n]+\*\*\W*\Z)                                                 # a last line in bold
   | 答案[是为]?\s*:? | (?<![不错])选(?:择|项(?=[是为:]))?[是为]?\s*:?(?=\W*[A-Z])""",
                         re.VERBOSE | re.IGNORECASE | re.MULTILINE)
 REASON = re.compile(r"[,;]?\s(?:because|since)\b|[,;(]\s*as\b", re.IGNORECASE)
@@ -868,8 +868,7 @@ def check_task(task: Task, path: str):
     for e in task.examples:
         groups[e.group].append(e)
         if task.metric in ("mcq", "circular", "mmmu") and e.options and e.truth not in e.letters:
-            letters = ", ".join(e.letters)
-            raise UserError(f"{e.where}: the answer {e.truth!r} is none of the options {letters}")
+            raise UserError(f"{e.where}: the answer {e.truth!r} is none of the options {', '.join(e.letters)}")
         if len(e.truths) < (needed := TRUTHS_NEEDED.get(task.metric, 0)):
             raise UserError(f"{e.where}: the metric {task.metric} compares with at least {needed} answers, "
                             f"found {len(e.truths)}")
@@ -1193,8 +1192,7 @@ caption { text-align: left; white-space: pre-wrap }
 td, th { border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: left; vertical-align: top }
 td { overflow-wrap: anywhere }
 .up { color: #17803d } .down { color: #b3261e }
-.card { display: flex; gap: 1rem; margin: 1.2rem 0; flex-wrap: wrap }
-.card table { flex: 1; min-width: 18rem }
+.card { display: flex; gap: 1rem; margin: 1.2rem 0 }
 .card img { display: block; width: 140px; height: 140px; object-fit: contain; image-rendering: pixelated }
 .curves { max-width: 100% }
 """

@@ -173,7 +173,7 @@ CASES = {
     "blink": (lambda f: choices("BLINK", f, image=str([b64(7), b64(8)])), [MCQ_ANSWERS],
               {"BLINK": 200 / 3}),
     "realworldqa": (realworldqa, [{0: "B. 2", 1: "left."}], {"RealWorldQA": 100}),
-    "chartqa": (chartqa, [{0: "10.4", 1: "2300", 2: " YES "}], {"ChartQA": 200 / 3}),
+    "chartqa": (chartqa, [{0: "<|begin_of_box|>10.4<|end_of_box|>", 1: "2300", 2: " YES "}], {"ChartQA": 200 / 3}),
     "mathvista": (mathvista, [{1: "The answer is blue.", 2: "There are 1200 of them", 3: r"\boxed{1.3}"}],
                   {"MathVista": 200 / 3}),
     "mmbench": (mmbench, [{0: "A", 10 ** 6: "B", 1: "A", 10 ** 6 + 1: "A"}], {"MMBench": 50}),
@@ -373,7 +373,7 @@ def without_last_line(path):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda f: stars(f, row(), row(index=2, image="77")), "MMStar.tsv:3: its image is that of the row with"),
+    (lambda f: stars(f, row(), row(index=2, image="77")), "MMStar.tsv:3: its image is that of"),
     (lambda f: stars(f, row(), row(index=2, image="!" * 80)), "MMStar.tsv:3"),
     (lambda f: stars(f, row(), row(index=2, image=base64.b64encode(b"x" * 80).decode())), "MMStar.tsv:3"),
     (lambda f: stars(f, row(), row()), "MMStar.tsv:3: the id '1' was used before"),
@@ -381,7 +381,7 @@ def without_last_line(path):
     (lambda f: stars(f, row(answer="")), "a test split?"),
     (lambda f: stars(f, row(question="<image 3>?")), "<image 3>"),
     (lambda f: without_last_line(mmbench(f)), "1 rotations of a question with 2 options"),
-    (lambda f: edited(nocaps(f), "test.json", lambda data: data.pop("annotations")), "a test split?"),
+    (lambda f: edited(nocaps(f), "test.json", lambda data: data.pop("annotations")), "/test.json: "),
     (lambda f: edited(nocaps(f), "one.json", lambda data: data.update(
         images=data["images"][:1], annotations=data["annotations"][:1])), "CIDEr compares images"),
     (lambda f: edited(nocaps(f), "x.json", lambda data: data.update(
