@@ -868,7 +868,8 @@ def check_task(task: Task, path: str):
     for e in task.examples:
         groups[e.group].append(e)
         if task.metric in ("mcq", "circular", "mmmu") and e.options and e.truth not in e.letters:
-            raise UserError(f"{e.where}: the answer {e.truth!r} is none of the options {', '.join(e.letters)}")
+            raise UserError(f"{e.where}: the answer {e.truth!r} is none of the options "
+                            f"{', '.join(e.letters)}")
         if len(e.truths) < (needed := TRUTHS_NEEDED.get(task.metric, 0)):
             raise UserError(f"{e.where}: the metric {task.metric} compares with at least {needed} answers, "
                             f"found {len(e.truths)}")
