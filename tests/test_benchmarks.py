@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -37,6 +38,12 @@ def tsv(path, *rows):
 
 def dump(path, value):
     path.write_text(json.dumps(value))
+    return path
+
+
+def responses(path, rows):
+    """A file of responses {id: text}, as eval.py reads it."""
+    path.write_text("".join(json.dumps({"id": str(key), "text": text}) + "\n" for key, text in rows.items()))
     return path
 
 
@@ -72,23 +79,13 @@ def mathvista(folder):
                {"index": 2, "image": b64(), "question": "How many?", "question_type": "free_form",
                 "answer_type": "integer", "answer": "1,200"},
                {"index": 3, "image": b64(), "question": "How long?", "question_type": "free_form",
-                "answer_type": "float", "answer": "1.2"},
-               {"index": 4, "image": b64(), "question": "Which range?", "question_type": "free_form",
-                "answer_type": "list", "answer": "[1, 2]"})
+                "answer_type": "float", "answer": "1.2"})
 
 
-def mmvet(folder, name="MMVet.tsv"):
+def mmvet(folder, name="MMVet.tsv", answer="cat<AND>dog"):
     return tsv(folder / name, {"index": 0, "image": b64(), "question": "What is there?",
-                               "answer": "cat<AND>dog", "category": "rec"},
-               {"index": 1, "image": b64(), "question": "And here?", "answer": "12<OR>twelve",
-                "category": "rec,ocr"})
-
-
-def mmvet2(folder):
-    jpg(folder, "v2_0_0.jpg", "v2_0_1.png")
-    question = "Which is red?<IMG>v2_0_0.jpg<IMG>or this<IMG>v2_0_1.png"
-    return dump(folder / "mm-vet-v2.json", {
-        "v2_0": {"question": question, "answer": "the first", "capability": ["rec", "seq"]}})
+                               "answer": answer, "category": "rec"},
+               {"index": 1, "image": b64(), "question": "And here?", "answer": "12", "category": "rec,ocr"})
 
 
 def mmmu(folder):
@@ -123,13 +120,10 @@ def nocaps(folder):
 
 
 def vizwiz(folder):
-    jpg(folder, "VizWiz_val_0.jpg", "VizWiz_val_1.jpg")
     answers = [["dog"] * 2 + ["a cat"] * 8, ["unanswerable"] * 10]
-    return dump(folder / "val.json", [
-        {"image": f"VizWiz_val_{i}.jpg", "question": "What is it?",
-         "answer_type": ["other", "unanswerable"][i], "answerable": 1 - i,
-         "answers": [{"answer": a, "answer_confidence": "yes"} for a in given]}
-        for i, given in enumerate(answers)])
+    return tsv(folder / "VizWiz.tsv", *(
+        {"index": i, "image": b64(i), "question": "What is it?", "answers": str(given)}
+        for i, given in enumerate(answers)))
 
 
 def vizwiz_captions(folder):
@@ -172,27 +166,27 @@ def chartqa(folder):
 MCQ_ANSWERS = {0: "A", 1: "It is a green dog.", 2: "no idea"}
 # file, {id: response} of each task, {task: score}
 CASES = {
-    "ai2d": (lambda f: choices("AI2D_TEST", f), [MCQ_ANSWERS], {"AI2D": 200 / 3}),
+    **{name: (partial(choices, name), [MCQ_ANSWERS], {task: 200 / 3}) for name, task in (
+        ("AI2D_TEST", "AI2D"), ("SEEDBench_IMG", "SEED"), ("SEEDBench2_Plus", "SEED-2-Plus"))},
     "mmstar": (lambda f: choices("MMStar", f), [{0: "B", 1: "(B) a dog", 2: r"\boxed{C}"}],
                {"MMStar": 200 / 3}),
-    "seed": (lambda f: choices("SEEDBench_IMG", f), [MCQ_ANSWERS], {"SEED": 200 / 3}),
-    "seed2": (lambda f: choices("SEEDBench2_Plus", f), [MCQ_ANSWERS], {"SEED-2-Plus": 200 / 3}),
     "blink": (lambda f: choices("BLINK", f, image=str([b64(7), b64(8)])), [MCQ_ANSWERS],
               {"BLINK": 200 / 3}),
     "realworldqa": (realworldqa, [{0: "B. 2", 1: "left."}], {"RealWorldQA": 100}),
-    "chartqa": (chartqa, [{0: "10.4", 1: "2300", 2: " YES "}], {"ChartQA": 200 / 3}),
-    "mathvista": (mathvista, [{1: "The answer is blue.", 2: "There are 1200 of them", 3: r"\boxed{1.24}",
-                               4: "[1, 3]"}], {"MathVista": 75}),
+    "chartqa": (chartqa, [{0: "<|begin_of_box|>10.4<|end_of_box|>", 1: "2300", 2: " YES "}],
+                {"ChartQA": 200 / 3}),
+    "mathvista": (mathvista, [{1: "The answer is blue.", 2: "There are 1200 of them", 3: r"\boxed{1.3}"}],
+                  {"MathVista": 200 / 3}),
     "mmbench": (mmbench, [{0: "A", 10 ** 6: "B", 1: "A", 10 ** 6 + 1: "A"}], {"MMBench": 50}),
-    "mmvet": (mmvet, [{0: "I see a dog.", 1: "Twelve."}], {"MM-Vet": 75}),
-    "mmvet2": (mmvet2, [{"v2_0": "The second."}], {"MM-Vet-v2": 0}),
+    "mmvet": (lambda f: mmvet(f, answer="cat"), [{0: "I see a dog.", 1: "Twelve."}], {"MM-Vet": 50}),
+    "mmvet2": (lambda f: mmvet(f, "mm-vet-v2.tsv", "cat"), [{0: "A cat.", 1: "12"}], {"MM-Vet-v2": 100}),
     "mmmu": (mmmu, [{"validation_1": "B", "validation_2": "So its length is 3.50 metres."}], {"MMMU": 50}),
     "mmmu_pro": (lambda f: pro(f, "MMMU_Pro_10c_COT"),
                  [{"t0": "I think A is bad.\nAnswer: J", "t1": "I think it is C"}], {"MMMU-Pro": 100}),
     "mmmu_pro_v": (lambda f: pro(f, "MMMU_Pro_V"), [{"t0": "J", "t1": "thing AA"}], {"MMMU-Pro vision": 50}),
     "nocaps": (nocaps, [{0: "A man rides a brown horse.", 1: "two dogs sleep on the red sofa", 2: "",
                          3: "a bus in a wide street"}], {"NoCaps": 750}),
-    "vizwiz": (vizwiz, [{"VizWiz_val_0.jpg": "dog", "VizWiz_val_1.jpg": "Unanswerable"}], {"VizWiz": 80}),
+    "vizwiz": (vizwiz, [{0: "dog", 1: "Unanswerable"}], {"VizWiz": 80}),
     "vizwiz_captions": (vizwiz_captions, [{0: "a red can of soup on a table", 1: ""}],
                         {"VizWiz captions": 500}),
     "foil": (foil, [{"5-0": "Yes.", "5-1": "No", "6-0": "yes", "6-1": "yes"},
@@ -206,9 +200,7 @@ def test_a_file_of_each_benchmark_is_scored_as_by_hand(name, tmp_path):
     """A column, a tag, a group or a reference read wrongly gives another score than that worked by hand."""
     make, predictions, expected = CASES[name]
     data = make(tmp_path)
-    files = []
-    for i, responses in enumerate(predictions):
-        files.append(dump(tmp_path / f"p{i}.json", {str(k): v for k, v in responses.items()}))
+    files = [responses(tmp_path / f"p{i}.jsonl", rows) for i, rows in enumerate(predictions)]
     done = call("eval.py", "--data", data, "--predictions", *files, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "scores.json").read_text())
@@ -221,15 +213,12 @@ def test_a_file_of_each_benchmark_is_scored_as_by_hand(name, tmp_path):
 
 def test_breakdowns(tmp_path):
     """A category, a split, a domain or a pair counted in the wrong place."""
-    def scored(make, responses):
+    def by(make, texts):
         task = e.tasks_of(str(make(tmp_path)))[0]
-        return e.score_responses(task, [responses[x.id] for x in task.examples], e.rule_judge)
-
-    def by(make, responses):
-        return scored(make, responses)["by"]
-    assert by(CASES["ai2d"][0], {"0": "A", "1": "C", "2": "C"}) == {"c0": 100, "c1": 0}
+        return e.score_responses(task, [texts[x.id] for x in task.examples], e.rule_judge)["by"]
+    assert by(CASES["AI2D_TEST"][0], {"0": "A", "1": "C", "2": "C"}) == {"c0": 100, "c1": 0}
     assert by(chartqa, {"0": "10", "1": "1", "2": "yes"}) == {"test_human": 50, "test_augmented": 100}
-    assert by(mmvet, {"0": "cat", "1": "12"}) == {"rec": 75, "ocr": 100}
+    assert by(CASES["mmvet"][0], {"0": "dog", "1": "12"}) == {"rec": 50, "ocr": 100}
     assert by(mmbench, {"0": "A", "1000000": "B", "1": "A", "1000001": "A"}) == {"p": 50, "x": 50}
     assert by(foil, {"5-0": "yes", "5-1": "no", "6-0": "yes", "6-1": "yes"}) == {
         "foil": 50, "original": 100, "pairs": 50}
@@ -237,7 +226,6 @@ def test_breakdowns(tmp_path):
                        "3": "a bus in a wide street"})
     assert caps["in-domain"] == pytest.approx(1000) and caps["out-domain"] == pytest.approx(500)
     assert 0 < caps["BLEU-4"] < 100
-    assert scored(mmvet, {"0": "cat", "1": "12"})["metric"] == "graded_rule"
 
 
 def test_what_the_model_is_shown(tmp_path):
@@ -253,8 +241,7 @@ def test_what_the_model_is_shown(tmp_path):
     assert [open_image(x, "").size for x in asked.images] == [(48, 32), (32, 32), (32, 32)]      # 2, 1, 1
     asked = shown(mmmu(tmp_path), 1)
     assert asked.text.startswith("Question: How long is <image>?") and "Options" not in asked.text
-    asked = shown(mmvet2(tmp_path))
-    assert asked.text == "Which is red?<image>or this<image>" and len(asked.images) == 2
+    assert shown(mmvet(tmp_path)).text == "What is there?"
     assert "Which?" not in shown(pro(tmp_path, "MMMU_Pro_V")).text
     assert shown(foil(tmp_path), 0, 2).text.startswith('Caption: "a cat runs"\nThe word "cat" is wrong')
     bench = shown(mmbench(tmp_path), 1)
@@ -275,9 +262,11 @@ def test_the_command_line_with_checkpoints(checkpoints, tmp_path):
     assert list(results) == ["internvl", "qwen2_5_vl"] and len(results["internvl"]) == len(CASES) + 2
     assert "difference" in done.stdout and "not comparable with published numbers" in done.stdout
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<script" not in page and "http" not in page and "<svg" in page and "data:image/jpeg" in page
+    assert "<script" not in page and "http" not in page and "data:image/jpeg" in page
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*/*.jsonl")}
     assert len(before) == 2 * (len(CASES) + 2)
+    rows = [json.loads(line) for text in before.values() for line in text.splitlines()[1:]]
+    assert {row["finished"] for row in rows} == {False}            # these models never stop
     again = call("eval.py", *options[:4], "--data", *data, "--max-new-tokens", 4, "--out", tmp_path / "out")
     assert again.returncode == 0 and again.stdout == done.stdout
     assert {path: path.read_bytes() for path in before} == before
@@ -302,35 +291,33 @@ def test_old_responses_are_not_taken_for_new_ones(checkpoints, tmp_path):
 def test_an_interrupted_evaluation_resumes(checkpoints, tmp_path):
     """Killed twice and once with half a line written: the same responses as without, and none asked twice."""
     rng = random.Random(0)
-    rows = [{"index": i, "image": b64(i) if i < 20 else i % 20, "question": " yes" * rng.randint(1, 9),
-             "answer": "Yes"} for i in range(300)]
-    data = tsv(tmp_path / "many.tsv", *rows)
+    data = tsv(tmp_path / "many.tsv", *({"index": i, "image": b64(i) if i < 20 else i % 20, "answer": "Yes",
+                                         "question": " yes" * rng.randint(1, 9)} for i in range(300)))
 
     def command(out):
-        return [sys.executable, str(ROOT / "eval.py"), "--model", checkpoints["qwen2_5_vl"], "--data",
-                str(data),
-                "--max-new-tokens", "8", "--batch-size", "4", "--out", str(tmp_path / out)]
-    file = tmp_path / "cut" / "qwen2_5_vl" / "many.jsonl"
-    counts = []
+        return [sys.executable, str(ROOT / "eval.py"), "--model", checkpoints["qwen2_5_vl"],
+                "--data", str(data), "--out", str(tmp_path / out), "--max-new-tokens", "8",
+                "--batch-size", "4"]
+    file, lines = tmp_path / "cut" / "qwen2_5_vl" / "many.jsonl", 0
     for _ in range(2):
         process = subprocess.Popen(command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until, seen = time.time() + 60, len(counts) and counts[-1]
-        while time.time() < until and (not file.exists() or file.read_bytes().count(b"\n") < seen + 40):
+        until, wanted = time.time() + 60, lines + 40
+        while time.time() < until and (not file.exists() or file.read_bytes().count(b"\n") < wanted):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        counts.append(file.read_bytes().count(b"\n"))
-    assert 40 <= counts[0] < counts[1] < 301
+        lines = file.read_bytes().count(b"\n")
+        assert wanted <= lines < 301
     with open(file, "ab") as torn:
         torn.write(b'{"id": "7", "te')
-    subprocess.run(command("cut"), check=True, capture_output=True)
-    subprocess.run(command("intact"), check=True, capture_output=True)
+    for out in ("cut", "intact"):
+        subprocess.run(command(out), check=True, capture_output=True)
 
-    def responses(out):
-        lines = (tmp_path / out / "qwen2_5_vl" / "many.jsonl").read_text().splitlines()[1:]
-        assert len(lines) == 300
-        return {row["id"]: row["text"] for row in map(json.loads, lines)}
-    assert responses("cut") == responses("intact")
+    def texts(out):
+        rows = [json.loads(line) for line in open(tmp_path / out / "qwen2_5_vl" / "many.jsonl")][1:]
+        assert len(rows) == 300
+        return {row["id"]: row["text"] for row in rows}
+    assert texts("cut") == texts("intact")
     cut, intact = ((tmp_path / out / "scores.json").read_text() for out in ("cut", "intact"))
     assert cut == intact
 
@@ -366,157 +353,98 @@ def test_files_that_have_no_known_name_are_told_by_content(tmp_path):
 # ---------------------------------------------------------------------------------------------- bad input
 
 
-def broken(name, folder):
-    """A file with something wrong, and what the message must name."""
-    rows = {"index": 1, "image": b64(), "question": "?", "A": "x", "B": "y", "answer": "A"}
-    intact = tsv(folder / "AI2D_TEST.tsv", rows).read_text()
-    path = folder / "MMStar.tsv"
-    match name:
-        case "unknown":
-            path.write_text("some,comma,separated\n1,2,3\n")
-            return path, "no known format"
-        case "columns":
-            path.write_text("a\tb\n1\t2\n")
-            return path, "columns image and question"
-        case "empty":
-            path.write_text("")
-            return path, "no examples"
-        case "header":
-            path.write_text(intact.splitlines()[0] + "\n")
-            return path, "no examples"
-        case "dangling":
-            tsv(path, rows, rows | {"index": 2, "image": "77"})
-            return path, "MMStar.tsv:3: its image is that of the row with index 77"
-        case "base64":
-            return tsv(path, rows, rows | {"index": 2, "image": "!" * 80}), "MMStar.tsv:3"
-        case "noimage":
-            no_image = base64.b64encode(b"x" * 80).decode()
-            return tsv(path, rows, rows | {"index": 2, "image": no_image}), "MMStar.tsv:3"
-        case "ids":
-            return tsv(path, rows, rows), "MMStar.tsv:3: the id '1' was used before"
-        case "cells":
-            path.write_text(intact + "1\t2\n")
-            return path, "expected 6 cells"
-        case "answer":
-            return tsv(path, rows | {"answer": "C"}), "none of the options"
-        case "test split":
-            return tsv(path, rows | {"answer": ""}), "a test split?"
-        case "tag":
-            return tsv(path, rows | {"question": "<image 3>?"}), "<image 3>"
-        case "rotation":
-            lines = mmbench(folder).read_text().splitlines(keepends=True)
-            (folder / "MMBench_DEV_EN.tsv").write_text("".join(lines[:-1]))
-            return folder / "MMBench_DEV_EN.tsv", "1 rotations of a question with 2 options"
-        case "no captions":
-            without = {"info": {}, "images": [{"id": 0, "file_name": "0.jpg"}]}
-            return dump(folder / "nocaps_test.json", without), "a test split?"
-        case "one image":
-            data = json.loads(nocaps(folder).read_text())
-            data |= {"images": data["images"][:1], "annotations": data["annotations"][:1]}
-            return dump(folder / "nocaps_one.json", data), "CIDEr"
-        case "annotation":
-            data = json.loads(nocaps(folder).read_text())
-            data["annotations"] = [{"image_id": 99, "caption": "x"}]
-            return dump(folder / "nocaps_x.json", data), "annotation 1"
-        case "foil pair":
-            data = json.loads(foil(folder).read_text())
-            del data["annotations"][0]
-            return dump(folder / "foil_x.json", data), "one true caption"
-        case "few answers":
-            data = json.loads(vizwiz(folder).read_text())
-            data[1]["answers"] = data[1]["answers"][:2]
-            return dump(folder / "VizWiz.json", data), "at least 4 answers"
+def row(**changes):
+    return {"index": 1, "image": b64(), "question": "?", "A": "x", "B": "y", "answer": "A"} | changes
 
 
-@pytest.mark.parametrize("name", [
-    "unknown", "columns", "empty", "header", "dangling", "base64", "noimage", "ids", "cells", "answer",
-    "test split", "tag", "rotation", "no captions", "one image", "annotation", "foil pair", "few answers"])
-def test_bad_data_is_one_sentence(name, tmp_path, checkpoints):
+def stars(folder, *rows):
+    return tsv(folder / "MMStar.tsv", *rows)
+
+
+def edited(made, name, change):
+    """A JSON file that `made` returned, changed and under another name."""
+    data = json.loads(made.read_text())
+    change(data)
+    return dump(made.parent / name, data)
+
+
+def without_last_line(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    return path
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda f: stars(f, row(), row(index=2, image="77")), "MMStar.tsv:3: its image is that of"),
+    (lambda f: stars(f, row(), row(index=2, image="!" * 80)), "MMStar.tsv:3"),
+    (lambda f: stars(f, row(), row(index=2, image=base64.b64encode(b"x" * 80).decode())), "MMStar.tsv:3"),
+    (lambda f: stars(f, row(), row()), "MMStar.tsv:3: the id '1' was used before"),
+    (lambda f: stars(f, row(answer="C")), "MMStar.tsv:2: the answer 'C' is none of the options A, B"),
+    (lambda f: stars(f, row(answer="")), "a test split?"),
+    (lambda f: stars(f, row(question="<image 3>?")), "<image 3>"),
+    (lambda f: without_last_line(mmbench(f)), "1 rotations of a question with 2 options"),
+    (lambda f: edited(nocaps(f), "test.json", lambda data: data.pop("annotations")), "/test.json: "),
+    (lambda f: edited(nocaps(f), "one.json", lambda data: data.update(
+        images=data["images"][:1], annotations=data["annotations"][:1])), "CIDEr compares images"),
+    (lambda f: edited(nocaps(f), "x.json", lambda data: data.update(
+        annotations=[{"image_id": 99, "caption": "x"}])), "annotation 1"),
+    (lambda f: edited(foil(f), "x.json", lambda data: data["annotations"].pop(0)), "one true caption"),
+    (lambda f: tsv(f / "VizWiz.tsv", row(answers="['dog', 'cat']")), "at least 4 answers, found 2"),
+    (mmvet, "MMVet.tsv:2: a rule cannot judge the answer 'cat<AND>dog'; give --judge MODEL")])
+def test_bad_data_is_one_sentence(make, message, tmp_path, checkpoints):
     """A traceback, or a score of something that cannot be scored."""
-    path, message = broken(name, tmp_path)
+    path = make(tmp_path)
     done = call("eval.py", "--model", checkpoints["qwen2_5_vl"], "--data", path, "--out", tmp_path / "out")
     assert done.returncode == 2 and message in done.stderr, (done.returncode, done.stderr)
     assert done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([{"id": "0", "text": "A"}], "no response to 2 of 3 questions of AI2D, the first: 1"),
-    ([{"index": i, "prediction": "A"} for i in (0, 1, 2, 2)], "a second response to 2"),
-    ([{"id": i, "text": "A"} for i in (0, 1, 2, 9)], "answers to another file?"),
-    ([{"id": 0, "text": None}], "expected a response"),
-])
-def test_predictions_that_do_not_fit(rows, message, tmp_path):
-    """Missing, repeated or foreign predictions scored as if they fitted."""
-    path = dump(tmp_path / "p.json", rows)
-    done = call("eval.py", "--data", choices("AI2D_TEST", tmp_path), "--predictions", path, "--out",
-                tmp_path / "out")
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+LINES = [json.dumps({"id": i, "text": text}) for i, text in enumerate("ABC")]
+TABLE = "id\tindex\tquestion\tprediction\nx\t0\t?\tA\ny\t1\t?\tB\nz\t2\t?\tC\n"
 
 
-GIVEN = [{"question_id": i, "text": text} for i, text in enumerate("ABC")]
-TABLE = "id\tindex\tprediction\nx\t0\tA\ny\t1\tB\nz\t2\tC\n"
-
-
-@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n", b"\xef\xbb\xbf \n\n"])
-@pytest.mark.parametrize("name, text", [
-    ("p.TSV", TABLE), ("p.txt", TABLE), ("p.json", json.dumps(GIVEN)),
-    ("p.jsonl", json.dumps({"data": GIVEN})), ("p", json.dumps({"version": 1, "data": GIVEN}, indent=1)),
-    ("p.json", "\n".join(map(json.dumps, GIVEN))),
-    ("p.jsonl", json.dumps({"settings": {}}) + "\n" + "\n".join(map(json.dumps, GIVEN))),
-    ("p.JSON", '{"0": "A", "1": "B", "2": "C"}'), ("p", '{\n"0": "A",\n"1": "B",\n"2": "C"\n}')])
-def test_predictions_are_read_as_data_are(start, name, text, tmp_path):
-    """Formats told by the name or the first byte of a file, where the data's are told by what is in it."""
-    (tmp_path / name).write_bytes(start + text.encode())
+@pytest.mark.parametrize("name, text, says", [
+    ("p.tsv", TABLE, None), ("p.jsonl", "\n".join(LINES), None),
+    ("p.jsonl", "\n".join(['{"settings": {}}', *reversed(LINES)]), None),           # as eval.py writes it
+    ("p.jsonl", LINES[0], "no response to 2 of 3 questions of AI2D, the first: 1"),
+    ("p.tsv", TABLE + "w\t2\t?\tD\n", "p.tsv:5: a second response to 2"),
+    ("p.jsonl", '{"id": "%s", "text": "A"}' % ("x" * 5000), "p.jsonl:1: the id x{100} ... x{100} is not"),
+    ("p.jsonl", '{"id": 0, "text": null}', 'p.jsonl:1: expected a response with "id" and "text"'),
+    ("p.jsonl", '{"index": 0, "prediction": "A"}', 'expected a response with "id" and "text"'),
+    ("p.jsonl", '{"question_id": 0, "text": "A"}', 'expected a response with "id" and "text"'),
+    ("p.tsv", TABLE.replace("index", "number"), 'p.tsv:2: expected a response with "index" and "prediction"'),
+    ("p.json", '{"0": "A", "1": "B", "2": "C"}', ".tsv with the columns index and prediction, or .jsonl"),
+    ("p.json", f"[{','.join(LINES)}]", "p.json: expected a file of responses"),
+    ("p.csv", "index,prediction\n0,A\n", "p.csv: expected a file of responses"),
+    ("p", "\n".join(LINES), "p: expected a file of responses"),
+    ("p.jsonl", '["A", "B", "C"]', "p.jsonl:1: expected an object"),
+    ("missing.tsv", None, "missing.tsv: expected a file of responses")])
+def test_predictions_are_read_or_refused(name, text, says, tmp_path):
+    """Missing, repeated or foreign responses, or rows in another form, scored as if they fitted."""
+    if text:
+        (tmp_path / name).write_text(text)
     task = e.tasks_of(str(choices("AI2D_TEST", tmp_path)))[0]
-    assert e.read_predictions(str(tmp_path / name), task) == ["A", "B", "C"]
-
-
-@pytest.mark.parametrize("text, says", [
-    ("index,prediction\n0,A\n", "no known format"), ('{"0": "A"}\n{"1": "B"}\n{"2": "C"}', "not JSON"),
-    ('["A", "B", "C"]', "item 1: expected an object"),
-    ('{"0": {"text": "A"}}', "item 0: expected a response"),
-    ('[{"id": "%s", "text": "A"}]' % ("x" * 5000), "item 1: the id x{100} ... x{100} is not among")])
-def test_predictions_in_other_forms_are_refused(text, says, tmp_path):
-    """Rows that are passed over, and a sentence that speaks of missing ones."""
-    (tmp_path / "p").write_text(text)
-    task = e.tasks_of(str(choices("AI2D_TEST", tmp_path)))[0]
+    if not says:
+        assert e.read_predictions(str(tmp_path / name), task) == ["A", "B", "C"]
+        return
     with pytest.raises(UserError, match=says):
-        e.read_predictions(str(tmp_path / "p"), task)
-
-
-def test_a_report_shows_images_that_are_in_lines_of_the_data(tmp_path):
-    """A traceback, or a megabyte of base64 in scores.json, of a row whose image is in the row."""
-    row = {"question": "?", "image": f"data:image/png;base64,{b64(0, (300, 300))}"}
-    rows = [row | {"id": str(i), "answer": answer} for i, answer in enumerate(["red", "blue"])]
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    dump(tmp_path / "p.json", {"0": "red", "1": "red"})
-    done = call("eval.py", "--data", tmp_path / "d.jsonl", "--predictions", tmp_path / "p.json",
-                "--out", tmp_path / "out")
-    assert done.returncode == 0 and "50.0" in done.stdout, done.stderr
-    assert (tmp_path / "out" / "report.html").read_text().count("data:image/jpeg") == 2
-    assert (tmp_path / "out" / "scores.json").stat().st_size < 4000
+        e.read_predictions(str(tmp_path / name), task)
 
 
 def test_a_metric_that_the_data_cannot_have(tmp_path):
     """A traceback, or an empty table, for a --metric that needs more than the data have."""
-    def refused(path, metric, message):
-        with pytest.raises(UserError, match=message):
-            e.tasks_of(str(path), metric)
-    refused(choices("AI2D_TEST", tmp_path), "foil_word", "at least 2 answers, found 1")
     mine = dump(tmp_path / "mine.json", [{"question": "?", "answer": "2"}])
-    refused(mine, "cider", "at least 1 answers, found 0")
-    refused(foil(tmp_path), "mcq", "FOIL has the metrics foil, foil_word and foil_fix, not mcq")
+    for path, metric, needed in ((choices("AI2D_TEST", tmp_path), "foil_word", 2), (mine, "cider", 1)):
+        with pytest.raises(UserError, match=f"at least {needed} answers, found {needed - 1}"):
+            e.tasks_of(str(path), metric)
 
 
 def test_skip_bad_and_limit(tmp_path):
     """A question left out that should not be; half a circular group asked."""
-    rows = [{"index": i, "image": b64(i) if i else "x" * 80, "question": "?", "A": "x", "B": "y",
-             "answer": "A"} for i in range(3)]
-
     def ids(path, **options):
         return [x.id for x in e.tasks_of(str(path), **options)[0].examples]
-    assert ids(tsv(tmp_path / "MMStar.tsv", *rows), skip_bad=True) == ["1", "2"]
+    bad = stars(tmp_path, row(index=0, image="x" * 80), row(), row(index=2))
+    assert ids(bad, skip_bad=True) == ["1", "2"]
     assert ids(mmbench(tmp_path), limit=1) == ["0", "1000000"]
     assert len(ids(foil(tmp_path), limit=1)) == 2
 
@@ -525,83 +453,52 @@ def test_skip_bad_and_limit(tmp_path):
 
 
 ABCD = {"A": "cat", "B": "dog", "C": "a red bus", "D": "10"}
-
-
-@pytest.mark.parametrize("text, letter", [
-    ("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("B。", "B"), ("（B）", "B"), ("<B>", "B"), ('"B"', "B"),
-    ("**B**", "B"), ("B) dog", "B"),
-    ("<answer>B</answer>", "B"), ("<answer> b </answer>", "B"), (r"\boxed{B}", "B"),
-    (r"\boxed{\text{B}}", "B"), ("答案是B", "B"), ("答案:B", "B"),
-    ("The answer is B.", "B"), ("The answer is dog", "B"), ("The answer is a dog", "B"),
-    ("The answer is a red bus", "C"), ("Answer: A cat.", "A"),
-    ("A dog, so the answer is B", "B"), ("A cat", "A"), ("I think it is C", "C"), ("It is a dog.", "B"),
-    ("100", None), ("10", "D"),
-    ("concatenate", None), ("cat or dog", None), ("A or B", None), ("The answer is A or B", None), ("", None),
-    ("none of them", None),
-    ("The answer is B because the thing that one can see in the middle barks", "B"),
-    ("Cannot determine the answer: B", None),
-    ("A is wrong. B is wrong. The last one remains, which must be the answer: C", "C"), ("E", None),
-    ("It is option c.", None),
-])
-def test_extract_choice(text, letter):
-    """An article read as an option, a text inside another word, a guess where nothing is said."""
-    assert e.extract_choice(text, ABCD) == letter
-
-
 TEN = {letter: f"thing {letter}{letter}" for letter in "ABCDEFGHIJ"}
+WITH_LETTERS = {"A": "b", "B": "a dog", "C": "vitamin A", "D": "both A and B", "E": "C#"}
 
 
-@pytest.mark.parametrize("text, letter", [
-    ("I don't know", None), ("I am not sure.", None), ("I'm not sure", None), ("A man runs.", None),
-    ("I", "I"), ("I is correct", "I"), ("The answer is I.", "I"),
-    ("选B", "B"), ("故选：B", "B"), ("应选 B。", "B"), ("所以选择Ｄ", "D"), ("正确选项是Ｂ", "B"), ("答案为Ｃ。", "C"),
-    ("B选项正确，因为图中有一个红色的圆", "B"), ("不选B", None), ("选项A错误，选项B正确", None),
-    ("Ｂ", "B"), ("（Ｂ）", "B"), ("<answer>Ｂ</answer>", "B"),
-    ('{"answer": "B"}', "B"), ("{'answer': 'B'}", "B"), ('{"reason": "A is red", "answer": "G"}', "G"),
-    ("$B$", "B"), ("The right option is $B$.", "B"), ("So we get $F$ here, as shown above", None),
-    ("(C) Biotic. The living parts of an area are grouped under this word.", "C"),
-    ("F. K>0, because the curve bends upwards at every point of it", "F"),
-    ("The most likely diagnosis is (B) Placenta accreta, which goes with a vitamin A deficiency", "B"),
-    ("**E. soil** is what the arrow at the lower left of it shows", "E"),
-    ("B is the one with more legs than all of the others have", "B"),
-    ("The correct choice is C, the bus, as its many wheels and windows show", "C"),
-    ("The answer is B because A is too small", "B"),
-    ("The answer is not A. The answer is B.", "B"), ("The answer is not A", None),
-    ("The answer is A or B", None), ("The answer is A, B", None), ("Both A and B are right", None),
-    ("A. is red: no. B. is blue: yes.", None), ("The answer is C++", None),
-    ("It is a picture of vitamin B in a bottle that somebody left there", None),
+@pytest.mark.parametrize("options, said", [
+    (ABCD, {
+        "A": ["Answer: A cat.", "A cat"],
+        "B": ["B", "b", "(B)", "B.", "B。", "（B）", "<B>", '"B"', "**B**", "B) dog", "<answer>B</answer>",
+              "<answer> b </answer>", r"\boxed{B}", r"\boxed{\text{B}}", "答案是B", "答案:B", "The answer is B.",
+              "The answer is dog", "The answer is a dog", "A dog, so the answer is B", "It is a dog.",
+              "The answer is B because the thing that one can see in the middle barks"],
+        "C": ["The answer is a red bus", "I think it is C",
+              "A is wrong. B is wrong. The last one remains, which must be the answer: C"],
+        "D": ["10"],
+        None: ["100", "concatenate", "cat or dog", "A or B", "The answer is A or B", "", "none of them",
+               "Cannot determine the answer: B", "E", "It is option c."]}),
+    (TEN, {
+        "B": ["选B", "故选：B", "应选 B。", "正确选项是Ｂ", "B选项正确，因为图中有一个红色的圆", "Ｂ", "（Ｂ）",
+              "<answer>Ｂ</answer>", '{"answer": "B"}', "{'answer': 'B'}", "$B$", "The right option is $B$.",
+              "The most likely diagnosis is (B) Placenta accreta, which goes with a vitamin A deficiency",
+              "B is the one with more legs than all of the others have",
+              "The answer is not A. The answer is B.",
+              "The answer is B because A is too small", "A is red: no. B is blue: yes. So B",
+              "A is there.\n\n**B**", "A, hmm.\nSo the one on the left, (B)", "<thinking>C</thinking>B"],
+        "C": ["答案为Ｃ。", "(C) Biotic. The living parts of an area are grouped under this word.",
+              "The correct choice is C, the bus, as its many wheels and windows show",
+              "I'd go with C because the others, A and B, are too small",
+              "Between A and B: <|begin_of_box|>C<|end_of_box|>"],
+        "D": ["所以选择Ｄ"], "E": ["**E. soil** is what the arrow at the lower left of it shows"],
+        "F": ["F. K>0, because the curve bends upwards at every point of it"],
+        "G": ['{"reason": "A is red", "answer": "G"}'], "I": ["I", "I is correct", "The answer is I."],
+        None: ["I don't know", "I am not sure.", "I'm not sure", "A man runs.", "不选B", "选项A错误，选项B正确",
+               "So we get $F$ here, as shown above", "The answer is not A", "The answer is A or B",
+               "The answer is A, B", "Both A and B are right", "A. is red: no. B. is blue: yes.",
+               "The answer is C++", "It is a picture of vitamin B in a bottle that somebody left there",
+               "◁think▷it must be C"]}),
+    (WITH_LETTERS, {
+        "A": ["It must be b."], "B": ["Therefore B is the right one to choose here"],
+        "C": ["vitamin A", "It's vitamin A, I guess."], "D": ["D. both A and B", "both A and B"],
+        "E": ["C#"]}),
 ])
-def test_extract_choice_of_ten(text, letter):
-    """A pronoun taken for an option, a letter in another script, or one stated before a long reason."""
-    assert e.extract_choice(text, TEN) == letter
-
-
-@pytest.mark.parametrize("text, letter", [
-    ("vitamin A", "C"), ("It's vitamin A, I guess.", "C"),
-    ("Therefore B is the right one to choose here", None),
-    ("D. both A and B", "D"), ("both A and B", "D"), ("It must be b.", "A"),
-    ("C#", "E"),
-])
-def test_extract_choice_of_texts_with_letters(text, letter):
-    """A letter that is a part of an option's text, taken for the letter of another option."""
-    options = {"A": "b", "B": "a dog", "C": "vitamin A", "D": "both A and B", "E": "C#"}
-    assert e.extract_choice(text, options) == letter
-
-
-def test_thoughts_are_dropped_once_before_metrics_and_judges(tmp_path):
-    """A score of what was only considered, or rows of a report that hide what the model wrote."""
-    texts = ["<think>B, no: C</think>A", "<think>The answer is B", "<think>A</think>The answer is C."]
-    score = e.score_responses(e.tasks_of(str(choices("AI2D_TEST", tmp_path)))[0], texts, e.rule_judge)
-    assert [row["verdict"] for row in score["rows"]] == [1, 0, 1]
-    assert [row["text"] for row in score["rows"]] == texts
-    asked = []
-
-    def judge(triples):
-        asked.extend(response for _, _, response in triples)
-        return [1.0] * len(triples)
-    data = dump(tmp_path / "mine.json", [{"id": 0, "question": "?", "answer": "red"}])
-    e.score_responses(e.tasks_of(str(data))[0], ["<think>blue</think>red"], judge)
-    assert asked == ["red"]
+def test_extract_choice(options, said):
+    """An article or a pronoun read as an option; a text inside another word; a letter in another script, or
+    before a long reason, or within an option's text; a guess where nothing is said."""
+    for letter, texts in said.items():
+        assert [text for text in texts if e.extract_choice(text, options) != letter] == []
 
 
 def can_infer(text, options):
@@ -673,11 +570,6 @@ def test_yes_no(text, said):
     assert e.yes_no(text) == said
 
 
-def test_emphasised_yes_counts():
-    """Upstream leaves "**Yes**" out; as a score that would punish Markdown."""
-    assert e.SCORES["yes_no"](Example("0", (), "?", "Yes"), "**Yes**, it is") == 1
-
-
 REFS = [["a man rides a brown horse on the beach", "a person riding a horse near water", "man on a horse"],
         ["two dogs sleep on the red sofa", "dogs sleeping on a couch"],
         ["a plate of food with rice and beans", "rice and beans on a plate", "food"]]
@@ -689,16 +581,16 @@ def test_bleu_and_cider_are_those_of_coco_caption():
     refs, hyps = [[ref.split() for ref in group] for group in REFS], [hyp.split() for hyp in HYPS]
     assert e.bleu(refs, hyps) == pytest.approx([0.8451260213418907, 0.7100478817033836, 0.5317812554790314,
                                                 0.34968371368885526], abs=1e-9)
-    assert e.cider(refs, hyps) == pytest.approx(1.8952216588819508, abs=1e-9)
     assert e.cider_each(refs, hyps) == pytest.approx([2.46069388, 1.62159273, 1.60337837], abs=1e-7)
     refs = [["a man rides a brown horse".split()], ["two dogs sleep on the red sofa".split()]]
     assert e.bleu(refs, [[], ["two", "dogs"]]) == pytest.approx([0.004086771434377308, 0.004086771433355616,
                                                                  4.0867714343773085e-05,
                                                                  4.086771434888154e-06], abs=1e-12)
-    assert e.cider(refs, [[], ["two", "dogs"]]) == pytest.approx(0.83275918008213, abs=1e-9)
+    assert sum(e.cider_each(refs, [[], ["two", "dogs"]])) == pytest.approx(2 * 0.83275918008213, abs=1e-9)
     exact = [ref[0] for ref in refs]
-    assert e.bleu(refs, exact) == pytest.approx([1] * 4) and e.cider(refs, exact) == pytest.approx(10)
-    assert e.cider(refs[:1], exact[:1]) == 0
+    assert e.bleu(refs, exact) == pytest.approx([1] * 4)
+    assert e.cider_each(refs, exact) == pytest.approx([10] * 2)
+    assert e.cider_each(refs[:1], exact[:1]) == [0]
 
 
 TOKENS = [                                                         # as the jar of pycocoevalcap 1.2 has them
@@ -720,44 +612,32 @@ TOKENS = [                                                         # as the jar 
     ("the dogs' toys, McDonald's 2x4's 10am", "the dogs toys mcdonald 's 2x4 's 10am"),
     ("a cat\r\nsits\u2028here", "a cat sits here"),
 ]
-MISSES = [("a URL http://x.com/y here", "a url http://x.com/y here"), ("<b>bold</b>", "<b> bold </b>"),
-          ("1 1/2 cups", "1\xa01/2 cups"),
-          ("US$5 or €5", "us$ 5 or $ 5"), ("we took plan b.", "we took plan b.")]
-
-
 @pytest.mark.parametrize("text, tokens", TOKENS)
 def test_tokenize_caption(text, tokens):
     assert e.tokenize_caption(text) == tokens.split(" ")
 
 
-@pytest.mark.parametrize("text, tokens", MISSES)
-def test_known_misses_of_the_tokeniser(text, tokens):
-    """The docstring names these: where one is mended, it must stop saying so."""
-    assert e.tokenize_caption(text) != tokens.split(" ")
+def about(truth, *truths, options=()):
+    return Example("", (), "a man rides a big horse", truth, options, truths=truths)
 
 
-@pytest.mark.parametrize("metric, truth, text, score", [
-    ("mmmu", Example("", (), "?", "3.5", truths=("3.5", "3.5 m")), "The answer is 3.50", 1),
-    ("mmmu", Example("", (), "?", "3.5"), "A", 0),
-    ("mmmu", Example("", (), "?", "entropy"), "So it is Entropy.", 1),
-    ("mmmu", Example("", (), "?", "entropy"), "negentropy", 0),
-    ("mathvista", Example("", (), "?", "14", kind="integer"), "The answer is 14 cm.", 1),
-    ("mathvista", Example("", (), "?", "14", kind="integer"), "There are 3 rows, 14 in all", 1),
-    ("mathvista", Example("", (), "?", "0", kind="integer"), "0", 1),
-    ("mathvista", Example("", (), "?", "1.5", kind="float"), "1.46", 1),
-    ("mathvista", Example("", (), "?", "1.5", kind="float"), "nothing", None),
-    ("mathvista", Example("", (), "?", "[1, 2]", kind="list"), "It is [1,2]", 1),
-    ("graded", Example("", (), "?", "red<AND>two<OR>blue"), "Red and blue.", 1),
-    ("graded", Example("", (), "?", "red<AND>two"), "redder, 2", 0.5),
-    ("foil_word", Example("", (), "a man rides a big horse", "No", truths=("horse", "bike")), "horses", 1),
-    ("foil_word", Example("", (), "a man rides a big horse", "No", truths=("horse", "bike")),
-     "The wrong word is horse.", 1),
-    ("foil_word", Example("", (), "a man rides a big horse", "No", truths=("horse", "bike")),
-     "a man rides a big horse", 0),
-    ("mmmu_pro", Example("", (), "?", "B", tuple("abcdefghij")), "Perhaps A.\nAnswer: B", 1),
+@pytest.mark.parametrize("metric, example, text, score", [
+    ("mmmu", about("3.5", "3.5", "3.5 m"), "The answer is 3.50", 1),
+    ("mmmu", about("3.5"), "A", 0),
+    ("mmmu", about("entropy"), "So it is Entropy.", 1),
+    ("mmmu", about("entropy"), "negentropy", 0),
+    ("mmmu", about("$6$"), "The answer is 6.", 1),
+    ("mmmu", about("1e3"), "1000 m", 1),
+    ("mmmu", about("1e3"), "The answer is 1", 0),
+    ("foil_word", about("No", "horse", "bike"), "horses", 1),
+    ("foil_word", about("No", "horse", "bike"), "The wrong word is horse.", 1),
+    ("foil_word", about("No", "horse", "bike"), "a man rides a big horse", 0),
+    ("foil_fix", about("No", "horse", "bike"), 'It should be "bike"', 1),
+    ("mcq", about("B", options=tuple("abcdefghij")), "Perhaps A.\nAnswer: B", 1),
+    ("yes_no", about("Yes"), "**Yes**, it is", 1),                  # upstream leaves that out
 ])
-def test_other_metrics(metric, truth, text, score):
-    assert e.SCORES[metric](truth, text) == score
+def test_other_metrics(metric, example, text, score):
+    assert e.SCORES[metric](example, text) == score
 
 
 def test_paired_difference_is_of_pairs(tmp_path):
@@ -771,37 +651,22 @@ def test_paired_difference_is_of_pairs(tmp_path):
     assert e.difference(result(base), result(base)) == (0, 0, 0)
 
 
-def test_groups_are_resampled_together():
-    """Rotations drawn one by one would make the interval of a circular score too narrow."""
+def test_the_interval_covers_as_it_should():
+    """For 0/1 data near the normal p +- 1.96 sqrt(p (1 - p) / n). Rotations drawn one by one would make the
+    interval of a circular score too narrow."""
+    mean, low, high = e.mean_and_interval([1.0] * 300 + [0.0] * 200, [1] * 500)
+    assert mean == 60 and low == pytest.approx(60 - 4.3, abs=0.5) and high == pytest.approx(60 + 4.3, abs=0.5)
+    assert e.mean_and_interval([1.0] * 50, [1] * 50) == (100, 100, 100)
     rng = random.Random(0)
     each = [rng.random() < 0.5 for _ in range(100)]
-    low, high = e.bootstrap_interval([4.0 * x for x in each], [4] * 100)
-    assert high - low == pytest.approx(2 * 1.96 * 0.05, abs=0.02)
-    narrow = e.bootstrap_interval([float(x) for x in each for _ in range(4)])
-    assert narrow[1] - narrow[0] < 0.6 * (high - low)
-
-
-def test_the_report_escapes_and_filters(tmp_path):
-    """Model text, questions and file names can hold any HTML; a question that changed must be marked so."""
-    evil = "<script>alert(1)</script>\"'>"
-    row = {"id": evil, "image": [], "question": evil, "truth": evil, "category": "", "text": evil,
-           "verdict": 1.0}
-    def score(value):
-        return {"task": evil, "metric": "mcq", "questions": 2, "extracted": 1.0, "failed": 0, "score": value,
-                "interval": [0, 100], "by": {evil: 1.0},
-                "units": {"a": [value, 1], "b": [1.0, 1]}, "rows": [row | {"verdict": value}, row]}
-    e.write_comparison(tmp_path / "r.html", {"base": [score(0.0)], "new" + evil: [score(1.0)]})
-    page = (tmp_path / "r.html").read_text()
-    assert "<script" not in page
-    assert page.count('class="card better"') == 1 and page.count('class="card same"') == 1
-    assert page.index("card better") < page.index("card same")
+    _, low, high = e.mean_and_interval([4.0 * x for x in each], [4] * 100)
+    assert high - low == pytest.approx(2 * 1.96 * 5, abs=2)
+    _, below, above = e.mean_and_interval([float(x) for x in each for _ in range(4)], [1] * 400)
+    assert above - below < 0.6 * (high - low)
 
 
 def test_a_graded_judge(tmp_path, monkeypatch):
     """MM-Vet by a judge: shares are read as they are, failures left out, <AND> is not taken for a tag."""
-    assert e.parse_verdict("Half. <answer>0.5</answer>", graded=True) == 0.5
-    assert e.parse_verdict("<answer>0.5</answer>") is None
-    assert e.parse_verdict("<answer>1.5</answer>", graded=True) is None
     asked = []
 
     def verdicts(self, triples, graded=False):
@@ -810,12 +675,10 @@ def test_a_graded_judge(tmp_path, monkeypatch):
     monkeypatch.setattr(e.LLMJudge, "__call__", verdicts)
     judge = e.LLMJudge.__new__(e.LLMJudge)
     judge.name = "big"
-    task = e.tasks_of(str(mmvet(tmp_path)))[0]
-    score = e.score_responses(task, ["a cat", "12"], judge)
+    score = e.score_responses(e.tasks_of(str(mmvet(tmp_path)))[0], ["a cat", "12"], judge)
     assert score["metric"] == "graded, big" and score["score"] == 50 and score["failed"] == 1
     [(triples, graded)] = asked
     assert graded and triples[0] == ("What is there?", "cat and dog", "a cat")
-    assert "{response}" in e.GRADED_PROMPT
     assert "<answer>x</answer>" in e.GRADED_PROMPT and "<answer>0" not in e.GRADED_PROMPT
 
 
@@ -829,10 +692,12 @@ def test_a_judge_is_any_function(tmp_path, monkeypatch):
     monkeypatch.setattr(e, "make_judge", lambda *args: length_judge)
     data = dump(tmp_path / "mine.json", [{"id": i, "question": f"q{i}",
                                           "answer": f"truth {i}"} for i in range(3)])
-    responses = dump(tmp_path / "p.json", {"0": "ab", "1": "?", "2": "abcd"})
-    done = call("eval.py", "--data", data, "--predictions", responses, "--out", tmp_path / "out")
+    texts = {"0": "<think>no</think>ab", "1": "?", "2": "abcd"}
+    given = responses(tmp_path / "p.jsonl", texts)
+    done = call("eval.py", "--data", data, "--predictions", given, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert asked == [("q0", "truth 0", "ab"), ("q1", "truth 1", "?"), ("q2", "truth 2", "abcd")]
     [score] = json.loads((tmp_path / "out" / "scores.json").read_text())["predictions"]
     assert score["score"] == 75 and score["questions"] == 2 and score["failed"] == 1
     assert [row["verdict"] for row in score["rows"]] == [0.5, None, 1]
+    assert {row["id"]: row["text"] for row in score["rows"]} == texts      # a report shows what was written

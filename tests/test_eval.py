@@ -1,185 +1,136 @@
-"""The rule judge against strings made to fool it, the interval, the report."""
+"""The rule judge against strings made to fool it; thoughts, curves and the report."""
+import copy
 import json
-import math
 import re
+from dataclasses import replace
 
 import pytest
-
 from PIL import Image
 
-from eval import (bootstrap_interval, draw_curves, rule_judge, rule_verdict, value_ticks, without_thoughts,
-                  write_report)
-from conftest import noise_image
+from conftest import call, noise_image
+from eval import (draw_curves, greedy, opened_thought, parse_verdict, rule_check, rule_judge, rule_verdict,
+                  tasks_of, without_thoughts, write_report)
+from model import UserError, encode
+from teachers import Example, load_examples
 
 COLOUR = "What colour is the circle?"
 COUNT = "How many circles are there?"
 YES = "Is there a red circle?"
 WHERE = "Where is it?"
 BESIDE = "What colour is the circle beside the blue square?"
+WHAT = "What is it?"
 
 
-@pytest.mark.parametrize("question, truth, response, verdict", [
-    (COLOUR, "red", "red", 1),
-    (COLOUR, "red", "Red.", 1),
-    (COLOUR, "red", "The circle is red.", 1),
-    (COLOUR, "red", "The answer is red.", 1),
-    (COLOUR, "red", "The answer is: red", 1),
-    (COLOUR, "red", "Answer: red", 1),
-    (COLOUR, "red", "It is not blue, it is red.", 1),
-    (COLOUR, "red", "red, not blue", 1),
-    (COLOUR, "red", "It is red rather than blue.", 1),
-    (COLOUR, "red", "not red", 0),
-    (COLOUR, "red", "It isn't red.", 0),
-    (COLOUR, "red", "red or blue or green", 0),
-    (COLOUR, "red", "red blue green", 0),
-    (COLOUR, "red", "I see red and blue.", 0),
-    (COLOUR, "red", "The square is red. The answer is blue.", 0),
-    (COLOUR, "red", "A red square is there, so it is blue", 0),
-    (COLOUR, "red", "The answer is red or blue.", 0),
-    (COLOUR, "red", "It was hired.", 0),
-    (COLOUR, "red", "I am not sure.", 0),
-    (COLOUR, "red", "", 0),
-    (BESIDE, "red", "The circle beside the blue square is red.", 1),
-    ("Is it red or blue?", "red", "It is red or blue.", 0),
-    ("Is it red or blue?", "red", "It is red.", 1),
-    (COUNT, "2", "2", 1),
-    (COUNT, "2", "There are two circles.", 1),
-    (COUNT, "2", "2.0", 1),
-    (COUNT, "2", "12", 0),
-    (COUNT, "2", "-2", 0),
-    (COUNT, "2", "2 or 3", 0),
-    (COUNT, "2", "1 2 3 4", 0),
-    (COUNT, "12", "12", 1),
-    (COUNT, "0", "none", 1),
-    (YES, "yes", "Yes, there is a red circle.", 1),
-    (YES, "no", "No, there is no red circle.", 1),
-    (YES, "yes", "yes and no", 0),
-    (YES, "yes", "yesterday", 0),
-    (YES, "no", "There is not.", 0),
-    (WHERE, "top left", "At the top left.", 1),
-    (WHERE, "top left", "top", 0),
-    (WHERE, "left", "top left", 0),
-    (WHERE, "centre", "In the center.", 1),
-    ("What is it?", "a grey cat", "It is a grey cat.", 1),
-    ("What is it?", "cat", "concatenate", 0),
-    ("What is it?", "cat", "a cat or a dog", 0),
-    ("What is it?", "C++", "Surely C++!", 1),
-    ("Shape?", "circle", "There are circles.", 1),
+@pytest.mark.parametrize("question, truth, right, wrong", [
+    (COLOUR, "red", ["red", "Red.", "The circle is red.", "The answer is red.", "The answer is: red",
+                     "Answer: red", "It is not blue, it is red.", "red, not blue",
+                     "It is red rather than blue.", "red is the answer:", "<answer>red</answer>",
+                     r"Blue? \boxed{red}", "ｒｅｄ"],
+     ["not red", "It isn't red.", "red or blue or green", "red blue green", "I see red and blue.",
+      "The square is red. The answer is blue.", "A red square is there, so it is blue",
+      "The answer is red or blue.", "It was hired.", "I am not sure.", "", r"red \boxed{blue}"]),
+    (BESIDE, "red", ["The circle beside the blue square is red."], []),
+    ("Is it red or blue?", "red", ["It is red."], ["It is red or blue."]),
+    (COUNT, "2", ["2", "There are two circles.", "2.0"], ["12", "-2", "2 or 3", "1 2 3 4", "two hundred"]),
+    (COUNT, "12", ["12"], ["1", "2"]),
+    (COUNT, "0", ["none", "zero"], ["10"]),
+    (COUNT, "1000", ["1,000", "1000"], ["1,0000", "1", "1,000 or 2,000", "1,000,000"]),
+    (COUNT, "21", ["twenty-one", "twenty one dogs"], ["twenty", "one"]),
+    (COUNT, "twenty", ["20", "Twenty."], ["2", "twenty-two", "twenty or thirty"]),
+    (COUNT, "-5", ["-5", "−5", "It is –5."], ["5"]),
+    (YES, "yes", ["Yes, there is a red circle."], ["yes and no", "yesterday"]),
+    (YES, "no", ["No, there is no red circle."], ["There is not."]),
+    (WHERE, "top left", ["At the top left."], ["top"]),
+    (WHERE, "left", [], ["top left"]),
+    (WHERE, "centre", ["In the center."], []),
+    ("Shape?", "circle", ["There are circles."], []),
 ])
-def test_the_rule_judge(question, truth, response, verdict):
+def test_the_rule_judge(question, truth, right, wrong):
     """Right by containment, by listing every value, by a clause on something else, or by negation."""
-    assert rule_verdict(question, truth, response) == verdict
-    assert rule_judge([(question, truth, response), (COUNT, "2", "two")]) == [verdict, 1]
+    assert [text for text in right if not rule_verdict(question, truth, text)] == []
+    assert [text for text in wrong if rule_verdict(question, truth, text)] == []
+    assert rule_judge([(question, truth, "?"), (COUNT, "2", "two")]) == [0, 1]
 
 
 @pytest.mark.parametrize("truth, right, wrong", [
-    ("+", ["+", "The sign is +.", 'It is "+".'], ["It is a minus.", "-", "++", "The answer is -."]),
-    (">", [">", "5 > 3", "5>3", "The answer is: >"], ["Smaller.", ">=", "<", "It is not >."]),
-    ("?", ["?", 'The mark is "?".'], ["It is red.", 'He said "so?".', "!"]),
-    (".", ["."], ["It is red.", 'It is "red".']),
-    ("...", ["..."], ["It is red...", "red."]),
-    ("", [], ["", "red", "."]),
-    ("C++", ["C++", "It is C++, surely.", "**C++**"], ["C", "C#", "not C++", "C++ or Java", "C+"]),
-    ("C", ["C", "It is C."], ["C++", "C#"]),
-    ("A+", ["A+", "The grade is A+."], ["A", "A-", "A++"]),
-    ("A", ["A", "A.", "# A"], ["A+", "A-", "The grade is A-."]),
-    ("A-", ["A-", "The grade is A-."], ["A", "A+"]),
-    ("AT&T", ["at&t"], ["ATT", "AT T"]),
-    ("K>0", ["K > 0", "Then K>0."], ["K<0", "K = 0", "K 0"]),
-    ("-5", ["-5", "−5", "It is –5."], ["5", "+5"]),
-    ("−5", ["-5", "−5", "minus? It is -5.0"], ["5", "−15"]),
-    ("5", ["5", "５", "+5"], ["−5", "-5", "–5"]),
-    ("$7", ["$7", "It costs $7.00.", "7 dollars", "No, it is $7.", "seven dollars"],
-     ["€7", "$17", "$7.50", "$7 or $8", "$7, $8", "not $7", "7 apples"]),
-    ("€1,000.50", ["€1000.5", "1,000.50 euros"], ["$1000.50", "€100.50"]),
-    ("50%", ["50%", "50 %.", "fifty percent", "50％", "It is half, 50%, of all."],
-     ["50 apples", "150%", "5%", "50% or 60%", "not 50%", "0.50"]),
-    ("12°", ["12°"], ["12", "12%"]),
-    ("3/4", ["3/4", "It is 3/4."], ["3-4", "3, 4", "13/4", "3/4/2020"]),
-    ("10:30", ["At 10:30."], ["10/30", "10, 30", "10:30 or 11:30"]),
-    ("2-3", ["2-3", "2–3"], ["2 or 3", "2/3"]),
-    ("t-shirt", ["A t-shirt."], ["a shirt"]),
+    ("Beagle", ["Beagle", "a beagle.", "It is a Beagle.", "It's probably a beagle", "Beagle, I think.",
+                "The dog in the picture is a Beagle.", "I think that it is a Beagle.", "Sure! A beagle.",
+                "The answer is Beagle.", "Beagle is the answer.", "Beagles.", "**Beagle**",
+                "I see a beagle."],
+     ["Beagle, Pug, Boxer", "Beagle Pug Boxer", "1. Beagle\n2. Pug\n3. Boxer", "Is it a Beagle? No, a Pug.",
+      "There is no sign of a Beagle", "It is not a Beagle.", "A Beagle or a Pug", "a pug", "beagleish",
+      "I doubt it is a Beagle", "It is a Pug, not a Beagle", "Is it a Beagle"]),
+    ("a grey cat", ["It is a grey cat.", "gray cat"], ["cat", "a grey cat or a dog"]),
+    ("cat", ["cats"], ["concatenate", "a cat or a dog"]),
+    ("t-shirt", ["A t-shirt.", "a t shirt"], ["a shirt"]),
+    ("on the table", ["It is on the table.", "On the table."], ["under the table"]),
 ])
-def test_the_rule_judge_reads_signs(truth, right, wrong):
-    """A truth that loses its sign, so that C is C++, euros are dollars, and a full stop is any mark."""
-    assert [text for text in right if not rule_verdict("?", truth, text)] == []
-    assert [text for text in wrong if rule_verdict("?", truth, text)] == []
+def test_a_phrase_is_the_whole_answer(truth, right, wrong):
+    """A list of all breeds, a question or a denial that mentions the truth: a policy soon finds them."""
+    assert [text for text in right if not rule_verdict(WHAT, truth, text)] == []
+    assert [text for text in wrong if rule_verdict(WHAT, truth, text)] == []
 
 
-@pytest.mark.parametrize("truth, right, wrong", [
-    ("1000", ["1,000", "1000", "one thousand", "a thousand"], ["1,0000", "1", "1,000 or 2,000", "1,000,000"]),
-    ("1,234,567", ["1234567", "1,234,567."], ["1,234", "234,567"]),
-    ("1", ["one"], ["1,000", "twenty-one"]),
-    ("20", ["twenty", "Twenty."], ["twelve", "twenty-two", "twenty or thirty"]),
-    ("twenty", ["20", "twenty"], ["2"]),
-    ("21", ["twenty-one", "twenty one dogs"], ["twenty", "one"]),
-    ("forty-two", ["42", "There are forty two."], ["40", "2"]),
-    ("305", ["three hundred and five", "three hundred five"], ["300", "three hundred"]),
-    ("2500000", ["2.5 million", "two million five hundred thousand"], ["2.5", "2500"]),
-    ("13", ["thirteen"], ["3", "thirty"]),
-    ("red", ["ｒｅｄ", "Ｒｅｄ。"], ["ｂｌｕｅ"]),
-    ("红色", ["红色", "答案是红色。", "这是红色的球", "深红色", "大红色的球", "粉红色的球旁边是红色的", "可能是红色吧",
-            "红红的，红色", "金色的盘子，红色的球"],
-     ["蓝色", "不是红色。", "红色或蓝色", "红", "红色，所以答案是蓝色", "粉红色", "紫红色的花", "橘红色", "红色吗？", "是红色的球吗",
-      "红色还是蓝色？"]),
-    ("绿", ["浅绿色", "绿色", "墨绿"], ["黄绿色", "蓝绿", "红绿灯"]), ("白色", ["米白色", "雪白色"], ["灰白色", "黑白色"]),
-    ("緑", ["深緑"], ["黄緑", "青か緑です"]), ("金色", ["黄金色"], ["银色"]), ("茶", ["绿茶"], ["水"]),
-    ("3", ["有3个苹果", "有３个苹果。", "3個です", "사과가 3개 있습니다"], ["有13个苹果", "有3个或4个苹果"]),
-    ("3", ["三个", "有三个苹果。", "三", "答案是三。", "三つです", "一个盘子里有三个苹果", "一张图里有3只猫", "一些苹果，三个", "三個リンゴ"],
-     ["三角形", "三明治", "第三个", "十三个", "三十个", "三四个", "星期三", "三百个", "两三个", "三个或四个", "一个", "三ですか？",
-      "三个吗"]),
-    ("1", ["一个", "答案是一。", "有一只狗", "一つ"], ["一样", "一些", "唯一", "十一个", "第一个", "两个", "二十一个"]),
-    ("21", ["二十一个", "21个"], ["二十个", "一个", "二一个"]), ("99", ["九十九只羊"], ["九十只羊"]),
-    ("10", ["十个", "有十只"], ["十几个", "几十个", "十分", "二十个"]), ("2", ["两个", "两只猫，一只狗"], ["两只猫和三只狗"]),
-    ("三个", ["三个", "有3个苹果"], ["十三个", "四个"]), ("三角形", ["三角形", "三角形です"], ["3角形", "角形"]),
-    ("3个", ["有3个苹果", "有三个苹果"], ["有13个苹果", "有3只"]),
-    ("是", ["是", "是的。"], ["不是", "答案是否"]),
-    ("赤", ["答えは赤です。", "赤い車", "赤かもしれません", "何か赤い物", "確か赤です", "何色ですか。赤です。", "赤から青まで"],
-     ["赤ではない", "青です", "赤または青", "赤ですか？", "赤い車ですか", "赤でしょうかね。", "赤か青です", "青か赤です", "赤いか青い"]),
-    ("カメラ", ["ｶﾒﾗです"], ["カメ"]),
-    ("빨간색", ["정답은 빨간색입니다.", "빨간색이니까."],
-     ["파란색입니다.", "빨간색이 아니다", "빨간색 또는 파란색", "빨간색입니까?", "빨간색인가요?", "빨간색일까", "빨간색이거나 파란색"]),
+@pytest.mark.parametrize("question, truth, right, wrong", [
+    ("?", "A", ["(A)", "A", "# A", "The option is A"],
+     ["The answer is B, a blue ball.", "A blue ball.", "A+", "The grade is A-."]),
+    ("?", "(A)", ["A."], ["B"]),
+    ("?", "B", ["B. It is blue or bluish.", "b", r"\boxed{B}"], ["A or B"]),
+    ("?", "Ｂ", ["选B"], []),
+    ("?", "I", ["I"], ["I don't know"]),
+    ("Which letter?", "Q", ["It says Q."], []),
+    ("Which?\nA. red\nB. blue", "A", ["It is red."], ["It is blue."]),
+    ("Which?\nA. red\nB. blue", "blue", ["B", "It is blue."], ["A", "A. red", "A or B"]),
+    ("Which?\nA. red\nB. blue", "B. blue", ["The answer is B."], []),
+    ("Which?\n(A) red\n(B) blue", "(B) blue", ["blue"], []),
+    ("How many?\nA. 1\nB. 3", "3", ["There are three of them.", "B"], ["A"]),
+    ("Price?\nA. $5\nB. $7", "$7", ["B", "$7"], ["A", "$5"]),
+    ("Language?\nA. C\nB. C++", "C++", ["B"], ["A"]),
+    ("哪个？\nA. 红色\nB. 蓝色", "蓝色", ["B", "选B", "蓝色", "这是蓝色的球"], ["A", "红色"]),
+    ("Grade?\nA. B\nB. A", "A", ["A"], ["B"]),
 ])
-def test_the_rule_judge_reads_numbers_and_scripts(truth, right, wrong):
-    """Numbers in words, separators, full-width forms, and languages without spaces between words."""
-    assert [text for text in right if not rule_verdict("?", truth, text)] == []
-    assert [text for text in wrong if rule_verdict("?", truth, text)] == []
-
-
-@pytest.mark.parametrize("question, truth, response, verdict", [
-    ("?", "A", "The answer is B, a blue ball.", 0),
-    ("?", "A", "A blue ball.", 0),
-    ("?", "A", "(A)", 1),
-    ("?", "(A)", "A.", 1),
-    ("?", "B", "B. It is blue or bluish.", 1),
-    ("?", "B", "A or B", 0),
-    ("?", "B", "b", 1),
-    ("?", "Ｂ", "选B", 1),
-    ("?", "I", "I don't know", 0),
-    ("Which letter?", "Q", "It says Q.", 1),
-    ("Which?\nA. red\nB. blue", "A", "It is red.", 1),
-    ("Which?\nA. red\nB. blue", "A", "It is blue.", 0),
-    ("Which?\nA. red\nB. blue", "blue", "B", 1),
-    ("Which?\nA. red\nB. blue", "Blue", "(B)", 1),
-    ("Which?\nA. red\nB. blue", "B. blue", "The answer is B.", 1),
-    ("Which?\n(A) red\n(B) blue", "(B) blue", "blue", 1),
-    ("Which?\nA. red\nB. blue", "blue", "It is blue.", 1),
-    ("Which?\nA. red\nB. blue", "blue", "A", 0),
-    ("Which?\nA. red\nB. blue", "blue", "A. red", 0),
-    ("Which?\nA. red\nB. blue", "blue", "A or B", 0),
-    ("How many?\nA. 1\nB. 3", "3", "There are three of them.", 1),
-    ("How many?\nA. 1\nB. 3", "3", "B", 1),
-    ("How many?\nA. 1\nB. 3", "3", "A", 0),
-    ("Price?\nA. $5\nB. $7", "$7", "B", 1),
-    ("Price?\nA. $5\nB. $7", "$7", "$7.00", 1),
-    ("Price?\nA. $5\nB. $7", "$7", "A", 0),
-    ("Language?\nA. C\nB. C++", "C++", "B", 1),
-    ("Language?\nA. C\nB. C++", "C++", "A", 0),
-    ("Grade?\nA. B\nB. A", "A", "A", 1),
-])
-def test_the_rule_judge_reads_letters(question, truth, response, verdict):
+def test_the_rule_judge_reads_letters(question, truth, right, wrong):
     """An article taken for the letter A, or a letter refused because of words beside it."""
-    assert rule_verdict(question, truth, response) == verdict
+    assert [text for text in right if not rule_verdict(question, truth, text)] == []
+    assert [text for text in wrong if rule_verdict(question, truth, text)] == []
+
+
+REFUSED = ["C++", "$7", "50%", "€1,000", "3/4", "10:30", "?", "K>0", r"\frac{63}{400}", "$6$", "红色", "三个",
+           "赤", "빨간색", "Ελλάδα", "red, blue", "cat<AND>dog", "There is a man on the left of it", "AT&T"]
+
+
+@pytest.mark.parametrize("truth", REFUSED)
+def test_a_truth_that_a_rule_cannot_judge_is_refused(truth):
+    """A judge that is silently wrong about signs, scripts, LaTeX and sentences; an option's text is fine."""
+    with pytest.raises(UserError, match="f.jsonl:3: a rule cannot judge the answer .* give --judge MODEL"):
+        rule_check(Example("0", (), "?", truth, where="f.jsonl:3"))
+    if "\n" not in truth:
+        rule_check(Example("0", (), "?", truth, ("x", truth)))     # the text of an option
+
+
+@pytest.mark.parametrize("truth", ["12", "-5", "1,000", "2.5", "Yes", "no.", "B", "(b)", "red", "Grey cat",
+                                   "on the left", "t-shirt", "dog's bowl", "café", "top left", "3.5 cm"])
+def test_a_truth_that_a_rule_can_judge(truth):
+    rule_check(Example("0", (), "?", truth))
+    assert rule_verdict("?", truth, truth) == 1
+
+
+def test_truths_are_checked_before_any_work(checkpoints, tmp_path):
+    """Zeros for a whole run. A metric of its own needs no judge, so there every truth is fine."""
+    def data(name, *rows):
+        (tmp_path / name).write_text("".join(json.dumps({"question": "?"} | row) + "\n" for row in rows))
+        return tmp_path / name
+    mine = data("mine.jsonl", {"id": "0", "answer": "2"}, {"id": "1", "answer": "$7"})
+    options = ["--model", checkpoints["qwen2_5_vl"], "--data", mine, "--max-new-tokens", 2]
+    done = call("eval.py", *options, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "mine.jsonl:2: a rule cannot judge" in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert call("eval.py", *options, "--skip-bad", "--out", tmp_path / "out").returncode == 0
+    [score] = json.loads((tmp_path / "out" / "scores.json").read_text())["qwen2_5_vl"]
+    assert [row["id"] for row in score["rows"]] == ["0"]
+    assert len(load_examples(str(mine), checks=[rule_check], skip_bad=True)) == 1
+    answers = data("vqa.jsonl", {"id": "0", "answers": ["$7"] * 4})
+    assert tasks_of(str(answers), checks=[rule_check])[0].metric == "vqa"
 
 
 @pytest.mark.parametrize("response, rest", [
@@ -187,32 +138,80 @@ def test_the_rule_judge_reads_letters(question, truth, response, verdict):
     ("<THINK>\n1\n</THINK>\n\n2", "2"), ("<think>1</think>x <think>2</think>y", "x y"),
     ("red</think>blue", "blue"),
     ("I think it is red", "I think it is red"),
+    ("<thinking>A?\n</thinking>\nB", "B"), ("◁think▷The answer is C.◁/think▷B", "B"), ("◁think▷So B", ""),
+    ("The answer is A.</thinking>B", "B"), ("<Thinking>\\boxed{A}", ""),
 ])
 def test_thoughts_are_no_part_of_a_response(response, rest):
     """A verdict on what a model only considered."""
     assert without_thoughts(response) == rest
 
 
-def test_bootstrap_interval_covers_as_it_should():
-    """An interval of the wrong width: for 0/1 data it is near the normal p +- 1.96 sqrt(p (1 - p) / n)."""
-    low, high = bootstrap_interval([1.0] * 300 + [0.0] * 200)
-    half = 1.96 * math.sqrt(0.6 * 0.4 / 500)
-    assert low == pytest.approx(0.6 - half, abs=0.005) and high == pytest.approx(0.6 + half, abs=0.005)
-    assert bootstrap_interval([1.0] * 50) == (1.0, 1.0)
+@pytest.mark.parametrize("end, opened", [
+    ("<think>\n", "<think>"), ("<think>\n\n</think>\n\n", ""), ("", ""), ("◁think▷", "◁think▷"),
+    ("Say <think> first.\n", "")])
+def test_a_thought_that_the_template_opened_hides_what_never_left_it(end, opened, qwen):
+    """A letter out of a thought that was cut off, because its first mark stands in the prompt."""
+    tokenizer = copy.deepcopy(qwen.tokenizer)
+    end = end.replace("\n", "{{ '\\n' }}")
+    tokenizer.chat_template = ("{% for m in messages %}{{ m.content }}{% endfor %}"
+                               f"{{% if add_generation_prompt %}}{end}{{% endif %}}")
+    assert opened_thought(tokenizer) == opened
+    assert opened_thought(qwen.processor) == ""
+    vlm = replace(qwen, processor=tokenizer)
+    prompts = [encode(vlm, "How many?", [])]
+    [(_, text, finished)] = greedy(vlm, prompts, 2, 1)
+    assert text.startswith(opened) and not finished
+    [(_, _, finished)] = greedy(replace(vlm, stop_ids=list(range(len(tokenizer)))), prompts, 2, 1)
+    assert finished
+    assert (without_thoughts(text) == "") == bool(opened)
+    assert rule_verdict(COUNT, "2", opened + "Is it 2") == int(not opened)
+
+
+@pytest.mark.parametrize("truth, text", [
+    ("12", r"We have 3 rows of 4. \boxed{12}"), ("12", "3 x 4 = 12"),
+    ("12", "The answer is 12, as 3 x 4 = 12"),
+    ("12", "<answer>12</answer> since 3 rows of 4"), ("12", "There are 3 rows of 4.\n\n**12**"),
+    ("12", "3 rows.\n4 in each.\n**Answer: 12**"), ("12", "It is 12 because there are 3 rows of 4."),
+    ("12", r"\(\boxed{12\text{ apples}}\)"), ("12", "<|begin_of_box|>12<|end_of_box|>, from 3 rows of 4"),
+    ("red", "It is red, since the blue one is a square."), ("7", "2 + 5 = 7 apples"),
+    ("beagle", "The ears are long.\n**Beagle**"), ("beagle", "I'd go with a Beagle because of its ears."),
+])
+def test_a_right_answer_after_a_calculation_or_before_its_reason(truth, text):
+    """Numbers of the way there, counted as if they were answers too."""
+    assert rule_verdict("?", truth, text) == 1
+    assert rule_verdict("?", "5" if truth != "5" else "6", text) == 0
+
+
+@pytest.mark.parametrize("reply, graded, verdict", [
+    ("Yes. <answer>1.0</answer>", False, 1), ("<Answer>1</Answer>", False, 1),
+    ("<ANSWER>0.0</ANSWER>.", False, 0),
+    ("<answer>1</answer><|im_end|>", False, 1), ("<answer>0</answer>\n</s>", False, 0),
+    ("<answer>0.25</answer><end_of_turn>\n", True, 0.25), ("<answer>0.5</answer>", False, None),
+    ("<answer>1</answer> <answer>", False, None), ("<Answer>1</Answer> No: <answer>0</answer>", False, None),
+    ("<answer>1</answer><b>not really</b>", False, None), ("<answer>1.5</answer>", True, None)])
+def test_verdicts_in_other_spellings(reply, graded, verdict):
+    """A judge that says 1.0, or whose stop token was decoded, without a verdict in a whole run."""
+    assert parse_verdict(reply, graded) == verdict
 
 
 def test_the_report_cannot_run_what_a_model_wrote(tmp_path):
-    """Model text, questions and truths must be escaped: a response can hold any HTML."""
+    """Model text, questions and truths can hold any HTML, in rollouts as in scores; no request is made."""
     noise_image(8, 8).save(tmp_path / "i.png")
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>"
-    rows = [{"step": 0, "id": "a", "image": [str(tmp_path / "i.png")], "question": evil, "truth": evil,
-             "source": evil, "text": evil, "p_student": 0.5, "rewards": {evil: None}, "reward": 1.0,
-             "advantage": 0.5}]
+    row = {"id": evil, "image": [str(tmp_path / "i.png")], "question": evil, "truth": evil, "text": evil}
+    rollout = row | {"step": 0, "source": evil, "p_student": 0.5, "rewards": {evil: None}, "reward": 1.0,
+                     "advantage": 0.5}
+
+    def score(value):
+        return {"task": evil, "metric": "mcq", "questions": 2, "extracted": 1.0, "failed": 0, "score": value,
+                "interval": [0, 100], "by": {evil: 1.0}, "units": {"a": [value, 1], "b": [1.0, 1]},
+                "rows": [row | {"text": "same", "verdict": 1.0}, row | {"text": "changed", "verdict": value}]}
     draw_curves([], str(tmp_path / "curves.png"))
-    write_report(tmp_path, {"data": evil}, {}, rows)
+    write_report(tmp_path, {"data": evil}, {"base": [score(0.0)], "new" + evil: [score(1.0)]}, [rollout])
     page = (tmp_path / "report.html").read_text()
-    assert "<script" not in page and "<img src=x" not in page and page.count("&lt;script&gt;") >= 6
-    assert "http://" not in page and "https://" not in page        # one file, no request to anywhere
+    assert "<script" not in page and "<img src=x" not in page and page.count("&lt;script&gt;") >= 12
+    assert "http://" not in page and "https://" not in page and page.count("<img") == 1 + 3
+    assert page.index("changed") < page.index("same")              # what differs comes first
 
 
 def test_the_report_has_a_column_for_each_reward_term(tmp_path):
@@ -222,7 +221,6 @@ def test_the_report_has_a_column_for_each_reward_term(tmp_path):
                       "rewards": {"similarity": 1.0, "answer": 1.0, "length": -3.5}},
             common | {"source": "qwen", "text": "2!", "p_student": None, "advantage": 0.5,
                       "rewards": {"similarity": 1.0, "answer": None, "length": -3.5}}]
-    draw_curves([], str(tmp_path / "curves.png"))
     write_report(tmp_path, {}, {}, rows)
     page = (tmp_path / "report.html").read_text()
     table = re.findall(r"<tr.*?</tr>", page)
@@ -230,33 +228,29 @@ def test_the_report_has_a_column_for_each_reward_term(tmp_path):
     assert cells == [
         ["source", "response", "p student", "similarity", "answer", "length", "reward", "advantage"],
         ["student", "two", "0.25", "1.00", "1.00", "-3.50", "-2.50", "-0.50"],
-        ["qwen", "2!", "", "1.00", "?", "-3.50", "-2.50", "+0.50"]]
+        ["qwen", "2!", "?", "1.00", "?", "-3.50", "-2.50", "0.50"]]
     assert 'class="down"' in table[1] and 'class="up"' in table[2] and "step 5" in page
 
 
 BLUE, GREEN, PURPLE, ORANGE = (40, 110, 200), (30, 140, 80), (140, 70, 160), (200, 80, 40)
 
 
-def rows_with(path, colour, panel, panels):
-    """The y of all pixels of a colour in one of the panels of a curve."""
-    image = Image.open(path)
-    width = image.width // panels
-    image = image.crop((panel * width, 0, (panel + 1) * width, image.height))
-    return [y for y in range(image.height) for x in range(image.width) if image.getpixel((x, y)) == colour]
-
-
-def draw(path, metrics):
-    """Draw metrics that were on the disk meanwhile."""
+def rows_with(metrics, path, colour, panel, panels):
+    """The y of all pixels of a colour in one of the panels of the curves of metrics, which were on disk."""
     draw_curves(json.loads(json.dumps(metrics)), str(path))
-    return path
+    image = Image.open(path)
+    assert image.width == 560 * panels
+    image = image.crop((panel * 560, 0, (panel + 1) * 560, image.height))
+    return [y for y in range(image.height) for x in range(image.width) if image.getpixel((x, y)) == colour]
 
 
 def test_curves_are_drawn_where_the_numbers_are(tmp_path):
     """A curve upside down or off its panel: similarity 1 must colour the top line and nothing lower."""
     row = {"reward/similarity/student": 1.0, "reward/answer/student": 0.0, "reward/answer/qwen": 0.5,
            "heldout_accuracy": 0.5}
-    path = draw(tmp_path / "c.png", [{"step": i} | row for i in range(20)])
-    top, bottom, middle = (rows_with(path, colour, i, 3) for i, colour in enumerate((BLUE, GREEN, ORANGE)))
+    metrics = [{"step": i} | row for i in range(20)]
+    top, bottom, middle = (rows_with(metrics, tmp_path / "c.png", colour, i, 3)
+                           for i, colour in enumerate((BLUE, GREEN, ORANGE)))
     assert max(top) < min(middle) < max(middle) < min(bottom)
     assert abs((max(top) + min(bottom)) / 2 - (min(middle) + max(middle)) / 2) < 4
 
@@ -266,26 +260,8 @@ def test_curves_of_any_reward(tmp_path):
     metrics = [{"step": i, "reward/similarity/student": 0.5, "reward/answer/student": None if i % 3 else 1.0,
                 "reward/length/student": (-7.0, 3.0)[i % 2], "reward/length/qwen": 99.0} for i in range(20)]
     metrics[5]["reward/answer/student"] = float("nan")             # a step in which the judge was down
-    path = draw(tmp_path / "c.png", metrics)
-    assert Image.open(path).width == 4 * 560                       # no panel for a teacher
-    y = {}
-    for panel, (name, colour) in enumerate((("half", BLUE), ("one", GREEN), ("length", PURPLE))):
-        y[name] = rows_with(path, colour, panel, 4)
-    assert max(y["one"]) < min(y["half"])
-    assert y["length"] and rows_with(path, ORANGE, 3, 4) == []     # nothing was held out
     pale = tuple((channel + 2 * 255) // 3 for channel in PURPLE)
-    jumps = rows_with(path, pale, 2, 4)                            # every step, from -7 to 3
-    top, bottom = 46, 380 - 50
-    assert top < min(jumps) < max(jumps) < bottom                  # the axis is from -8 to 4
-    assert max(jumps) - min(jumps) == pytest.approx((bottom - top) * 10 / 12, abs=3)
-
-
-@pytest.mark.parametrize("values, first, last", [
-    ([], 0, 1), ([0.0], 0, 1), ([0.2, 1.0], 0, 1), ([1.2], 0, 1.5), ([2.0], 0, 2), ([-0.5], -0.5, 0),
-    ([-7, 3], -8, 4), ([0.1, -0.001], -0.05, 0.1), ([730.0], 0, 800),
-])
-def test_the_axis_holds_all_values_and_zero(values, first, last):
-    """An axis from 0 to 1 whatever the rewards are."""
-    ticks = value_ticks(values)
-    assert (ticks[0], ticks[-1]) == (pytest.approx(first), pytest.approx(last)) and 4 <= len(ticks) <= 8
-    assert any(abs(tick) < 1e-12 for tick in ticks)
+    half, one, jumps, nothing = (rows_with(metrics, tmp_path / "c.png", colour, i, 4)     # none for a teacher
+                                 for i, colour in enumerate((BLUE, GREEN, pale, ORANGE)))
+    assert max(one) < min(half) and nothing == []                  # nothing was held out
+    assert min(jumps) == pytest.approx(46, abs=2) and max(jumps) == pytest.approx(330, abs=2)      # -7 to 3
