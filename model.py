@@ -348,9 +348,6 @@ def pack(prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple:
 # ==========================================================================================
 
 
-DISK_FULL = "No space left|Read-only|Disk quota|Permission"        # safetensors has no number of the error
-
-
 def run(main):
     """Call `main`; exit with one sentence and code 2 on a UserError or a full disk, with 130 on Ctrl-C."""
     try:
@@ -361,7 +358,7 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, SafetensorError) as error:
-        if not re.search(DISK_FULL, str(error)):
+        if not re.search("No space left|Read-only|Disk quota|Permission", str(error)):
             raise
         name = getattr(error, "filename", None) or "a checkpoint"
         print(f"error: {name} cannot be written ({error}); nothing that was there is lost", file=sys.stderr)
@@ -416,7 +413,9 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
     tokenizer = getattr(processor, "tokenizer", processor)
     if not text_only and not hasattr(processor, "image_processor"):
         raise UserError(f"{path}: a language model without a vision tower, where one with it is needed")
-    if not chat_template(processor):
+    if getattr(processor, "chat_template", None):
+        tokenizer.chat_template = processor.chat_template          # `render` asks the tokenizer
+    if not tokenizer.chat_template:
         raise UserError(f"{path}: its processor has no chat template, so it cannot be asked questions")
     if not tokenizer("?", add_special_tokens=False).input_ids:
         raise UserError(f"{path}: its tokenizer knows no text; is a file missing, as tokenizer.json?")
@@ -427,17 +426,15 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
 
 
 def read_processor(path: str, text_only: bool) -> ProcessorMixin:
-    """A processor for still images; of a language model its tokenizer.
-
-    Families that can watch videos want a part for these that wants torchvision: without that package they are
-    told that they have no such part. SmolVLM's wants a package that spells out the times in a video.
-    """
+    """A processor for still images; of a language model its tokenizer. Families that can watch videos want a
+    part for these that wants torchvision: without that package they are told that they have no such part.
+    (SmolVLM's wants a package that spells out the times in a video, too.)"""
     processing_smolvlm.num2words = processing_smolvlm.num2words or str
     config = AutoConfig.from_pretrained(path)
-    family = PROCESSOR_MAPPING.get(type(config), None)
     if text_only and not hasattr(config, "vision_config"):
         return AutoTokenizer.from_pretrained(path)
-    if is_torchvision_available() or family is None:
+    family = PROCESSOR_MAPPING.get(type(config), ProcessorMixin)
+    if is_torchvision_available() or "video_processor" not in family.get_attributes():
         return AutoProcessor.from_pretrained(path)
 
     class ImagesOnly(family):
@@ -447,8 +444,7 @@ def read_processor(path: str, text_only: bool) -> ProcessorMixin:
 
         @classmethod
         def from_args_and_dict(cls, args, settings, **kwargs):
-            none = {"video_processor": None} if "video_processor" in super().get_attributes() else {}
-            return super().from_args_and_dict(args, settings | none, **kwargs)
+            return super().from_args_and_dict(args, settings | {"video_processor": None}, **kwargs)
 
     ImagesOnly.__name__ = family.__name__                # the name that a saved processor_config.json carries
     return ImagesOnly.from_pretrained(path)
@@ -555,22 +551,14 @@ def needs_bos(tokenizer, text: str) -> bool:
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
-def chat_template(processor: ProcessorMixin) -> str | None:
-    """The chat template of a processor, or else of its tokenizer; of several the default."""
-    for owner in (processor, getattr(processor, "tokenizer", processor)):
-        if template := owner.chat_template:
-            return template.get("default") if isinstance(template, dict) else template
-
-
 def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: bool = False) -> str:
     """Chat turns, their content a list of image and text parts, as text by the model's chat template.
     UserError where the template raises one, as over a system turn."""
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None:                                       # a language model: its template wants strings
-        tokenizer = processor
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer is processor:                                  # a language model: its template wants strings
         turns = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns]
     try:
-        return tokenizer.apply_chat_template(turns, chat_template=chat_template(processor), tokenize=False,
+        return tokenizer.apply_chat_template(turns, tokenize=False,
                                              add_generation_prompt=add_generation_prompt)
     except (chat_template_utils.jinja2.TemplateError, TypeError) as error:
         raise UserError(f"the chat template of {tokenizer.name_or_path} refuses such turns "

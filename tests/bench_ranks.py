@@ -2,7 +2,8 @@
 weights.
 
     python tests/bench_ranks.py                        0.25B Qwen2.5-VL, random weights, 152K words, float32,
-    1 and 4 processes python tests/bench_ranks.py --processes 1 2 4 --options algorithm=rl
+                                                       1 and 4 processes
+    python tests/bench_ranks.py --processes 1 2 4 --options algorithm=rl
 
 The real command line over gloo on the CPU: one question per process and micro-batch, so that all hold as many
 activations at a time. The largest of all processes and steps counts, less what a process holds that has only
@@ -63,6 +64,17 @@ def measure(folder: Path, processes: int, steps: int, options: list[str]) -> tup
             max(row["held"] for row in rows))
 
 
+def rows_of(folder, counts, steps, options):
+    """Rows of the table, as soon as the run of so many processes is over."""
+    first = {}
+    for processes in counts:
+        peak, seconds, base = measure(folder, processes, steps, options)
+        for phase in peak:
+            beyond = peak[phase] - base
+            yield (processes, phase, f"{peak[phase]:.2f}", f"{base:.2f}", f"{beyond:.2f}",
+                   f"{beyond / first.setdefault(phase, beyond):.0%}", f"{seconds[phase]:.1f}")
+
+
 def main():
     if "--worker" in sys.argv:
         return worker(Path(sys.argv[2]), sys.argv[3:])
@@ -73,20 +85,12 @@ def main():
     parser.add_argument("--options", nargs="*", default=[], help="more options for train.py: NAME or "
                         "NAME=VALUE")
     args = parser.parse_args()
-    options, found = [f"--{option}" for option in args.options], {}
+    options = [f"--{option}" for option in args.options]
     with tempfile.TemporaryDirectory() as folder:
         build(folder := Path(folder), args.shape)
         data(folder, 4, 8)
-        for processes in args.processes:
-            found[processes] = measure(folder, processes, args.steps, options)
-    rows, (alone, _, held) = [], found[args.processes[0]]
-    for phase in alone:
-        for processes, (peak, seconds, base) in found.items():
-            share = (peak[phase] - base) / (alone[phase] - held)
-            rows.append((phase, processes, f"{peak[phase]:.2f}", f"{base:.2f}", f"{peak[phase] - base:.2f}",
-                         f"{share:.0%}", f"{seconds[phase]:.1f}"))
-    table(("phase", "processes", "peak of a process, GB", "interpreter, GB", "beyond it, GB",
-           "of the first row", "seconds"), rows)
+        table(("processes", "phase", "peak of a process, GB", "interpreter, GB", "beyond it, GB",
+               "of the first", "seconds"), rows_of(folder, args.processes, args.steps, options))
 
 
 if __name__ == "__main__":
