@@ -51,8 +51,8 @@ class UserError(Exception):
 class VLM:
     """A model and the processor that speaks for it.
 
-    stop_ids end a response. banned_ids are never sampled: a policy that emits an image placeholder would
-    crash its own next forward pass, because the model then counts more placeholders than image features.
+    stop_ids end a response. banned_ids are never in one (see special_ids): a policy that emits an image
+    placeholder would crash its own next forward pass, which counts more placeholders than image features.
     """
     model: PreTrainedModel
     processor: ProcessorMixin
@@ -128,16 +128,21 @@ def encode(vlm: VLM, question: str, images: list[Image.Image],
 def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
     """Responses that came as text (a teacher's, a truth) as tokens: text, then the stop token.
 
-    `split_special_tokens` reads everything as plain text, so no response can spell an image token or end its
-    own turn.
+    A text that spells a stop or a banned token is read as plain letters (split_special_tokens), so no
+    response can place an image or end its own turn; of others, <think> and its like are one token.
     """
-    rows = vlm.tokenizer(sum(texts, []), add_special_tokens=False, split_special_tokens=True).input_ids
+    every, forbidden = sum(texts, []), {*vlm.stop_ids, *vlm.banned_ids}
+    rows = vlm.tokenizer(every, add_special_tokens=False).input_ids
+    plain = vlm.tokenizer(every, add_special_tokens=False, split_special_tokens=True).input_ids
+    rows = [row if forbidden.isdisjoint(row) else letters for row, letters in zip(rows, plain)]
     return as_outputs(texts, [torch.tensor(row + vlm.stop_ids[:1], device=vlm.device) for row in rows])
 
 
 def decode(vlm: VLM, responses: list[Tensor]) -> list[str]:
-    """Token ids of responses as text, without special tokens and white space around it."""
-    return [text.strip() for text in vlm.tokenizer.batch_decode(responses, skip_special_tokens=True)]
+    """Token ids of responses as text, without stop (and banned) tokens and white space around it."""
+    forbidden = {*vlm.stop_ids, *vlm.banned_ids}
+    rows = [[i for i in ids.tolist() if i not in forbidden] for ids in responses]
+    return [text.strip() for text in vlm.tokenizer.batch_decode(rows)]
 
 
 # ---------------------------------------------------------------------------------------------- generate
@@ -472,7 +477,11 @@ def reason(error: Exception) -> str:
 
 
 def check_files(path: str):
-    """UserError over a damaged file. transformers passes over some, and reads weights at their turn only."""
+    """UserError over a damaged file, or a LoRA adapter. transformers passes over some, and reads weights at
+    their turn only."""
+    if list(Path(path).glob("adapter_*")):
+        raise UserError(f"{path} holds a LoRA adapter, which is not read: merge it into its base model "
+                        f"(peft's merge_and_unload), and name the folder of that, without adapter files")
     for file in sorted(Path(path).glob("*")):
         try:
             if file.suffix == ".json":
@@ -517,13 +526,15 @@ def save_vlm(vlm: VLM, path: str):
 def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list[int], list[int]]:
     """(stop_ids, banned_ids). The first stop id is the one that ends an assistant turn of the chat template.
 
-    Banned is every special token that does not end a response (image, video and turn markers, padding), and
-    every row of the embedding that the tokenizer has no text for (vocabularies are padded to round sizes).
+    Banned are the special tokens that no response may hold: places and marks of images and videos, marks of
+    turns, and padding and its like; and every row of the embedding that the tokenizer has no text for
+    (vocabularies are padded to round sizes). Other special tokens, as <think> and <|box_start|>, are words.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     added, reply = tokenizer.added_tokens_decoder, "[the reply]"
     turns = chat_turns("?", 0, (("?", reply),))[:2]
-    after = tokenizer(render(processor, turns).partition(reply)[2], add_special_tokens=False).input_ids
+    before, after = (tokenizer(text, add_special_tokens=False).input_ids
+                     for text in render(processor, turns).split(reply))
     # the first token after a reply that is no text. Gemma: <end_of_turn>, before <eos>; and it may be one
     # that neither tokenizer nor generation config names
     ends = [i for i in after if i in added and added[i].content.strip()][:1]
@@ -532,10 +543,20 @@ def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list
     stops = list(dict.fromkeys(i for i in stops if i is not None))                           # each once
     if not stops:
         raise UserError(f"{model.name_or_path}: nothing says which token ends a response")
-    special = {i for i, token in added.items() if token.special}
-    named = {getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")} - {None}
-    unused = range(len(tokenizer), model.get_output_embeddings().out_features)
-    return stops, sorted((special | named | set(unused)) - set(stops))
+
+    banned = {getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")} - {None}
+    banned |= set(range(len(tokenizer), model.get_output_embeddings().out_features))
+    kinds = ("bos", "pad", "unk", "sep", "cls", "mask")
+    structure = {getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
+    structure |= {i for i in before + after if i in added and "think" not in added[i].content}
+    for i, token in added.items():
+        if token.special and (i in structure or re.search(MARKS, token.content.lower())):
+            banned.add(i)
+    return stops, sorted(banned - set(stops))
+
+
+# of images (row_1_col_1: a tile of Idefics3 and SmolVLM) and turns, also where no template shows them
+MARKS = r"image|img|video|vision|row_\d+_col_\d+|im_start|im_end|_of_turn|_of_utterance"
 
 
 def image_tokens(processor: ProcessorMixin) -> set[str]:
@@ -574,7 +595,8 @@ def chat_turns(question: str, images: int, history: tuple[tuple[str, str], ...] 
     asked, replies, turns = [*(text for text, _ in history), question], [reply for _, reply in history], []
     marks = sum(text.count(MARK) for text in asked)
     if marks not in (0, images):
-        raise UserError(f"the question {question[:80]!r} has {marks} marks {MARK} for {images} images")
+        raise UserError(f"the question {question[:80]!r} marks {marks} places with {MARK}, for {images} "
+                        f"images")
     if marks == 0:
         asked[0] = MARK * images + asked[0]
     for i, text in enumerate(asked):

@@ -1,6 +1,6 @@
 """Many steps of the toy's loop: does it grow slower or larger? Step time and memory of every hundred steps.
 
-    python tests/bench_long.py                         500 steps: five minutes on 2 cores
+    python tests/bench_long.py                         400 steps: four minutes on 2 cores
     python tests/bench_long.py --steps 2000            about a quarter of an hour
 """
 import argparse
@@ -44,14 +44,15 @@ def follow(process, run, steps):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     steps = parser.parse_args().steps
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), "--out", str(run), "--teacher-steps", "60",
-             "--sft-steps", "300", "--collect", "4", "--steps", str(steps), "--batch-size", "16",
-             "--save-every", "100", "--eval-every", "500"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+             "--sft-steps", "100", "--collect", "4", "--steps", str(steps), "--batch-size", "16",
+             "--save-every", "100", "--eval-every", "500"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         table(("steps", "ms a step, median", "tokens a response", "resident GB"), follow(process, run, steps))
         process.communicate()
 

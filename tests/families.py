@@ -21,6 +21,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 WIDTH = 32
+# special tokens that a response may have
+WORDS = {"box_token": "<|box_start|>", "think_token": "<think>", "thought_token": "</think>"}
 QWEN = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
         "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
 TEMPLATE = (
@@ -148,7 +150,7 @@ def build(folder, family, texts, vocabulary=400, seed=0):
     alphabet = {char: i for i, char in enumerate(bytes_to_unicode().values())}
     tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token=last, pad_token="<|endoftext|>",
                                bos_token="<bos>", extra_special_tokens=names
-                               | {"turn_token": turns[0], "end_token": turns[1]})
+                               | {"turn_token": turns[0], "end_token": turns[1]} | WORDS)
     tokenizer = tokenizer.train_new_from_iterator(texts, vocabulary, show_progress=False)
     tokenizer.chat_template = GEMMA_TEMPLATE if family == "gemma3" else TEMPLATE.replace("IMAGE", image)
     tokenizer.save_pretrained(folder)

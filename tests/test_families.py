@@ -15,8 +15,9 @@ import model
 from conftest import call, lamp_files, noise_image
 from discriminator import Discriminator, update
 from train import AdamW, skeleton
-from model import (Sampling, UserError, check_packing, checkpoint_layers, encode, encode_responses, generate,
-                   join, load_processor, load_vlm, prompt_text, save_vlm, score, tokens_of_image)
+from model import (Sampling, UserError, check_packing, checkpoint_layers, decode, encode, encode_responses,
+                   generate, image_tokens, join, load_processor, load_vlm, prompt_text, save_vlm, score,
+                   tokens_of_image)
 from test_model import transformers_inputs, unpacked
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=8)
@@ -37,15 +38,55 @@ def prompts(vlm):
             encode(vlm, "Is <image> red?", [c, b], (("First <image> is it blue?", "no"),))]
 
 
+def greedily(vlm, prompt):
+    """transformers' own greedy tokens."""
+    ids = vlm.model.generate(**transformers_inputs(vlm, prompt), max_new_tokens=8, do_sample=False,
+                             suppress_tokens=vlm.banned_ids, eos_token_id=vlm.stop_ids)
+    return ids[0, len(prompt.ids):].tolist()
+
+
 def test_generation_gives_transformers_own_tokens(vlm, prompts):
     """Tiles stacked in the wrong order, a window or a two-way image block forgotten, positions off in the
     decode step."""
     ours = generate(vlm, prompts, 2, GREEDY)
     for b, prompt in enumerate(prompts):
-        theirs = vlm.model.generate(**transformers_inputs(vlm, prompt), max_new_tokens=8, do_sample=False,
-                                    suppress_tokens=vlm.banned_ids, eos_token_id=vlm.stop_ids)
+        theirs = greedily(vlm, prompt)
         for k in range(2):
-            assert ours.ids[b, k][ours.mask[b, k]].tolist() == theirs[0, len(prompt.ids):].tolist()
+            assert ours.ids[b, k][ours.mask[b, k]].tolist() == theirs
+
+
+@pytest.mark.parametrize("word", families.WORDS.values())
+def test_a_special_token_that_may_be_said_is_said(vlm, prompts, word):
+    """<think> or <|box_start|> never sampled, or not in the text: a judge sees thoughts without tags."""
+    head, said = vlm.model.get_output_embeddings(), vlm.tokenizer.convert_tokens_to_ids(word)
+    with torch.no_grad():
+        saved = head.weight.clone()
+        head.weight[said] = 2 * head.weight[greedily(vlm, prompts[0])[0]]
+        try:
+            ours = generate(vlm, prompts[:3], 1, GREEDY)
+            theirs = [greedily(vlm, prompt) for prompt in prompts[:3]]
+        finally:
+            head.weight.copy_(saved)
+    for b in range(3):
+        assert ours.ids[b, 0][ours.mask[b, 0]].tolist() == theirs[b]
+        assert ours.text[b][0].count(word) == (ours.ids[b, 0] == said).sum()
+    assert word in "".join(row[0] for row in ours.text)
+
+
+def test_special_tokens_are_encoded_as_the_tokenizer_does(vlm):
+    """Teachers' thoughts spelt in letters; a spelling of a stop or of an image's place that is more than
+    letters; a text that is not what it was."""
+    said, marks = "<think>2 and 1</think> There are 3 <|box_start|>red", image_tokens(vlm.processor)
+    marks |= set(vlm.tokenizer.convert_ids_to_tokens(vlm.stop_ids))
+    texts = [said, *(f"{said} {mark} circles" for mark in marks)]
+    outputs = encode_responses(vlm, [texts])
+    rows = [ids[mask] for ids, mask in zip(outputs.ids[0], outputs.mask[0])]
+    assert rows[0][:-1].tolist() == vlm.tokenizer(said, add_special_tokens=False).input_ids
+    words = [vlm.tokenizer.convert_tokens_to_ids(word) for word in families.WORDS.values()]
+    assert set(words) < set(rows[0].tolist())
+    for row in rows:
+        assert not set(row[:-1].tolist()) & {*vlm.stop_ids, *vlm.banned_ids} and row[-1] == vlm.stop_ids[0]
+    assert len(marks) > 1 and decode(vlm, rows) == texts
 
 
 def test_packed_scores_equal_one_row_per_response(vlm, prompts):
@@ -271,6 +312,14 @@ def test_what_cannot_be_loaded_is_one_sentence(folders, tmp_path, change, says):
     assert says in sentence(partial(load_vlm, device="cpu"), changed(folders["llava"], tmp_path, **change))
 
 
+@pytest.mark.parametrize("weights", [None, True])
+def test_an_adapter_is_refused_also_beside_weights(folders, tmp_path, weights):
+    """A LoRA folder as student: no file named model.safetensors; or, beside weights, it is not read."""
+    path = changed(folders["llava"], tmp_path, **({} if weights else {"weights": None}))
+    (tmp_path / "changed" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "LoRA adapter" in sentence(load_processor, path)
+
+
 def test_what_is_no_vision_language_model_is_one_sentence(folders, tmp_path):
     assert "couldn't connect" in sentence(load_processor, "nobody/nothing")
     shutil.copytree(folders["llava"], tmp_path / "blind", ignore=shutil.ignore_patterns("pr*"))
@@ -337,7 +386,7 @@ def test_a_template_without_system_turns_is_refused_before_any_work(folders, tmp
 @pytest.mark.parametrize("end, stops", [
     ("<|im_end|>\n", ["<|im_end|>", "<|endoftext|>"]), ("\n", ["<|endoftext|>"]),
     ("\n<|im_start|>\n", ["<|im_start|>", "<|endoftext|>"]),
-    ("<|im_end|>\n<|im_start|>assistant\n", ["<|im_end|>", "<|endoftext|>"])])
+    ("<|im_end|>\n<|im_start|>assistant\n<think>", ["<|im_end|>", "<|endoftext|>"])])
 def test_what_ends_a_turn_of_the_template_is_a_stop(folders, tmp_path, end, stops):
     """A token that neither tokenizer nor generation config names was banned, and every response ran to the
     limit. The text of a template is no stop."""
@@ -349,6 +398,7 @@ def test_what_ends_a_turn_of_the_template_is_a_stop(folders, tmp_path, end, stop
     vlm = load_vlm(path, "cpu")
     assert vlm.tokenizer.convert_ids_to_tokens(vlm.stop_ids) == stops
     assert not set(vlm.stop_ids) & set(vlm.banned_ids)
+    assert vlm.tokenizer.convert_tokens_to_ids("<think>") not in vlm.banned_ids
 
 
 SIZES = [(1, 1), (3, 50), (50, 1), (28, 28), (30, 290), (280, 28), (100, 90), (400, 300)]
