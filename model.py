@@ -523,12 +523,23 @@ def save_vlm(vlm: VLM, path: str):
 # ---------------------------------------------------------------------------------------------- text
 
 
+# special tokens that stand for images (row_1_col_1: a tile of Idefics3 and SmolVLM), and for turns
+IMAGE, TURN = r"image|img|video|vision|row_\d+_col_\d+", "im_start|im_end|_of_turn|_of_utterance"
+
+
+def image_tokens(processor: ProcessorMixin) -> set[str]:
+    """The placeholders that stand for images and videos in this family's text, and the marks around them."""
+    added = getattr(processor, "tokenizer", processor).added_tokens_decoder.values()
+    named = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video")} - {None}
+    return named | {t.content for t in added if t.special and re.search(IMAGE, t.content.lower())}
+
+
 def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list[int], list[int]]:
     """(stop_ids, banned_ids). The first stop id is the one that ends an assistant turn of the chat template.
 
-    Banned are the special tokens that no response may hold: places and marks of images and videos, marks of
-    turns, and padding and its like; and every row of the embedding that the tokenizer has no text for
-    (vocabularies are padded to round sizes). Other special tokens, as <think> and <|box_start|>, are words.
+    Banned are the special tokens that no response may hold: of images, of turns, padding and its like; and
+    every row of the embedding that the tokenizer has no text for (vocabularies are padded to round sizes).
+    Other special tokens, as <think> and <|box_start|>, are words.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     added, reply = tokenizer.added_tokens_decoder, "[the reply]"
@@ -544,27 +555,15 @@ def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list
     if not stops:
         raise UserError(f"{model.name_or_path}: nothing says which token ends a response")
 
-    banned = {getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")} - {None}
-    banned |= set(range(len(tokenizer), model.get_output_embeddings().out_features))
     kinds = ("bos", "pad", "unk", "sep", "cls", "mask")
     structure = {getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
     structure |= {i for i in before + after if i in added and "think" not in added[i].content}
+    banned = set(range(len(tokenizer), model.get_output_embeddings().out_features))
+    banned |= set(tokenizer.convert_tokens_to_ids(sorted(image_tokens(processor))))
     for i, token in added.items():
-        if token.special and (i in structure or re.search(MARKS, token.content.lower())):
+        if token.special and (i in structure or re.search(TURN, token.content)):
             banned.add(i)
     return stops, sorted(banned - set(stops))
-
-
-# of images (row_1_col_1: a tile of Idefics3 and SmolVLM) and turns, also where no template shows them
-MARKS = r"image|img|video|vision|row_\d+_col_\d+|im_start|im_end|_of_turn|_of_utterance"
-
-
-def image_tokens(processor: ProcessorMixin) -> set[str]:
-    """The placeholders that stand for images and videos in this family's text, and the marks around them."""
-    parts = ("image", "video", "boi", "eoi", "fake_image", "global_image", "start_image", "context_image",
-             "vision_start")
-    owners = (processor, getattr(processor, "tokenizer", None))
-    return {getattr(owner, f"{part}_token", None) for owner in owners for part in parts} - {None, ""}
 
 
 def needs_bos(tokenizer, text: str) -> bool:
