@@ -160,9 +160,23 @@ def vmap(function, *settings, plain=torch.vmap, **more):
     return work
 
 
+def moved(vlm):
+    """A VLM on the played device."""
+    seen = {}
+    for module in vlm.model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, x in tensors.items():
+                if x is not None:
+                    new = x.detach().as_subclass(OnCuda)
+                    if isinstance(x, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, x.requires_grad)
+                    tensors[name] = seen.setdefault(id(x), new)
+    return replace(vlm, prompts={}, capture=True)
+
+
 @pytest.fixture
 def played(monkeypatch):
-    """Plays the device; yields a function that moves a VLM there, and the counts of captures and replays."""
+    """Plays the device; yields the function that moves a VLM there, and counts of captures and replays."""
     counts, step = collections.Counter(), Slots.step
     stream_now = ["the one before"]
 
@@ -211,19 +225,8 @@ def played(monkeypatch):
     monkeypatch.setattr(Slots, "step", recording)
     monkeypatch.setattr(torch, "vmap", vmap)
 
-    def move(vlm):
-        seen = {}
-        for module in vlm.model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, x in tensors.items():
-                    if x is not None:
-                        new = x.detach().as_subclass(OnCuda)
-                        if isinstance(x, torch.nn.Parameter):
-                            new = torch.nn.Parameter(new, x.requires_grad)
-                        tensors[name] = seen.setdefault(id(x), new)
-        return replace(vlm, prompts={}, capture=True)
     notes.clear()
-    yield move, counts
+    yield moved, counts
     assert not capturing
 
 
