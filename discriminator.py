@@ -68,7 +68,8 @@ class Discriminator(nn.Module):
         self.after = self.tokenizer(after, add_special_tokens=False).input_ids
 
     def encode(self, questions: list[str], texts: list[list[str]]) -> Outputs:
-        """B lists of K responses as tokens, with the text after each. The B questions are not read.
+        """B lists of K responses as tokens, with the text after each. (The B questions are not read: the
+        paper's D sees the response alone. GAD's reads both, see tests/forks/gad.diff.)
 
         Responses are read as plain text: none can spell a special token and so leave its place in the prompt.
         """

@@ -1,21 +1,18 @@
-"""A vision-language model as a policy: load it, show it a question and a picture, sample from it, score text.
+"""A vision-language model as a policy: ask it about a picture, sample from it, score text.
 
-Everything RIL asks of a model is here, written out rather than called:
+    encode    question, pictures -> prompt     the chat template and the family's own processor
+    generate  prompts -> outputs               line 5 of Algorithm 2: G samples of each, with a KV cache
+    score     prompts, outputs -> log-probs    what the ratio, the KL and the supervised loss are made of
 
-    encode    example -> prompt        the chat template and the processor, one example at a time
-    generate  prompts -> outputs       line 5 of Algorithm 2: G samples of each prompt, with a KV cache
-    score     prompts, outputs -> log-probs      what the ratio, the KL and the supervised loss are made of
-
-Two ideas make it cheap. Both come from the same fact: the K responses of a question share one image and one
-prompt. `generate` prefills each prompt once, and its samples go on from there, in slots that are handed on as
-responses end. `score` does the mirror image in training: one row holds [prompt | o_1 | o_2 | ... | o_K] under
-a mask that lets every response see the prompt and itself but not its siblings, so the image and the prompt
-are computed once per question and not K times.
+Two ideas make it cheap. Both come from the same fact: the K responses to a question share one picture and one
+prompt. `generate` reads each prompt once, and its samples go on from there, in slots that are handed on as
+responses end. `score` does the same in training: one row holds [prompt | o_1 | o_2 | ... | o_K] under a mask
+that lets every response see the prompt and itself but not its siblings, so picture and prompt are computed
+once per question and not K times.
 
 Notation, here and in every file: B questions, G samples of each side, K responses per question (K = 2G in
 RIL: students first, then teachers), P prompt tokens, R response tokens, V vocabulary, d width.
 """
-import errno
 import inspect
 import json
 import os
@@ -35,11 +32,11 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
-                          AutoProcessor, AutoTokenizer, DynamicCache, PreTrainedModel, ProcessorMixin)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor,
+                          AutoTokenizer, DynamicCache, PreTrainedModel, ProcessorMixin)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.smolvlm import processing_smolvlm
@@ -50,45 +47,12 @@ class UserError(Exception):
     """What the user can mend: one sentence that names file, line and what was expected. Exit code 2."""
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-# safetensors has the reason in its text only
-DISK_FULL_WORDS = "No space left|Read-only|Disk quota|Permission"
-
-
-def run(main):
-    """Call `main`. Exit with one sentence on stderr and code 2 on a UserError, or where a disk is full or
-    read-only; with code 130 on Ctrl-C."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in DISK_FULL and not re.search(DISK_FULL_WORDS, str(error)):
-            raise
-        name = getattr(error, "filename", None) or "a checkpoint"
-        print(f"error: {name} cannot be written ({error}); nothing that was there is lost", file=sys.stderr)
-        sys.exit(2)
-
-
-def write_atomic(path, contents: str | bytes):
-    """Write a file that appears under its name only when all of it is on the disk."""
-    unfinished = Path(f"{path}.unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(contents.encode() if isinstance(contents, str) else contents)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-
-
 @dataclass
 class VLM:
     """A model and the processor that speaks for it.
 
-    stop_ids end a response. banned_ids are never sampled: a policy that emits an image placeholder would
-    crash its own next forward pass, because the model then counts more placeholders than image features.
+    stop_ids end a response. banned_ids are never in one (see special_ids): a policy that emits an image
+    placeholder would crash its own next forward pass, which counts more placeholders than image features.
     """
     model: PreTrainedModel
     processor: ProcessorMixin
@@ -137,274 +101,7 @@ class Outputs:
         return Outputs([self.text[b] for b in questions], self.ids[questions], self.mask[questions])
 
 
-def join(parts: list[Outputs], dim: int) -> Outputs:
-    """Outputs as one, padded to the longest R: more questions (dim 0) or more responses (dim 1)."""
-    if dim == 0:
-        text = [row for part in parts for row in part.text]
-    else:
-        text = [sum(rows, []) for rows in zip(*(part.text for part in parts))]
-    ids = stack([part.ids.transpose(0, dim) for part in parts]).transpose(0, dim)
-    mask = stack([part.mask.transpose(0, dim) for part in parts]).transpose(0, dim)
-    return Outputs(text, ids, mask)
-
-
-def stack(tensors: list[Tensor]) -> Tensor:
-    """Concatenate along the first dimension; the others are zero-padded to the largest. Families that cut an
-    image into tiles give (images, tiles, ...), with tiles that differ from prompt to prompt, and skip the
-    empty ones."""
-    largest = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors))]
-    padded = []
-    for x in tensors:
-        padding = []                                       # (before, after) of each dimension, the last first
-        for have, want in zip(reversed(x.shape[1:]), reversed(largest)):
-            padding += [0, want - have]
-        padded.append(torch.nn.functional.pad(x, padding) if any(padding) else x)
-    return torch.cat(padded)
-
-
-# ---------------------------------------------------------------------------------------------- load and save
-
-
-def pick_device(device: str | None = None) -> torch.device:
-    """The device asked for, else CUDA, else Apple's MPS, else the CPU."""
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def load_vlm(path: str, device: str | None = None, dtype: str | None = None, text_only: bool = False) -> VLM:
-    """Load any image-text-to-text checkpoint, a folder or a hub id; in bfloat16 on a GPU, else float32.
-
-    text_only also takes a language model without a vision tower (a judge needs none). Raises UserError when
-    there is no such checkpoint, or it is not a chat model of that kind.
-    """
-    processor, device = load_processor(path, text_only), pick_device(device)
-    if dtype is None:
-        dtype = "float32" if device.type == "cpu" else "bfloat16"
-    kind = AutoModelForImageTextToText if hasattr(processor, "image_processor") else AutoModelForCausalLM
-    with naming(path):
-        config = AutoConfig.from_pretrained(path)
-        config._attn_implementation = None         # sdpa, or eager in parts that lack it: both heed our masks
-        model, found = kind.from_pretrained(path, config=config, dtype=getattr(torch, dtype),
-                                            output_loading_info=True, ignore_mismatched_sizes=True)
-    check_weights(path, found)
-    batch_windows(model)
-    # with a mask, cuDNN's attention plans anew for each length, and its gradient can be NaN on an H100
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    return VLM(model.to(device).eval(), processor, *special_ids(model, processor))
-
-
-def check_weights(path: str, found: dict[str, set]):
-    """UserError where the names or shapes of a checkpoint's weights are not those of the model that its
-    config describes. That would run, with random weights in place of them."""
-    kinds = {"missing": found["missing_keys"], "unexpected": found["unexpected_keys"],
-             "of another shape": {name for name, *_ in found["mismatched_keys"]}}
-    wrong = [f"{len(names)} {kind} ({', '.join(sorted(names)[:3])})"
-             for kind, names in kinds.items() if names]
-    if wrong:
-        raise UserError(f"{path}: its weights are not those of the model in its config.json: "
-                        f"{'; '.join(wrong)}")
-
-
-@contextmanager
-def naming(path: str):
-    """Turn what is raised over a missing, foreign or damaged checkpoint into one sentence; log no more."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):                    # which say themselves what is wrong
-        raise
-    except Exception as error:                                     # tokenizers raises no other kind
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 250)
-        raise UserError(f"{path}: not an image-text-to-text checkpoint that can be loaded "
-                        f"({reason})") from error
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def check_files(path: str):
-    """UserError where a file in a checkpoint folder is cut off, or a git-lfs pointer in the place of a file.
-    transformers passes over some of these, and reads weights only when it is their turn."""
-    for file in sorted(Path(path).glob("*")):
-        if file.suffix not in (".json", ".jinja", ".model", ".txt", ".safetensors"):
-            continue
-        try:
-            with open(file, "rb") as contents:
-                if contents.read(23) == b"version https://git-lfs":
-                    raise ValueError("it is a git-lfs pointer: git lfs pull")
-            if file.suffix == ".json":
-                json.loads(file.read_bytes())
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt"):
-                    pass                                           # its header fits its size
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read ({error})") from error
-
-
-def context_of(path: str) -> float:
-    """How many tokens a checkpoint can read, by its config: infinite where that does not say."""
-    with naming(path):
-        config = AutoConfig.from_pretrained(path).get_text_config()
-    return getattr(config, "max_position_embeddings", None) or float("inf")
-
-
-def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
-    """AutoProcessor, also without torchvision. Raises UserError like load_vlm, and reads no weights.
-
-    Families that can watch videos want a video processor, and that one wants torchvision. We only show still
-    images, so without torchvision the family's processor is told that it has no such part. SmolVLM's wants
-    one more package, to spell out the times in a video: it never gets to.
-    """
-    processing_smolvlm.num2words = processing_smolvlm.num2words or str
-    check_files(path)
-    with naming(path):
-        config = AutoConfig.from_pretrained(path)
-        family = PROCESSOR_MAPPING.get(type(config), None)
-        if text_only and not hasattr(config, "vision_config"):
-            processor = AutoTokenizer.from_pretrained(path)
-        elif is_torchvision_available() or family is None:
-            processor = AutoProcessor.from_pretrained(path)
-        else:
-            class ImagesOnly(family):
-                @classmethod
-                def get_attributes(cls):
-                    return [part for part in super().get_attributes() if part != "video_processor"]
-
-                @classmethod
-                def from_args_and_dict(cls, args, settings, **kwargs):
-                    none = {"video_processor": None} if "video_processor" in super().get_attributes() else {}
-                    return super().from_args_and_dict(args, settings | none, **kwargs)
-
-            ImagesOnly.__name__ = family.__name__        # the name that a saved processor_config.json carries
-            processor = ImagesOnly.from_pretrained(path)
-    if not text_only and not hasattr(processor, "image_processor"):
-        raise UserError(f"{path}: a language model without a vision tower; an image-text-to-text model is "
-                        f"needed here")
-    if not chat_template(processor):
-        raise UserError(f"{path}: its processor has no chat template, so it cannot be asked questions")
-    if not getattr(processor, "tokenizer", processor)("?", add_special_tokens=False).input_ids:
-        raise UserError(f"{path}: its tokenizer knows no text; is a file missing, as tokenizer.json?")
-    plain, shown = (render(processor, chat_turns("?", images)) for images in (0, int(not text_only)))
-    if not text_only and (shown == plain or "'type'" in shown):    # the second is how a list is printed
-        raise UserError(f"{path}: its chat template has no place for images")
-    return processor
-
-
-def image_tokens(processor: ProcessorMixin) -> set[str]:
-    """The placeholders that stand for images and videos in this family's text, and the marks around them."""
-    tokens = set()
-    for owner in (processor, getattr(processor, "tokenizer", None)):
-        for part in ("image", "video", "boi", "eoi", "fake_image", "global_image", "start_image",
-                     "context_image",
-                     "vision_start"):
-            tokens.add(getattr(owner, f"{part}_token", None))
-    return tokens - {None, ""}
-
-
-def checkpoint_layers(model: PreTrainedModel):
-    """From now on, backward passes compute the inside of each layer again; only its input is kept."""
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-
-
-def save_vlm(vlm: VLM, path: str):
-    """Write an ordinary checkpoint folder. It appears under its name only when all of it is on the disk."""
-    unfinished = Path(f"{path}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    vlm.model.save_pretrained(unfinished)
-    vlm.processor.save_pretrained(unfinished)
-    if not hasattr(vlm.processor, "video_processor"):      # so that AutoProcessor, with torchvision, loads it
-        settings = json.dumps(vlm.processor.image_processor.to_dict())
-        (unfinished / "video_preprocessor_config.json").write_text(settings)
-    unfinished.rename(path)
-
-
-def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list[int], list[int]]:
-    """(stop_ids, banned_ids). The first stop id is the one that ends an assistant turn of the chat template.
-
-    Banned is every special token that does not end a response (image, video and turn markers, padding), and
-    every row of the embedding that the tokenizer has no text for (vocabularies are padded to round sizes).
-    """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    added, reply = tokenizer.added_tokens_decoder, "[the reply]"
-    turns = chat_turns("?", 0, (("?", reply),))[:2]
-    after = tokenizer(render(processor, turns).partition(reply)[2], add_special_tokens=False).input_ids
-    # the first token after a reply that is no text. Gemma: <end_of_turn>, before <eos>; and it may be one
-    # that neither tokenizer nor generation config names
-    ends = [i for i in after if i in added and added[i].content.strip()][:1]
-    stops = model.generation_config.eos_token_id
-    stops = [*ends, tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])]
-    stops = list(dict.fromkeys(i for i in stops if i is not None))                           # each once
-    if not stops:
-        raise UserError(f"{model.name_or_path}: nothing says which token ends a response")
-    special = {i for i, token in added.items() if token.special}
-    named = {getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")} - {None}
-    unused = range(len(tokenizer), model.get_output_embeddings().out_features)
-    return stops, sorted((special | named | set(unused)) - set(stops))
-
-
-def chat_template(processor: ProcessorMixin) -> str | None:
-    """The chat template of a processor, or else of its tokenizer; of several the default."""
-    for owner in (processor, getattr(processor, "tokenizer", processor)):
-        if template := owner.chat_template:
-            return template.get("default") if isinstance(template, dict) else template
-
-
-def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: bool = False) -> str:
-    """Chat turns, their content a list of image and text parts, as text by the model's chat template.
-
-    Raises UserError where the template does, as over a system turn or turns of one role that follow each
-    other.
-    """
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None:                                       # a language model: its template wants strings
-        tokenizer = processor
-        turns = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns]
-    try:
-        return tokenizer.apply_chat_template(turns, chat_template=chat_template(processor), tokenize=False,
-                                             add_generation_prompt=add_generation_prompt)
-    except (chat_template_utils.jinja2.TemplateError, TypeError) as error:
-        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses such turns "
-                        f"({textwrap.shorten(str(error), 250)})") from error
-
-
-# ---------------------------------------------------------------------------------------------- prompts
-
-
-MARK = "<image>"                                                   # where in a question an image stands
-
-
-def chat_turns(question: str, images: int, history: tuple[tuple[str, str], ...] = ()) -> list[dict]:
-    """Chat messages of earlier turns and a question; {"type": "image"} stands for each image.
-
-    An image stands where MARK says so; without marks all stand first. UserError when there are too many or
-    too few.
-    """
-    texts = [asked for asked, _ in history] + [question]
-    marks = sum(text.count(MARK) for text in texts)
-    if marks not in (0, images):
-        raise UserError(f"the question {question[:80]!r} marks {marks} places with {MARK}, for {images} "
-                        f"images")
-    turns = []
-    for i, text in enumerate(texts):
-        pieces = text.split(MARK)
-        if i == 0 and marks == 0:
-            pieces = [""] * images + pieces
-        content = []
-        for j, piece in enumerate(pieces):
-            if j > 0:
-                content.append({"type": "image"})
-            if piece.strip():
-                content.append({"type": "text", "text": piece.strip("\n")})
-        turns.append({"role": "user", "content": content})
-        if i < len(history):
-            turns.append({"role": "assistant", "content": [{"type": "text", "text": history[i][1]}]})
-    return turns
+# ---------------------------------------------------------------------------------------------- encode
 
 
 def encode(vlm: VLM, question: str, images: list[Image.Image],
@@ -413,94 +110,39 @@ def encode(vlm: VLM, question: str, images: list[Image.Image],
 
     Raises UserError where the model cannot be asked that, see prompt_text and process.
     """
-    inputs = process(vlm.processor, prompt_text(vlm.processor, question, len(images), history), images)
+    text = prompt_text(vlm.processor, question, len(images), history)
+    inputs = process(vlm.processor, text, images)
     ids = inputs.pop("input_ids")                                  # (1, P)
     of_text = ("attention_mask", "mm_token_type_ids", "token_type_ids")
     images = {name: x for name, x in inputs.items() if name not in of_text}
     positions = torch.arange(ids.shape[1])[None]
-    if hasattr(vlm.trunk, "get_rope_index"):
+    if hasattr(vlm.trunk, "get_rope_index"):                       # Qwen-VL: (3, 1, P) and how far it reaches
         is_image = (ids == vlm.model.config.image_token_id).int()
-        positions = vlm.trunk.get_rope_index(ids, mm_token_type_ids=is_image,
-                                             attention_mask=torch.ones_like(ids),
-                                             image_grid_thw=images.get("image_grid_thw"))[0][:, 0]
+        found, _ = vlm.trunk.get_rope_index(ids, mm_token_type_ids=is_image,
+                                            attention_mask=torch.ones_like(ids),
+                                            image_grid_thw=images.get("image_grid_thw"))
+        positions = found[:, 0]
     return Prompt(ids[0], images, positions)
-
-
-def prompt_text(processor: ProcessorMixin, question: str, images: int,
-                history: tuple[tuple[str, str], ...] = ()) -> str:
-    """The chat prompt of a question as text, with one placeholder for each image.
-
-    Raises UserError when a text spells one of the model's image tokens: it would be counted as one more
-    image.
-    """
-    turns = chat_turns(question, images, history)
-    for token in image_tokens(processor):
-        if any(token in part.get("text", "") for turn in turns for part in turn["content"]):
-            raise UserError(f"the question {question[:80]!r} spells {token}, which this model reads as an "
-                            f"image")
-    return render(processor, turns, add_generation_prompt=True)
-
-
-def process(processor: ProcessorMixin, text: str, images: list[Image.Image]):
-    """The tensors that a processor makes of a prompt; UserError where it refuses, as over an odd image."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    try:
-        return processor(text=[text], **({"images": images} if images else {}), return_tensors="pt",
-                         add_special_tokens=needs_bos(tokenizer, text))
-    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 250)
-        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-        raise UserError(f"{type(processor).__name__} refuses a prompt with images of {sizes or 'no'} "
-                        f"pixels ({reason})") from error
-
-
-def tokens_of_image(processor: ProcessorMixin, size: tuple[int, int]) -> int:
-    """At most how many tokens a processor makes of an image of this (width, height), with marks around it.
-
-    Most families compute that. Of others, and for odd shapes, which a processor may refuse with a UserError,
-    a blank image tells.
-    """
-    odd = min(size) < 28 or max(size) > 10 * min(size)
-    if odd or not hasattr(processor, "_get_num_multimodal_tokens"):
-        blank = process(processor, prompt_text(processor, "?", 1), [Image.new("RGB", size)])
-        return blank["input_ids"].shape[1]
-    return 8 + processor._get_num_multimodal_tokens(image_sizes=[size[::-1]]).num_image_tokens[0]
-
-
-def needs_bos(tokenizer, text: str) -> bool:
-    """Whether the tokenizer should put its beginning-of-text token first: some templates have."""
-    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
     """Responses that came as text (a teacher's, a truth) as tokens: text, then the stop token.
 
-    `split_special_tokens` reads everything as plain text, so no response can spell an image token or end its
-    own turn.
+    A text that spells a stop or a banned token is read as plain letters (split_special_tokens), so no
+    response can place an image or end its own turn; of others, <think> and its like are one token.
     """
-    rows = vlm.tokenizer(sum(texts, []), add_special_tokens=False, split_special_tokens=True).input_ids
+    every, forbidden = sum(texts, []), {*vlm.stop_ids, *vlm.banned_ids}
+    rows = vlm.tokenizer(every, add_special_tokens=False).input_ids
+    plain = vlm.tokenizer(every, add_special_tokens=False, split_special_tokens=True).input_ids
+    rows = [row if forbidden.isdisjoint(row) else letters for row, letters in zip(rows, plain)]
     return as_outputs(texts, [torch.tensor(row + vlm.stop_ids[:1], device=vlm.device) for row in rows])
 
 
-def as_outputs(texts: list[list[str]], rows: list[Tensor]) -> Outputs:
-    """B lists of K texts, and the ids of each, as Outputs."""
-    ids = pad_sequence(rows, batch_first=True)                                               # (B K, R)
-    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
-    return Outputs(texts, ids.unflatten(0, (len(texts), -1)), mask.unflatten(0, (len(texts), -1)))
-
-
-def images_of(trunk, prompts: list[Prompt]) -> dict[str, Tensor]:
-    """The images of some prompts as one batch, in the order of the prompts, on the device of the model."""
-    images = {}
-    for name in {name for p in prompts for name in p.images}:
-        x = stack([p.images[name] for p in prompts if name in p.images]).to(trunk.device)
-        images[name] = x.to(trunk.dtype) if x.is_floating_point() else x
-    return images
-
-
-def position_ids(positions: Tensor) -> Tensor:
-    """Positions (B, L, A) as a model wants them: (B, L), or (3, B, L) where there are three axes."""
-    return positions.movedim(-1, 0) if positions.shape[-1] > 1 else positions[..., 0]
+def decode(vlm: VLM, responses: list[Tensor]) -> list[str]:
+    """Token ids of responses as text, without stop (and banned) tokens and white space around it."""
+    forbidden = {*vlm.stop_ids, *vlm.banned_ids}
+    rows = [[i for i in ids.tolist() if i not in forbidden] for ids in responses]
+    return [text.strip() for text in vlm.tokenizer.batch_decode(rows)]
 
 
 # ---------------------------------------------------------------------------------------------- generate
@@ -534,8 +176,8 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> T
     probs = probs.softmax(-1)
     kept = probs.cumsum(-1) - probs < sampling.top_p     # mass of the likelier tokens: the first always stays
     mass = (probs * kept).cumsum(-1)
-    # rounding may overshoot
-    place = (mass <= noise[:, None] * mass[:, -1:]).sum(-1).minimum(kept.sum(-1) - 1)
+    place = (mass <= noise[:, None] * mass[:, -1:]).sum(-1)
+    place = place.minimum(kept.sum(-1) - 1)                        # rounding may overshoot
     return tokens.gather(-1, place[:, None]).squeeze(-1)
 
 
@@ -556,23 +198,23 @@ def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampli
     return as_outputs([decode(vlm, row) for row in rows], [ids for row in rows for ids in row])
 
 
-def decode(vlm: VLM, responses: list[Tensor]) -> list[str]:
-    """Token ids of responses as text, without special tokens and white space around it."""
-    return [text.strip() for text in vlm.tokenizer.batch_decode(responses, skip_special_tokens=True)]
-
-
 @torch.no_grad()
 def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_samples: int, sampling: Sampling,
            slots: int) -> Iterator[tuple[int, list[Tensor]]]:
     """Sample G responses to any number of prompts; yields (prompt's number, G tensors of ids).
 
     noise: for each prompt uniform numbers (G, max_new_tokens), one a token. Continuous batching: a response
-    that ends gives its slot to the next in line, and prompts are read only when it is their turn, so the
-    batch stays full and memory does not grow with their number. When none is left, the batch shrinks with the
-    responses that still run.
+    that ends (.) gives its slot to the next in line. Here, prompts a b c, G = 2, three slots:
 
-    What that saves against a call per batch that pads and repeats (B prompts of P tokens, G responses of r on
-    average and R at most): prefill B P tokens, not B G P; decode B G (r + 1), not B G R.
+        step      1    2    3    4    5    6    7
+        slot 0    a1   a1   a1.  c1   c1   c1   c1.
+        slot 1    a2   a2   a2   a2   a2.  c2   c2.
+        slot 2    b1   b1.  b2   b2   b2   b2.          the line is empty: fewer rows from here on
+
+    Prompts are read only when it is their turn, each once for its G responses (`prefill`), so the batch stays
+    full and memory does not grow with their number. A step is one token in every slot: Slots.step, below.
+    Against batches that pad and repeat (B prompts of P tokens, G responses of r on average, R at most) that
+    is a prefill of B P tokens, not B G P; and decoding of B G (r + 1), not B G R.
     """
     line, G = enumerate(zip(prompts, noise)), num_samples
     table, ready, owners, done = Slots(vlm, sampling, slots), deque(), [], defaultdict(dict)
@@ -585,97 +227,519 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
                     break
                 block = prefill(vlm, [prompt for _, (prompt, _) in ahead])
                 block_noise = torch.cat([own for _, (_, own) in ahead])                      # (prompts G, R)
-                for i, (b, _) in enumerate(ahead):
-                    ready.extend((b, g, i * G + g) for g in range(G))
+                ready.extend((b, g, i * G + g) for i, (b, _) in enumerate(ahead) for g in range(G))
             starting = [ready.popleft() for _ in range(min(slots - len(owners), len(ready)))]
             which = torch.tensor([i for _, _, i in starting], device=vlm.device)
-            table.start(len(owners), block, which // G, block_noise[which])
+            table.start(len(owners), *block, which // G, block_noise[which])
             owners += [(b, g) for b, g, _ in starting]
         if not owners:
             return
-        ends = table.advance(len(owners))
-        for s, end in enumerate(ends):
-            if end:
-                b, g = owners[s]
-                done[b][g] = table.rows["ids"][s, :end].clone()
+        ends = table.advance(len(owners))                          # lengths of those that have ended, else 0
+        for s, (b, g) in enumerate(owners):
+            if ends[s]:
+                done[b][g] = table.rows["ids"][s, :ends[s]].clone()
                 if len(done[b]) == G:
-                    yield b, [done[b][g] for g in range(G)]
-                    del done[b]
-        owners = close_gaps(table, owners, ends)
+                    rows = done.pop(b)
+                    yield b, [rows[g] for g in range(G)]
+        for source, target in table.close_gaps(ends):              # the running ones stand first
+            owners[target] = owners[source]
+        owners = owners[:ends.count(0)]
 
 
-def close_gaps(table, owners: list[tuple[int, int]], ends: list[int]) -> list[tuple[int, int]]:
-    """Move the last responses that still run into free slots, so that the running ones stand first."""
-    running = [s for s, end in enumerate(ends) if not end]
-    free = [s for s, end in enumerate(ends[:len(running)]) if end]
-    sources = running[len(running) - len(free):]
-    table.move(sources, free)
-    for source, target in zip(sources, free):
-        owners[target] = owners[source]
-    return owners[:len(running)]
+# ---------------------------------------------------------------------------------------------- score
 
 
-class SlotCache:
-    """The KV cache that transformers sees in a decode step: slots in memory that is allocated once.
+def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float = 1.0) -> Tensor:
+    """Log-probability of every response token, (B, K, R) float32, zero where padded. Differentiable.
 
-    Slot s holds the keys and values of [prompt | response so far] in its first columns, without padding. A
-    step writes the new token's into the column `column`, (n, 1), of each of the first n slots, and attends to
-    the first `columns` columns; the mask hides what a slot does not use of them.
+    temperature is the one the policy samples with: the ratio must compare the distributions that were sampled
+    from. (Top-k, top-p and the penalty are left out of it, as is usual: teachers' tokens may lie outside of
+    them.)
     """
-
-    def __init__(self):
-        self.keys, self.values, self.column, self.columns = [], [], None, 0  # (slots, heads, room, w) a layer
-
-    @property
-    def room(self) -> int:
-        """How many columns there are."""
-        return self.keys[0].shape[2] if self.keys else 0
-
-    def make_room(self, slots: int, block: "Prefilled", room: int) -> bool:
-        """Allocate `slots` slots, or give each more columns; whether the memory has moved."""
-        if self.room >= room:
-            return False
-        for own, given in ((self.keys, block.keys), (self.values, block.values)):
-            for layer, x in enumerate(given):
-                larger = x.new_zeros(slots, x.shape[1], room, x.shape[3])
-                if layer < len(own):
-                    larger[:, :, :own[layer].shape[2]] = own[layer]
-                    own[layer] = larger
-                else:
-                    own.append(larger)
-        return True
-
-    def fill(self, first: int, block: "Prefilled", which: Tensor):
-        """Copy the rows which (N,) of the block into the slots from `first` on."""
-        for own, given in ((self.keys, block.keys), (self.values, block.values)):
-            for mine, x in zip(own, given):
-                mine[first:first + len(which), :, :x.shape[2]].copy_(x[which])
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
-        """What transformers' attention calls: keep (n, heads, 1, w), return (n, heads, columns, w)."""
-        n, at = len(key), self.column[:, :, None, None].expand_as(key)
-        keys = self.keys[layer][:n].scatter_(2, at, key)
-        values = self.values[layer][:n].scatter_(2, at, value)
-        return keys[:, :, :self.columns], values[:, :, :self.columns]
-
-    def get_seq_length(self, *_) -> int:
-        """Not zero: this is no prefill. (Where tokens stand is told by position_ids and the mask.)"""
-        return 1
+    states, _, before = packed_states(vlm.trunk, prompts, outputs.ids, outputs.mask)
+    head, targets = vlm.model.get_output_embeddings(), outputs.ids[outputs.mask]             # (N,)
+    logps = torch.zeros(outputs.mask.shape, device=states.device)
+    # log softmax(head(states) / temperature)[targets], in chunks: the logits (N, V) never exist at once
+    logps[outputs.mask] = TokenLogps.apply(states[before], head.weight, head.bias, targets, temperature)
+    return logps
 
 
-def reads_length(trunk) -> bool:
-    """Whether its rotary embedding is computed anew for long texts: the host looks how long they are, which a
-    CUDA graph cannot hold."""
-    kinds = [str(getattr(module, "rope_type", "")) for module in trunk.modules()]      # Gemma has several
-    return any("dynamic" in kind or "longrope" in kind for kind in kinds)
+def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Last-layer states of prompts and responses (B, K, R), in rows [prompt | o_1 | ... | o_K].
+
+    A prompt of tokens a b c, with responses d e and f, is the row
+
+        token             a  b  c  d  e  f
+        owner             0  0  0  1  1  2       0 the prompt, k the response o_k
+        place, position   0  1  2  3  4  3       every response begins right after the prompt
+        is seen by        a to f, b to f, c to f, d e, e, f
+        is predicted by   -  a  b  c  d  c       the prompt's last state predicts each first token
+
+    so each response is computed as if it were alone behind the prompt. Returns the states of all tokens
+    (T, d); and, for the N response tokens in the order of mask.nonzero(), their indices in it (N,), and those
+    of the tokens that predict them (N,).
+    """
+    order, tokens, question, owner, place, positions, at, before = pack(prompts, ids, mask)
+    attention = packed_mask(trunk, question, owner, place, tokens)
+    images = images_of(trunk, [prompts[b] for b in order])
+    # layers checkpoint in training mode only; what is inside of them (dropout) stays out of it
+    for layer in trunk.modules():
+        layer.training = torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)
+    states = trunk(input_ids=tokens, position_ids=position_ids(positions), use_cache=False,
+                   attention_mask=attention, **images).last_hidden_state                     # (rows, L, d)
+    trunk.eval()
+    return states.flatten(0, 1), at, before
+
+
+def packed_mask(trunk, question: Tensor, owner: Tensor, place: Tensor, tokens: Tensor):
+    """The mask of packed rows, from what `pack` gives (rows, L): a token sees the prompt of its question and
+    its own response, as far as it has come. (Padding sees padding: attention over nothing is not a number.)
+    In families whose images are seen both ways, the tokens of one image also see each other."""
+    back = place[:, :, None] - place[:, None]               # (rows, L, L): how far a key lies behind
+    same_question = question[:, :, None] == question[:, None]
+    same_response = owner[:, :, None] == owner[:, None]
+    of_prompt = owner[:, None] == 0
+    visible = same_question & (same_response | of_prompt) & (back >= 0)
+    if sees_image_both_ways(trunk):
+        is_image = tokens == trunk.config.image_token_id
+        starts = is_image & ~pad(is_image, (1, 0))[:, :-1]
+        image = starts.cumsum(1) * is_image                        # 1, 2, ... by image, else 0
+        visible |= (image[:, :, None] == image[:, None]) & (image[:, None] > 0)
+    return attention_masks(trunk, visible, back)
+
+
+def pack(prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple:
+    """Prompts and responses (B, K, R) laid out in rows of L tokens, as packed_states draws it.
+
+    Short questions share a row, of up to ROW tokens: a longer row pads less, but every token of it is
+    compared with every other. Returns the order of the questions; tokens, question (-1 for padding), owner
+    and place (rows, L); positions (rows, L, A); and the indices (N,) of response tokens and their predictors.
+    """
+    lengths, sizes = mask.sum(2).tolist(), packed_sizes(prompts, mask)         # of responses, of questions
+    rows = micro_batches(sizes, max(ROW, *sizes))
+    L = max(sum(sizes[b] for b in row) for row in rows)
+    responses = ids[mask].split([sum(n) for n in lengths])
+    tokens, owner, place, positions = [], [], [], []               # of each question, (tokens,)
+    for prompt, response, n in zip(prompts, responses, lengths):
+        P = len(prompt.ids)
+        tokens.append(torch.cat([prompt.ids.to(ids.device), response]))
+        owner.append(torch.arange(len(n) + 1).repeat_interleave(torch.tensor([P, *n])))
+        place.append(torch.cat([torch.arange(P), *(torch.arange(P, P + r) for r in n)]))
+        after = prompt.positions[:, -1:] + 1 + place[-1][P:] - P   # responses go on from the prompt's last
+        positions.append(torch.cat([prompt.positions, after], dim=1).T)
+
+    at, before = [None] * len(sizes), [None] * len(sizes)
+    for number, row in enumerate(rows):
+        start = number * L                                         # of the question, rows laid end to end
+        for b in row:
+            P = len(prompts[b].ids)
+            at[b] = torch.arange(start + P, start + sizes[b])
+            before[b] = torch.where(place[b][P:] == P, start + P - 1, at[b] - 1)
+            start += sizes[b]
+
+    def lay(parts, empty=0):                                       # -> (rows, L, ...)
+        laid = [torch.cat([parts[b] for b in row]) for row in rows]
+        return pad_sequence(laid, batch_first=True, padding_value=empty).to(ids.device)
+    question = [torch.full_like(x, b) for b, x in enumerate(owner)]
+    return (sum(rows, []), lay(tokens), lay(question, -1), lay(owner), lay(place), lay(positions),
+            torch.cat(at).to(ids.device), torch.cat(before).to(ids.device))
+
+
+# ==========================================================================================
+#
+#   MACHINERY: skip on first reading. All that RIL asks of a model stands above. What follows
+#   loads checkpoints, talks to processors, and decodes on a GPU.
+#
+# ==========================================================================================
+
+
+def run(main):
+    """Call `main`; exit with one sentence and code 2 on a UserError or a full disk, with 130 on Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, SafetensorError) as error:
+        if not re.search("No space left|Read-only|Disk quota|Permission", str(error)):
+            raise
+        name = getattr(error, "filename", None) or "a checkpoint"
+        print(f"error: {name} cannot be written ({error}); nothing that was there is lost", file=sys.stderr)
+        sys.exit(2)
+
+
+def write_atomic(path, contents: str | bytes):
+    """Write a file that appears under its name only when all of it is on the disk."""
+    unfinished = Path(f"{path}.unfinished")
+    with open(unfinished, "wb") as file:
+        file.write(contents.encode() if isinstance(contents, str) else contents)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def pick_device(device: str | None = None) -> torch.device:
+    """The device asked for, else CUDA, else Apple's MPS, else the CPU."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(device or best)
+
+
+def load_vlm(path: str, device: str | None = None, dtype: str | None = None, text_only: bool = False) -> VLM:
+    """Load any image-text-to-text checkpoint, a folder or a hub id; in bfloat16 on a GPU, else float32.
+
+    text_only: or a language model without a vision tower (for a judge). Raises UserError where it is neither.
+    """
+    processor, device = load_processor(path, text_only), pick_device(device)
+    if dtype is None:
+        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    kind = AutoModelForImageTextToText if hasattr(processor, "image_processor") else AutoModelForCausalLM
+    with naming(path):
+        config = AutoConfig.from_pretrained(path)
+        config._attn_implementation = None         # sdpa, or eager in parts that lack it: both heed our masks
+        model, found = kind.from_pretrained(path, config=config, dtype=getattr(torch, dtype),
+                                            output_loading_info=True)
+    if wrong := sorted(found["missing_keys"] | found["unexpected_keys"]):      # or it ran on random weights
+        raise UserError(f"{path}: its weights are not those of the model in its config.json: "
+                        f"{len(found['missing_keys'])} missing, {len(found['unexpected_keys'])} unexpected "
+                        f"({', '.join(wrong[:3])})")
+    # Under a mask, cuDNN's attention gives NaN gradients at some lengths (torch 2.11 and later on an H100,
+    # github.com/pytorch/pytorch/issues/196678), and is compiled anew for each length (.../pull/155958).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return VLM(model.to(device).eval(), processor, *special_ids(model, processor))
+
+
+def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
+    """AutoProcessor, also without torchvision. Raises UserError like load_vlm, and reads no weights."""
+    check_files(path)
+    with naming(path):
+        processor = read_processor(path, text_only)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not text_only and not hasattr(processor, "image_processor"):
+        raise UserError(f"{path}: a language model without a vision tower, where one with it is needed")
+    if getattr(processor, "chat_template", None):
+        tokenizer.chat_template = processor.chat_template          # `render` asks the tokenizer
+    if not tokenizer.chat_template:
+        raise UserError(f"{path}: its processor has no chat template, so it cannot be asked questions")
+    if not tokenizer("?", add_special_tokens=False).input_ids:
+        raise UserError(f"{path}: its tokenizer knows no text; is a file missing, as tokenizer.json?")
+    plain, shown = (render(processor, chat_turns("?", images)) for images in (0, int(not text_only)))
+    if not text_only and (shown == plain or "'type'" in shown):    # the second is how a list is printed
+        raise UserError(f"{path}: its chat template has no place for images")
+    return processor
+
+
+def read_processor(path: str, text_only: bool) -> ProcessorMixin:
+    """A processor for still images; of a language model its tokenizer. Families that can watch videos want a
+    part for these that wants torchvision: without that package they are told that they have no such part.
+    (SmolVLM's wants a package that spells out the times in a video, too.)"""
+    processing_smolvlm.num2words = processing_smolvlm.num2words or str
+    config = AutoConfig.from_pretrained(path)
+    if text_only and not hasattr(config, "vision_config"):
+        return AutoTokenizer.from_pretrained(path)
+    family = PROCESSOR_MAPPING.get(type(config), ProcessorMixin)
+    if is_torchvision_available() or "video_processor" not in family.get_attributes():
+        return AutoProcessor.from_pretrained(path)
+
+    class ImagesOnly(family):
+        @classmethod
+        def get_attributes(cls):
+            return [part for part in super().get_attributes() if part != "video_processor"]
+
+        @classmethod
+        def from_args_and_dict(cls, args, settings, **kwargs):
+            return super().from_args_and_dict(args, settings | {"video_processor": None}, **kwargs)
+
+    ImagesOnly.__name__ = family.__name__                # the name that a saved processor_config.json carries
+    return ImagesOnly.from_pretrained(path)
+
+
+@contextmanager
+def naming(path: str):
+    """Turn what is raised over a missing, foreign or damaged checkpoint into one sentence; log no more."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):                    # which say themselves what is wrong
+        raise
+    except Exception as error:                                     # tokenizers raises no other kind
+        raise UserError(f"{path}: not an image-text-to-text checkpoint that can be loaded "
+                        f"({reason(error)})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def reason(error: Exception) -> str:
+    """An error of another package in one short line."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 250)
+
+
+def check_files(path: str):
+    """UserError over a damaged file, or a LoRA adapter. transformers passes over some, and reads weights at
+    their turn only."""
+    if list(Path(path).glob("adapter_*")):
+        raise UserError(f"{path} holds a LoRA adapter, which is not read: merge it into its base model "
+                        f"(peft's merge_and_unload), and name the folder of that, without adapter files")
+    for file in sorted(Path(path).glob("*")):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass                                           # its header fits its size
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read: cut off, or a git-lfs pointer? ({error})") from error
+
+
+def context_of(path: str) -> float:
+    """How many tokens a checkpoint can read, by its config: infinite where that does not say."""
+    with naming(path):
+        config = AutoConfig.from_pretrained(path).get_text_config()
+    return getattr(config, "max_position_embeddings", None) or float("inf")
+
+
+def checkpoint_layers(model: PreTrainedModel):
+    """From now on, backward passes compute the inside of each layer again; only its input is kept."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def save_vlm(vlm: VLM, path: str):
+    """Write an ordinary checkpoint folder. It appears under its name only when all of it is on the disk."""
+    unfinished = Path(f"{path}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    vlm.model.save_pretrained(unfinished)
+    vlm.processor.save_pretrained(unfinished)
+    if not hasattr(vlm.processor, "video_processor"):      # so that AutoProcessor, with torchvision, loads it
+        settings = json.dumps(vlm.processor.image_processor.to_dict())
+        (unfinished / "video_preprocessor_config.json").write_text(settings)
+    unfinished.rename(path)
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+# special tokens that stand for images (row_1_col_1: a tile of Idefics3 and SmolVLM), and for turns
+IMAGE, TURN = r"image|img|video|vision|row_\d+_col_\d+", "im_start|im_end|_of_turn|_of_utterance"
+
+
+def image_tokens(processor: ProcessorMixin) -> set[str]:
+    """The placeholders that stand for images and videos in this family's text, and the marks around them."""
+    added = getattr(processor, "tokenizer", processor).added_tokens_decoder.values()
+    named = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video")} - {None}
+    return named | {t.content for t in added if t.special and re.search(IMAGE, t.content.lower())}
+
+
+def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list[int], list[int]]:
+    """(stop_ids, banned_ids). The first stop id is the one that ends an assistant turn of the chat template.
+
+    Banned are the special tokens that no response may hold: of images, of turns, padding and its like; and
+    every row of the embedding that the tokenizer has no text for (vocabularies are padded to round sizes).
+    Other special tokens, as <think> and <|box_start|>, are words.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    added, reply = tokenizer.added_tokens_decoder, "[the reply]"
+    turns = chat_turns("?", 0, (("?", reply),))[:2]
+    before, after = (tokenizer(text, add_special_tokens=False).input_ids
+                     for text in render(processor, turns).split(reply))
+    # the first token after a reply that is no text. Gemma: <end_of_turn>, before <eos>; and it may be one
+    # that neither tokenizer nor generation config names
+    ends = [i for i in after if i in added and added[i].content.strip()][:1]
+    stops = model.generation_config.eos_token_id
+    stops = [*ends, tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])]
+    stops = list(dict.fromkeys(i for i in stops if i is not None))                           # each once
+    if not stops:
+        raise UserError(f"{model.name_or_path}: nothing says which token ends a response")
+
+    kinds = ("bos", "pad", "unk", "sep", "cls", "mask")
+    structure = {getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
+    structure |= {i for i in before + after if i in added and "think" not in added[i].content}
+    banned = set(range(len(tokenizer), model.get_output_embeddings().out_features))
+    banned |= set(tokenizer.convert_tokens_to_ids(sorted(image_tokens(processor))))
+    for i, token in added.items():
+        if token.special and (i in structure or re.search(TURN, token.content)):
+            banned.add(i)
+    return stops, sorted(banned - set(stops))
+
+
+def needs_bos(tokenizer, text: str) -> bool:
+    """Whether the tokenizer should put its beginning-of-text token first: some templates have."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+
+
+def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: bool = False) -> str:
+    """Chat turns, their content a list of image and text parts, as text by the model's chat template.
+    UserError where the template raises one, as over a system turn."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer is processor:                                  # a language model: its template wants strings
+        turns = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False,
+                                             add_generation_prompt=add_generation_prompt)
+    except (chat_template_utils.jinja2.TemplateError, TypeError) as error:
+        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses such turns "
+                        f"({reason(error)})") from error
+
+
+MARK = "<image>"                                                   # where in a question an image stands
+
+
+def chat_turns(question: str, images: int, history: tuple[tuple[str, str], ...] = ()) -> list[dict]:
+    """Chat messages of earlier turns and a question. An image stands where MARK says so; without marks all
+    stand first. UserError when there are too many or too few."""
+    asked, replies, turns = [*(text for text, _ in history), question], [reply for _, reply in history], []
+    marks = sum(text.count(MARK) for text in asked)
+    if marks not in (0, images):
+        raise UserError(f"the question {question[:80]!r} marks {marks} places with {MARK}, for {images} "
+                        f"images")
+    if marks == 0:
+        asked[0] = MARK * images + asked[0]
+    for i, text in enumerate(asked):
+        pieces = [piece for piece in re.split(f"({MARK})", text) if piece.strip()]
+        turns.append({"role": "user", "content": [
+            {"type": "image"} if piece == MARK else {"type": "text", "text": piece.strip("\n")}
+            for piece in pieces]})
+        if i < len(replies):
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": replies[i]}]})
+    return turns
+
+
+def prompt_text(processor: ProcessorMixin, question: str, images: int,
+                history: tuple[tuple[str, str], ...] = ()) -> str:
+    """The chat prompt of a question as text, with one placeholder for each image. UserError when a text
+    spells one of the model's image tokens: it would be counted as one more image."""
+    turns = chat_turns(question, images, history)
+    for token in image_tokens(processor):
+        if any(token in part.get("text", "") for turn in turns for part in turn["content"]):
+            raise UserError(f"the question {question[:80]!r} spells {token}, which this model reads as an "
+                            f"image")
+    return render(processor, turns, add_generation_prompt=True)
+
+
+def process(processor: ProcessorMixin, text: str, images: list[Image.Image]):
+    """The tensors that a processor makes of a prompt; UserError where it refuses, as over an odd image."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    shown = {"images": images} if images else {}
+    try:
+        return processor(text=[text], **shown, return_tensors="pt",
+                         add_special_tokens=needs_bos(tokenizer, text))
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+        raise UserError(f"{type(processor).__name__} refuses a prompt with images of {sizes or 'no'} "
+                        f"pixels ({reason(error)})") from error
+
+
+def tokens_of_image(processor: ProcessorMixin, size: tuple[int, int]) -> int:
+    """At most how many tokens a processor makes of an image of this (width, height), with marks around it.
+    Most families compute that. Of others, and of odd shapes, which some refuse, a blank image tells."""
+    odd = min(size) < 28 or max(size) > 10 * min(size)
+    if odd or not hasattr(processor, "_get_num_multimodal_tokens"):
+        blank = process(processor, prompt_text(processor, "?", 1), [Image.new("RGB", size)])
+        return blank["input_ids"].shape[1]
+    return 8 + processor._get_num_multimodal_tokens(image_sizes=[size[::-1]]).num_image_tokens[0]
+
+
+def as_outputs(texts: list[list[str]], rows: list[Tensor]) -> Outputs:
+    """B lists of K texts, and the ids of each, as Outputs."""
+    ids = pad_sequence(rows, batch_first=True)                                               # (B K, R)
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+    return Outputs(texts, ids.unflatten(0, (len(texts), -1)), mask.unflatten(0, (len(texts), -1)))
+
+
+def join(parts: list[Outputs], dim: int = 1) -> Outputs:
+    """Responses to the same questions, put side by side (dim 1, the only way), padded to the longest."""
+    texts = [sum(rows, []) for rows in zip(*(part.text for part in parts))]
+    rows = [ids[mask] for b in range(len(texts)) for part in parts
+            for ids, mask in zip(part.ids[b], part.mask[b])]
+    return as_outputs(texts, rows)
+
+
+def images_of(trunk, prompts: list[Prompt]) -> dict[str, Tensor]:
+    """The images of some prompts as one batch, in the order of the prompts, on the device of the model."""
+    images = {}
+    for name in {name for p in prompts for name in p.images}:
+        x = stack([p.images[name] for p in prompts if name in p.images]).to(trunk.device)
+        images[name] = x.to(trunk.dtype) if x.is_floating_point() else x
+    return images
+
+
+def stack(tensors: list[Tensor]) -> Tensor:
+    """Concatenate along the first dimension; the others are zero-padded to the largest: families that cut an
+    image into tiles give (images, tiles, ...), each prompt its own number, and skip the empty ones."""
+    largest = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors))]
+    whole = tensors[0].new_zeros(sum(map(len, tensors)), *largest)
+    for x, rows in zip(tensors, whole.split([len(x) for x in tensors])):
+        rows[(slice(None), *map(slice, x.shape[1:]))] = x
+    return whole
+
+
+def position_ids(positions: Tensor) -> Tensor:
+    """Positions (B, L, A) as a model wants them: (B, L), or (3, B, L) where there are three axes."""
+    return positions.movedim(-1, 0) if positions.shape[-1] > 1 else positions[..., 0]
+
+
+ATTENTION = ("full_attention", "sliding_attention")                # kinds of layers that packing knows
+
+
+def sees_image_both_ways(trunk) -> bool:
+    """Whether tokens of an image see the later ones of it, as in Gemma 3 (told by an argument)."""
+    return "token_type_ids" in inspect.signature(trunk.forward).parameters
+
+
+def attention_masks(trunk, visible: Tensor, back: Tensor) -> Tensor | dict[str, Tensor]:
+    """What is visible, (B, Q, L) bool, as the additive mask (B, 1, Q, L) that attention wants; one per kind
+    of layer, where some layers see only so many places `back` (B, Q, L)."""
+    def additive(visible):
+        mask = torch.zeros(visible.shape, dtype=trunk.dtype, device=visible.device)
+        return mask.masked_fill_(~visible, torch.finfo(trunk.dtype).min)[:, None]
+    config = trunk.config.get_text_config()
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        return additive(visible)
+    near = back < config.sliding_window
+    return dict(zip(ATTENTION, (additive(visible), additive(visible & near))))
+
+
+# ---------------------------------------------------------------------------------------------- slots
+
+
+def prefill(vlm: VLM, prompts: list[Prompt]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Read prompts once, padded on the right, where no real token sees it. Returns what slots go on from, a
+    row a prompt: keys and values of each layer in turn (B, heads, P, w), and the first four rows of Slots."""
+    trunk, cache, types = vlm.trunk, DynamicCache(), {}
+
+    def batch(rows):
+        return pad_sequence(rows, batch_first=True).to(vlm.device)
+    ids = batch([p.ids for p in prompts])                                                    # (B, P)
+    mask = batch([torch.ones_like(p.ids, dtype=torch.bool) for p in prompts])
+    positions = batch([p.positions.T for p in prompts])                                      # (B, P, A)
+    if sees_image_both_ways(trunk):
+        types = {"token_type_ids": (ids == vlm.model.config.image_token_id).long()}
+    trunk(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(positions), use_cache=True,
+          past_key_values=cache, **types, **images_of(trunk, prompts))
+    last = mask.sum(1, keepdim=True) - 1                                                     # (B, 1)
+    vocabulary = vlm.model.get_output_embeddings().out_features
+    seen = torch.zeros(len(ids), vocabulary, dtype=torch.bool, device=vlm.device)
+    seen.scatter_(1, torch.where(mask, ids, ids[:, :1]), True)     # padding is no token: the first stands in
+    rows = {"token": ids.gather(1, last), "column": last, "position": positions[range(len(ids)), last[:, 0]],
+            "seen": seen}
+    return [x for layer in cache.layers for x in (layer.keys, layer.values)], rows
 
 
 class Slots:
-    """The state of sampling of responses in progress, one in each slot; their keys and values are in `cache`.
+    """Responses in progress, one in each slot.
 
     rows, each with a row a slot: token, the last one; its position (A) and column (1) in the cache; seen (V),
     the tokens that there were; count, of tokens sampled; ids (R + 1), these tokens; noise (R); end, the
-    length once it has ended.
+    length once it has ended. cache: keys and values of each layer in turn, (slots, heads, room, w); a slot
+    has those of [prompt | response so far] in its first columns, without padding:
+
+        column    0   1   2   3   4   5   6   7
+        slot 0    p   p   p   p   r   r   *   .        * is written in this step
+        slot 1    p   p   r   *   .   .   .   .        . is hidden by the mask
 
     A decode step is the same work on the same memory whatever the responses are at. On CUDA it is recorded
     once for each number of slots (halves of all) and replayed as a graph: a small step is otherwise spent on
@@ -686,48 +750,56 @@ class Slots:
 
     def __init__(self, vlm: VLM, sampling: Sampling, size: int):
         self.vlm, self.sampling, self.size = vlm, sampling, size
-        self.rows, self.cache, self.graphs = {}, SlotCache(), {}
+        self.rows, self.cache, self.graphs = {}, [], {}
+        self.room = self.columns = 0                               # columns that there are, and that are used
         self.stride = self.stride or (1 if vlm.device.type == "cpu" else 8)
         self.capturing = vlm.device.type == "cuda" and vlm.capture and not reads_length(vlm.trunk)
         self.banned = torch.tensor(vlm.banned_ids, device=vlm.device, dtype=torch.long)
         self.stops = torch.tensor(vlm.stop_ids, device=vlm.device)
 
-    def start(self, first: int, block: "Prefilled", which: Tensor, noise: Tensor):
-        """Fill the slots from `first` on, each from row which[i] of the block; noise (N, max_new_tokens)."""
-        N, R = noise.shape
-        longest = block.keys[0].shape[2] + R                       # columns that the longest may come to need
-        room = -(-longest // 64) * 64                              # rounded up: it moves less often
-        if self.cache.make_room(self.size, block, room):
-            self.graphs.clear()                                    # they write to the old memory
-        self.cache.fill(first, block, which)
-        zero = torch.zeros_like(block.token[which])                # (N, 1)
-        starts = {"token": block.token[which], "position": block.position[which],
-                  "column": block.column[which],
-                  "seen": block.seen[which], "noise": noise, "ids": zero.expand(-1, R + 1), "count": zero,
-                  "end": zero}
+    def start(self, first: int, cache: list[Tensor], rows: dict[str, Tensor], which: Tensor, noise: Tensor):
+        """Fill the slots from `first` on, each from row which[i] of what prefill gave; noise (N, R)."""
+        (N, R), P = noise.shape, cache[0].shape[2]
+        self.make_room(P + R, cache)
+        for mine, x in zip(self.cache, cache):
+            mine[first:first + N, :, :P] = x[which]
+        starts = {name: x[which] for name, x in rows.items()}
+        zero = torch.zeros_like(starts["token"])                   # (N, 1)
+        starts |= {"noise": noise, "ids": zero.expand(-1, R + 1), "count": zero, "end": zero}
         for name, x in starts.items():
             if name not in self.rows:
                 self.rows[name] = x.new_zeros(self.size, *x.shape[1:])
-            self.rows[name][first:first + N].copy_(x)
+            self.rows[name][first:first + N] = x
 
-    def move(self, sources: list[int], targets: list[int]):
-        """Copy slots over others."""
+    def make_room(self, columns: int, like: list[Tensor]):
+        """Give every slot so many columns, rounded up to 64s: the memory moves less often."""
+        if not self.cache:
+            self.cache = [x.new_zeros(self.size, x.shape[1], 0, x.shape[3]) for x in like]
+        more = -(-columns // 64) * 64 - self.room
+        if more > 0:
+            self.room += more
+            self.graphs.clear()                                    # they write to the old memory
+            for i, x in enumerate(self.cache):
+                self.cache[i] = pad(x, (0, 0, 0, more))
+
+    def close_gaps(self, ends: list[int]) -> list[tuple[int, int]]:
+        """Move the last running responses to where others have ended; (from, to) of each."""
+        live = ends.count(0)
+        sources = [s for s in range(live, len(ends)) if not ends[s]]
+        targets = [s for s in range(live) if ends[s]]
         if sources:
-            sources, targets = torch.tensor([sources, targets], device=self.vlm.device)
-            for x in (*self.rows.values(), *self.cache.keys, *self.cache.values):
-                x[targets] = x[sources]
+            source, target = torch.tensor([sources, targets], device=self.vlm.device)
+            for x in (*self.rows.values(), *self.cache):
+                x[target] = x[source]
+        return list(zip(sources, targets))
 
     def advance(self, live: int) -> list[int]:
-        """Decode a few tokens in the first `live` slots; the lengths of responses that ended, else 0.
-
-        Off the CPU the host looks only every `stride` tokens, as each look makes it wait for the device. What
-        a response that has ended adds till then is not read.
-        """
-        n, self.cache.columns = live, self.cache.room
+        """Decode `stride` tokens in the first `live` slots; the lengths of responses that ended, else 0.
+        (What these add after their end is not read; each look of the host makes it wait for a GPU.)"""
         if self.stride == 1:                                       # looking is free: take just what is in use
-            self.cache.columns = int(self.rows["column"][:live].max()) + 1
-        else:
-            n = self.size
+            n, self.columns = live, int(self.rows["column"][:live].max()) + 1
+        else:                                                      # as few sizes as possible, for graphs
+            n, self.columns = self.size, self.room
             while n // 2 >= live:
                 n //= 2
         for _ in range(self.stride):
@@ -740,10 +812,8 @@ class Slots:
         return self.rows["end"][:live, 0].tolist()
 
     def capture(self, n: int):
-        """Record a decode step of n slots; one that cannot be is run as on the CPU, and that is said.
-
-        Graphs are replayed one at a time, so all share the memory of the first for what a step makes.
-        """
+        """Record a decode step of n slots; one that cannot be is run as on the CPU, and that is said. Graphs
+        are replayed one at a time, so all share the memory of the first for what a step makes."""
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         shared = next(iter(self.graphs.values())).pool() if self.graphs else None
         try:
@@ -760,13 +830,11 @@ class Slots:
     def step(self, n: int):
         """One token in each of the first n slots, all in place and without waiting for the device."""
         r, R = {name: x[:n] for name, x in self.rows.items()}, self.sampling.max_new_tokens
-        self.cache.column = r["column"]
-        back = r["column"] - torch.arange(self.cache.columns, device=self.vlm.device)        # (n, columns)
+        back = r["column"] - torch.arange(self.columns, device=self.vlm.device)              # (n, columns)
         attention = attention_masks(self.vlm.trunk, (back >= 0)[:, None], back[:, None])
         states = self.vlm.trunk(input_ids=r["token"], position_ids=position_ids(r["position"][:, None]),
-                                use_cache=True,
-                                # (n, 1, d)
-                                attention_mask=attention, past_key_values=self.cache).last_hidden_state
+                                use_cache=True, past_key_values=self,
+                                attention_mask=attention).last_hidden_state                  # (n, 1, d)
         logits = self.vlm.model.get_output_embeddings()(states[:, -1]).float()               # (n, V)
         logits = logits.index_fill_(1, self.banned, -torch.inf)
         noise = r["noise"].gather(1, r["count"].clamp(max=R - 1))
@@ -776,123 +844,46 @@ class Slots:
         r["seen"].scatter_(1, token, True)
         r["token"].copy_(token)
         r["position"].add_(1)
-        r["column"].add_(1).clamp_(max=self.cache.room - 1)
+        r["column"].add_(1).clamp_(max=self.room - 1)
         r["count"].add_(1)
         ended = (token == self.stops).any(1, keepdim=True) | (r["count"] == R)
         r["end"].copy_(torch.where(ended & (r["end"] == 0), r["count"], r["end"]))
         r["count"].clamp_(max=R)
 
+    def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
+        """What transformers asks of a cache: keep (n, heads, 1, w), return (n, heads, columns, w)."""
+        n = len(key)
+        at = self.rows["column"][:n, :, None, None]
+        keys = self.cache[2 * layer][:n].scatter_(2, at.expand_as(key), key)
+        values = self.cache[2 * layer + 1][:n].scatter_(2, at.expand_as(value), value)
+        return keys[:, :, :self.columns], values[:, :, :self.columns]
 
-@dataclass
-class Prefilled:
-    """What slots need to go on from B prompts of up to P tokens, one row a prompt."""
-    keys: list[Tensor]                                             # of each layer, (B, heads, P, w)
-    values: list[Tensor]
-    token: Tensor                                          # (B, 1): the last one, which has not been read yet
-    column: Tensor                                                 # (B, 1): where it stands in the cache
-    position: Tensor                                               # (B, A)
-    seen: Tensor                                                   # (B, V) bool: the tokens of the prompt
-
-
-def prefill(vlm: VLM, prompts: list[Prompt]) -> Prefilled:
-    """Read prompts once. They are padded on the right, where no real token sees it."""
-    trunk, cache = vlm.trunk, DynamicCache()
-
-    def pad(rows):
-        return pad_sequence(rows, batch_first=True).to(vlm.device)
-    ids = pad([p.ids for p in prompts])                                                      # (B, P)
-    mask = pad([torch.ones_like(p.ids, dtype=torch.bool) for p in prompts])
-    positions = pad([p.positions.T for p in prompts])                                        # (B, P, A)
-    types = {}
-    if sees_image_both_ways(trunk):
-        types = {"token_type_ids": (ids == vlm.model.config.image_token_id).long()}
-    trunk(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(positions), use_cache=True,
-          past_key_values=cache, **types, **images_of(trunk, prompts))
-    vocabulary = vlm.model.get_output_embeddings().out_features
-    seen = torch.zeros(len(ids), vocabulary, dtype=torch.bool, device=vlm.device)
-    # padding is no token: the first stands in for it
-    seen.scatter_(1, torch.where(mask, ids, ids[:, :1]), True)
-    last = mask.sum(1, keepdim=True) - 1                                                     # (B, 1)
-    return Prefilled([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers],
-                     ids.gather(1, last), last, positions[range(len(ids)), last[:, 0]], seen)
+    def get_seq_length(self, *_) -> int:
+        """Not zero: this is no prefill. (Where tokens stand is told by position_ids and the mask.)"""
+        return 1
 
 
-# ---------------------------------------------------------------------------------------------- score
+def reads_length(trunk) -> bool:
+    """Whether its rotary embedding looks how long a text is, which a CUDA graph cannot hold."""
+    kinds = [str(getattr(module, "rope_type", "")) for module in trunk.modules()]      # Gemma has several
+    return any("dynamic" in kind or "longrope" in kind for kind in kinds)
 
 
-ATTENTION = ("full_attention", "sliding_attention")                # kinds of layers that packing knows
+# ---------------------------------------------------------------------------------------------- packing
+
+
 ROW = 128                                                         # tokens of a row that short questions share
 
 
-def sees_image_both_ways(trunk) -> bool:
-    """Whether tokens of an image see the later ones of it, as in Gemma 3 (told by an argument)."""
-    return "token_type_ids" in inspect.signature(trunk.forward).parameters
-
-
-def attention_masks(trunk, visible: Tensor, back: Tensor) -> Tensor | dict[str, Tensor]:
-    """What is visible, (B, Q, L) bool, as the additive mask (B, 1, Q, L) that attention wants; where some
-    layers see only a window of so many places `back` (of the same shape), as a mask per kind of layer."""
-    def additive(visible):
-        mask = torch.zeros(visible.shape, dtype=trunk.dtype, device=visible.device)
-        return mask.masked_fill_(~visible, torch.finfo(trunk.dtype).min)[:, None]
-    config = trunk.config.get_text_config()
-    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
-        return additive(visible)
-    return dict(zip(ATTENTION, (additive(visible), additive(visible & (back < config.sliding_window)))))
-
-
-def attend_in_windows(module, query: Tensor, key: Tensor, value: Tensor, attention_mask,
-                      cu_seq_lens_q: Tensor, scaling: float, **_) -> tuple[Tensor, None]:
-    """Attention within windows that begin and end at cu_seq_lens_q, (1, heads, T, w) -> (1, T, heads, w).
-
-    Windows of one length are computed as a batch; transformers' own way is a call for each of hundreds.
-    """
-    starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
-    out = torch.empty_like(query[0])
-    for length in lengths.unique().tolist():
-        first = starts[lengths == length]
-        where = first[:, None] + torch.arange(length, device=first.device)                   # (n, length)
-        q, k, v = (x[0][:, where].transpose(0, 1) for x in (query, key, value))   # (n, heads, length, w)
-        out[:, where] = scaled_dot_product_attention(q, k, v, scale=scaling).transpose(0, 1)
-    return out.transpose(0, 1)[None], None
-
-
-# transformers hands the windows over only to a way of attention that is called flash
-AttentionInterface.register("flash_windows", attend_in_windows)
-
-
-def batch_windows(model: PreTrainedModel):
-    """From now on, vision towers that attend within windows or within images (Qwen's) do as above."""
-    for module in model.modules():
-        if hasattr(module, "config") and "cu_seqlens" in inspect.signature(module.forward).parameters:
-            module.config._attn_implementation = "flash_windows"
-
-
-def packed_mask(trunk, question: Tensor, owner: Tensor, place: Tensor, tokens: Tensor):
-    """Attention mask of packed rows. question (B, L): which question a token belongs to, -1 for padding;
-    owner: 0 for tokens of its prompt, k for tokens of its o_k; place: where the token stands in the text
-    [prompt | o_k].
-
-    A token sees the prompt of its question and its own response, as far as it has come. (Padding sees
-    padding: attention over nothing is not a number.) Where images are seen both ways, the tokens of one image
-    also see each other.
-    """
-    back = place[:, :, None] - place[:, None]               # (B, L, L): how far the key lies behind the query
-    asks, seen = owner[:, :, None], owner[:, None]
-    visible = (question[:, :, None] == question[:, None]) & ((asks == seen) | (seen == 0)) & (back >= 0)
-    if sees_image_both_ways(trunk):
-        is_image = tokens == trunk.config.image_token_id
-        starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
-        run = starts.cumsum(1) * is_image
-        visible |= (run[:, :, None] == run[:, None]) & (run[:, None] > 0)
-    return attention_masks(trunk, visible, back)
+def packed_sizes(prompts: list[Prompt], mask: Tensor) -> list[int]:
+    """How many tokens each question has: its prompt, once, and its responses, without padding."""
+    return [len(p.ids) + n for p, n in zip(prompts, mask.sum((1, 2)).tolist())]
 
 
 def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
-    """Questions of these sizes in groups of at most `budget` tokens, or of one question.
-
-    Those of similar size stand together: a row is padded to the longest of its group.
-    """
+    """Questions of these sizes in groups of at most `budget` tokens, or of one question. Those of similar
+    size stand together, as a row is padded to the longest of its group: of 144 questions with pictures of
+    many sizes 2% is padding then, and 27% in the order in which they come."""
     groups, total = [], budget
     for b in sorted(range(len(sizes)), key=sizes.__getitem__):
         if total + sizes[b] > budget:
@@ -903,158 +894,23 @@ def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
     return groups
 
 
-def packed_sizes(prompts: list[Prompt], mask: Tensor) -> list[int]:
-    """How many tokens each question has: its prompt, once, and its responses, without padding."""
-    return [len(p.ids) + n for p, n in zip(prompts, mask.sum((1, 2)).tolist())]
-
-
-def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Last-layer states of prompts and responses (B, K, R), in rows [prompt | o_1 | ... | o_K].
-
-    A prompt of tokens a b c, with responses d e and f, is the row
-
-        token             a  b  c  d  e  f
-        owner             0  0  0  1  1  2       0 the prompt, k the response o_k
-        place, position   0  1  2  3  4  3       every response begins right after the prompt
-        is seen by        a to f, b to f, c to f, d e, e, f
-        is predicted by   -  a  b  c  d  c       the prompt's last state predicts each first token
-
-    so each response is computed as if it were alone behind the prompt. Short questions share a row, of up to
-    ROW tokens: a longer row pads less, but every token of it is compared with every other.
-
-    Returns the states of all tokens (T, d); and, for the N response tokens in the order of mask.nonzero(),
-    their indices in it (N,), and those of the tokens that predict them (N,).
-    """
-    device, lengths, sizes = ids.device, [len(p.ids) for p in prompts], packed_sizes(prompts, mask)
-    rows = micro_batches(sizes, max(ROW, *sizes))
-    L = max(sum(sizes[b] for b in row) for row in rows)                                      # tokens of a row
-    starts = [0] * len(sizes)                               # where each question begins, rows laid end to end
-    for number, row in enumerate(rows):
-        for i, b in enumerate(row):
-            starts[b] = number * L + sum(sizes[other] for other in row[:i])
-    start, P = torch.tensor(starts, device=device), torch.tensor(lengths, device=device)     # (B,)
-
-    # where each token stands: of the prompts' first, then of the responses'
-    within = torch.cat([torch.arange(n, device=device) for n in lengths])                    # (sum of P,)
-    of = torch.arange(len(prompts), device=device).repeat_interleave(P)
-    b, k, r = mask.nonzero(as_tuple=True)                     # (N,) each: token r of response k to question b
-    count = mask.sum((1, 2))
-    number = torch.arange(len(b), device=device) - (count.cumsum(0) - count)[b]          # within its question
-    at = start[b] + P[b] + number
-    before = torch.where(r == 0, start[b] + P[b] - 1, at - 1)
-    everywhere = torch.cat([start[of] + within, at])
-
-    def lay(prompt_tokens, response_tokens, empty=0):              # -> (rows, L, ...)
-        x = response_tokens.new_full((len(rows) * L, *response_tokens.shape[1:]), empty)
-        return x.index_copy(0, everywhere, torch.cat([prompt_tokens, response_tokens])).unflatten(0, (-1, L))
-
-    tokens = lay(torch.cat([p.ids for p in prompts]).to(device), ids[mask])
-    question, owner, place = lay(of, b, -1), lay(0 * of, k + 1), lay(within, P[b] + r)
-    attention = packed_mask(trunk, question, owner, place, tokens)
-    positions = torch.cat([p.positions for p in prompts], dim=1).T.to(device)                # (sum of P, A)
-    last = positions[P.cumsum(0) - 1]                              # (B, A): responses go on from there
-    positions = position_ids(lay(positions, last[b] + 1 + r[:, None]))
-
-    # layers checkpoint in training mode only; what is inside of them (dropout) stays out of it
-    for layer in trunk.modules():
-        layer.training = torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)
-    images = images_of(trunk, [prompts[b] for row in rows for b in row])                     # in their order
-    states = trunk(input_ids=tokens, position_ids=positions, use_cache=False, attention_mask=attention,
-                   **images).last_hidden_state                                               # (rows, L, d)
-    trunk.eval()
-    return states.flatten(0, 1), at, before
-
-
-def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float = 1.0) -> Tensor:
-    """Log-probability of every response token, (B, K, R) float32, zero where padded. Differentiable.
-
-    temperature is the one the policy samples with: the ratio must compare the distributions that were sampled
-    from. (Top-k, top-p and the penalty are left out of it, as is usual: teachers' tokens may lie outside of
-    them.)
-    """
-    states, _, before = packed_states(vlm.trunk, prompts, outputs.ids, outputs.mask)
-    logps = torch.zeros(outputs.mask.shape, device=states.device)
-    head, targets = vlm.model.get_output_embeddings(), outputs.ids[outputs.mask]
-    logps[outputs.mask] = token_logps(head, states[before], targets, temperature)
-    return logps
-
-
-@contextmanager
-def in_float32(model: PreTrainedModel):
-    """Its tensors in float32 for a while. Nothing is lost: a bfloat16 is a float32 that ends in zeros."""
-    tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
-    dtypes = [x.dtype for x in tensors]
-    for x in tensors:
-        x.data = x.data.float()
-    try:
-        yield
-    finally:
-        for x, dtype in zip(tensors, dtypes):
-            x.data = x.data.to(dtype)
-
-
-@torch.no_grad()
-def check_packing(vlm: VLM, prompt: Prompt):
-    """Score two responses packed and by the model's own forward pass; UserError where these differ.
-
-    In float32, as rounding to bfloat16 hides a response that sees its sibling. What packing assumes of a
-    family (what sees what, how positions count, that logits are head(states)) is checked on the model at hand
-    rather than believed: nine families are tested, and transformers has many more.
-    """
-    family = type(vlm.model).__name__
-    kinds = set(getattr(vlm.model.config.get_text_config(), "layer_types", None) or ())
-    if unknown := kinds - set(ATTENTION):
-        raise UserError(f"{family} has layers of {', '.join(sorted(unknown))}; only "
-                        f"{' and '.join(ATTENTION)} can be "
-                        "packed, so this code cannot train it")
-    outputs = encode_responses(vlm, [["Yes.", "It is not."]])
-    with in_float32(vlm.model):
-        packed = score(vlm, [prompt], outputs)
-        for k, mask in enumerate(outputs.mask[0]):
-            response = outputs.ids[0, k][mask]
-            error = (plain_logps(vlm, prompt, response) - packed[0, k][mask]).abs().mean().item()
-            if not error < 1e-3:
-                raise UserError(f"{family} reads packed responses differently from single ones (log-probs "
-                                f"differ by {error:.3g}), so this code cannot train it")
-
-
-def plain_logps(vlm: VLM, prompt: Prompt, response: Tensor) -> Tensor:
-    """Log-probs of the tokens (R,) of one response, by the model's own forward pass."""
-    ids = torch.cat([prompt.ids.to(vlm.device), response])[None]                             # (1, P + R)
-    is_image = (ids == getattr(vlm.model.config, "image_token_id", -1)).long()
-    accepted = inspect.signature(vlm.model.forward).parameters
-    types = {name: is_image for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
-    images = images_of(vlm.trunk, [prompt])
-    logits = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **types).logits.float()
-    predicted = logits[0, len(prompt.ids) - 1:-1].log_softmax(-1)                            # (R, V)
-    return predicted.gather(1, response[:, None]).squeeze(1)
-
-
-def token_logps(head: torch.nn.Linear, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """log softmax(head(states) / temperature)[targets]: (N, d), (N,) -> (N,) float32."""
-    return TokenLogps.apply(states, head.weight, head.bias, targets, temperature)
-
-
 def head_chunk(weight: Tensor) -> int:
     """Rows to a chunk of logits: few stay in a CPU's cache, many save a GPU's reading of weights."""
     return max(1, (2 ** 26 if weight.is_cuda else 2 ** 23) // len(weight))
 
 
 class TokenLogps(torch.autograd.Function):
-    """The head and the softmax, head_chunk rows at a time, forward and backward.
-
-    N x V logits are the largest tensor of a step (2,000 tokens x 152,000 words x 4 bytes = 1.2 GB, and as
-    much for each thing made of them). Here they never exist at once: backward computes each chunk again,
-    which is a third more work for the head alone, and turns it in place into d log p[t] / d logits = (1[t] -
-    p) / temperature.
-    """
+    """The head and the softmax, a chunk of rows at a time. Backward computes each chunk again, and turns it
+    in place into d log p[t] / d logits = (1[t] - p) / temperature. (A loop of torch.utils.checkpoint has a
+    gradient of the weight, V x d, per chunk: with V = 152,000 and N = 768 a whole update took 10% longer, and
+    28% to 55% more memory.)"""
 
     @staticmethod
     def forward(ctx, states, weight, bias, targets, temperature):
         """states (N, d), weight (V, d), bias (V,) or None, targets (N,) -> log-probs (N,) float32."""
         total, chosen = [], []
         for s, t in zip(states.split(head_chunk(weight)), targets.split(head_chunk(weight))):
-            logits = torch.nn.functional.linear(s, weight, bias).float() / temperature
+            logits = linear(s, weight, bias).float() / temperature
             total.append(logits.logsumexp(1))
             chosen.append(logits.gather(1, t[:, None])[:, 0])
         total = torch.cat(total)                                   # (N,)
@@ -1072,8 +928,8 @@ class TokenLogps(torch.autograd.Function):
         grad, size = grad / ctx.temperature, head_chunk(weight)
         for first in range(0, len(states), size):
             i = slice(first, first + size)
-            d = torch.nn.functional.linear(states[i], weight, bias).float().div_(ctx.temperature)    # logits
-            d.sub_(total[i, None]).exp_()                                                            # p
+            d = linear(states[i], weight, bias).float().div_(ctx.temperature)                # logits
+            d.sub_(total[i, None]).exp_()                                                    # p
             d.mul_(-grad[i, None]).scatter_add_(1, targets[i, None], grad[i, None])          # grad (1[t] - p)
             d = d.to(states.dtype)
             torch.mm(d, weight, out=to_states[i])
@@ -1082,3 +938,52 @@ class TokenLogps(torch.autograd.Function):
             if bias is not None:
                 to_bias += d.sum(0)
         return to_states, to_weight, to_bias, None, None
+
+
+@torch.no_grad()
+def check_packing(vlm: VLM, prompt: Prompt):
+    """Score two responses packed and by the model's own forward pass; UserError where these differ.
+
+    What packing assumes of a family (what sees what, how positions count, that logits are head(states)) is
+    checked on the model at hand. In float32: rounding to bfloat16 hides a response that sees its sibling.
+    """
+    family = type(vlm.model).__name__
+    kinds = set(getattr(vlm.model.config.get_text_config(), "layer_types", None) or ())
+    if unknown := kinds - set(ATTENTION):
+        raise UserError(f"{family} has layers of {', '.join(sorted(unknown))}, which cannot be packed: only "
+                        f"{' and '.join(ATTENTION)} can")
+    outputs = encode_responses(vlm, [["Yes.", "It is not."]])
+    with in_float32(vlm.model):
+        packed = score(vlm, [prompt], outputs)
+        for k, mask in enumerate(outputs.mask[0]):
+            response = outputs.ids[0, k][mask]
+            error = (plain_logps(vlm, prompt, response) - packed[0, k][mask]).abs().mean().item()
+            if not error < 1e-3:
+                raise UserError(f"{family} cannot be trained here: it reads packed responses differently "
+                                f"(log-probs differ by {error:.3g} from those of single ones)")
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel):
+    """Its tensors in float32 for a while. Nothing is lost: a bfloat16 is a float32 that ends in zeros."""
+    tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
+    dtypes = [x.dtype for x in tensors]
+    for x in tensors:
+        x.data = x.data.float()
+    try:
+        yield
+    finally:
+        for x, dtype in zip(tensors, dtypes):
+            x.data = x.data.to(dtype)
+
+
+def plain_logps(vlm: VLM, prompt: Prompt, response: Tensor) -> Tensor:
+    """Log-probs of the tokens (R,) of one response, by the model's own forward pass."""
+    ids = torch.cat([prompt.ids.to(vlm.device), response])[None]                             # (1, P + R)
+    is_image = (ids == getattr(vlm.model.config, "image_token_id", -1)).long()
+    accepted = inspect.signature(vlm.model.forward).parameters
+    types = {name: is_image for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
+    images = images_of(vlm.trunk, [prompt])
+    logits = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **types).logits.float()
+    predicted = logits[0, len(prompt.ids) - 1:-1].log_softmax(-1)                            # (R, V)
+    return predicted.gather(1, response[:, None]).squeeze(1)

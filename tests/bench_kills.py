@@ -1,7 +1,6 @@
-"""kill -9 at random moments over all stages of a small toy run; each time it is started again. Prints where
-it was killed.
+"""kill -9 at random moments over all stages of a small toy run; each time it is started again.
 
-    python tests/bench_kills.py --kills 50             about ten minutes on 2 cores
+    python tests/bench_kills.py --kills 50             about ten minutes on 2 cores; each kill is printed
 
 At the end, the student's weights, metrics.jsonl and rollouts.jsonl are compared, byte for byte, with those of
 a run that was never interrupted.
@@ -60,8 +59,9 @@ def main():
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                killed[next(name for mark, name in STAGES if not mark
-                            or not (cut / "run" / mark).exists())] += 1
+                stage = next(name for mark, name in STAGES if not mark or not (cut / "run" / mark).exists())
+                killed[stage] += 1
+                print(f"kill {sum(killed.values())}: while {stage}", flush=True)
         said = start(cut).communicate()
         table(("killed while", "times"), killed.items())
         print(f"{failures} of the runs failed to go on; runs that came to their end: {hastes + 1}")

@@ -1,9 +1,8 @@
 """Peak memory of one RIL step by phase: measured, against what plan_memory.py says, and against plain
 row-per-response code.
 
-    python tests/bench_memory.py                                   0.3B Qwen2.5-VL, random weights, 152K
-    words, on the CPU python tests/bench_memory.py --full                            the shape of
-    Qwen2.5-VL-3B, for a GPU with 80 GB
+    python tests/bench_memory.py                       0.3B Qwen2.5-VL, random weights, 152K words, on the CPU
+    python tests/bench_memory.py --full                the shape of Qwen2.5-VL-3B, for a GPU with 80 GB
 
 All three in one run, on the same questions and lengths. The plain code is what most repositories do: every
 response is a row of its own with its own copy of the prompt, all logits at once.
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from shapes import build, data
+from shapes import build, data, table
 from conftest import ROOT  # noqa: E402
 from model import encode_responses, load_vlm  # noqa: E402
 from teachers import encode_example, load_examples  # noqa: E402
@@ -61,6 +60,20 @@ def plain_update(folder, batch_size, K, R, device, dtype):
     return meter.memory_gb["update"]
 
 
+def measure(folder, said, command, plain):
+    """Rows of the table: each phase, and then the plain code."""
+    # glibc keeps freed blocks of up to 32 MB for later; without that, what is resident is what is in use
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env)
+    metrics = [json.loads(line) for line in open(folder / "out" / "timings.jsonl")][-1]
+    for phase in ("generate", "discriminator", "update"):
+        planned = float(re.search(rf"^{phase}\s+([\d.]+)", said, re.M).group(1))
+        measured = metrics[f"memory_gb/{phase}"]
+        yield phase, f"{planned:.2f}", f"{measured:.2f}", f"{planned / measured:.2f}"
+    done = subprocess.run(plain, check=True, capture_output=True, text=True, env=env)
+    yield "update, one row per response, all logits", "-", f"{float(done.stdout):.2f}", ""
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true")
@@ -75,28 +88,18 @@ def main():
         folder = Path(folder)
         build(folder, "3B" if args.full else "0.3B", getattr(torch, dtype), device)
         data(folder, 4, R)
-        command = [sys.executable, ROOT / "train.py", "--student", folder, "--collection",
-                   folder / "responses.jsonl", "--data", folder / "data.jsonl", "--out", folder / "out",
-                   "--batch-size", 4, "--token-budget", batch_size * (221 + 2 * G * R), "--rollout-batch", 2,
-                   "--num-samples", G, "--collect", 4, "--max-new-tokens", R, "--steps", 2,
-                   "--discriminator-steps", 1, "--device", device, "--dtype", dtype,
-                   *(f"--{option}" for option in args.options)]
-        command = list(map(str, command))
-        plan = [sys.executable, str(ROOT / "tests" / "plan_memory.py"), *command[2:]]
+        options = {"student": folder, "collection": folder / "responses.jsonl", "data": folder / "data.jsonl",
+                   "out": folder / "out", "batch-size": 4, "token-budget": batch_size * (221 + 2 * G * R),
+                   "rollout-batch": 2, "num-samples": G, "collect": 4, "max-new-tokens": R, "steps": 2,
+                   "discriminator-steps": 1, "device": device, "dtype": dtype}
+        options = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
+        options += [f"--{option}" for option in args.options]
+        plan = [sys.executable, ROOT / "tests" / "plan_memory.py", *options]
         said = subprocess.run(plan, check=True, capture_output=True, text=True).stdout
-        print(said)
-        # glibc keeps freed blocks of up to 32 MB for later; without that, what is resident is what is in use
-        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env)
-        metrics = [json.loads(line) for line in open(folder / "out" / "timings.jsonl")][-1]
-        plain = float(subprocess.run([sys.executable, __file__, "--plain", str(folder)], check=True,
-                                     capture_output=True, text=True, env=env).stdout)
-    print("| phase | plan, GB | measured, GB | plan / measured |\n|---|---|---|---|")
-    for phase in ("generate", "discriminator", "update"):
-        planned, measured = float(re.search(rf"^{phase}\s+([\d.]+)", said,
-                                            re.M).group(1)), metrics[f"memory_gb/{phase}"]
-        print(f"| {phase} | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} |")
-    print(f"| update, one row per response, all logits | - | {plain:.2f} | |")
+        print(said, flush=True)
+        table(("phase", "plan, GB", "measured, GB", "plan / measured"),
+              measure(folder, said, [sys.executable, ROOT / "train.py", *options],
+                      [sys.executable, __file__, "--plain", folder]))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Peak memory of a process while the policy is updated: one process alone, and one of several that share the
 weights.
 
-    python tests/bench_ranks.py                        0.25B Qwen2.5-VL, random weights, 152K words, float32,
-    1 and 4 processes python tests/bench_ranks.py --processes 1 2 4 --options algorithm=rl
+    python tests/bench_ranks.py                        60M Qwen2.5-VL, random weights, 152K words, float32, 1
+                                                       and 4 processes: four minutes on two cores
+    python tests/bench_ranks.py --shape 0.3B --steps 2               0.25B weights: a quarter of an hour
 
 The real command line over gloo on the CPU: one question per process and micro-batch, so that all hold as many
 activations at a time. The largest of all processes and steps counts, less what a process holds that has only
@@ -30,11 +31,11 @@ def worker(folder: Path, options: list[str]):
     held = train.peak_memory_gb(train.torch.device("cpu"), reset=True)
     of_step = train.Meter.row
 
-    def noted(meter, step):
+    def noted(meter, *row):
         with open(folder / f"{os.environ.get('RANK', 0)}.jsonl", "a") as file:
             file.write(json.dumps({"held": held, "memory_gb": meter.memory_gb, "seconds": meter.seconds})
                        + "\n")
-        return of_step(meter, step)
+        return of_step(meter, *row)
     train.Meter.row = noted
     sys.argv = ["train.py", *options]
     train.main()
@@ -48,8 +49,8 @@ def measure(folder: Path, processes: int, steps: int, options: list[str]) -> tup
     notes.mkdir()
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes),
                 "--standalone"] * (processes > 1)
-    command = [sys.executable, *launcher, __file__, "--worker", notes, "--student", folder, "--data",
-               folder / "data.jsonl", "--collection", folder / "responses.jsonl", "--out",
+    command = [sys.executable, *launcher, __file__, "--worker", notes, "--student", folder / "student",
+               "--data", folder / "data.jsonl", "--collection", folder / "responses.jsonl", "--out",
                folder / f"out{processes}", "--device", "cpu", "--dtype", "float32", "--batch-size", 4,
                "--token-budget", 1, "--rollout-batch", 1, "--num-samples", G, "--collect", 2,
                "--max-new-tokens", R, "--steps", steps, "--discriminator-steps", 1, *options]
@@ -63,30 +64,34 @@ def measure(folder: Path, processes: int, steps: int, options: list[str]) -> tup
             max(row["held"] for row in rows))
 
 
+def rows_of(folder, counts, steps, options):
+    """Rows of the table, as soon as the run of so many processes is over."""
+    first = {}
+    for processes in counts:
+        peak, seconds, base = measure(folder, processes, steps, options)
+        for phase in peak:
+            beyond = peak[phase] - base
+            yield (processes, phase, f"{peak[phase]:.2f}", f"{base:.2f}", f"{beyond:.2f}",
+                   f"{beyond / first.setdefault(phase, beyond):.0%}", f"{seconds[phase]:.1f}")
+
+
 def main():
     if "--worker" in sys.argv:
         return worker(Path(sys.argv[2]), sys.argv[3:])
     parser = argparse.ArgumentParser()
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--shape", default="0.3B")
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--shape", default="60M")
     parser.add_argument("--options", nargs="*", default=[], help="more options for train.py: NAME or "
                         "NAME=VALUE")
     args = parser.parse_args()
-    options, found = [f"--{option}" for option in args.options], {}
+    options = [f"--{option}" for option in args.options]
     with tempfile.TemporaryDirectory() as folder:
-        build(folder := Path(folder), args.shape)
+        folder = Path(folder)
+        build(folder / "student", args.shape)                # apart from --out: its digest must stay the same
         data(folder, 4, 8)
-        for processes in args.processes:
-            found[processes] = measure(folder, processes, args.steps, options)
-    rows, (alone, _, held) = [], found[args.processes[0]]
-    for phase in alone:
-        for processes, (peak, seconds, base) in found.items():
-            share = (peak[phase] - base) / (alone[phase] - held)
-            rows.append((phase, processes, f"{peak[phase]:.2f}", f"{base:.2f}", f"{peak[phase] - base:.2f}",
-                         f"{share:.0%}", f"{seconds[phase]:.1f}"))
-    table(("phase", "processes", "peak of a process, GB", "interpreter, GB", "beyond it, GB",
-           "of the first row", "seconds"), rows)
+        table(("processes", "phase", "peak of a process, GB", "interpreter, GB", "beyond it, GB",
+               "of the first", "seconds"), rows_of(folder, args.processes, args.steps, options))
 
 
 if __name__ == "__main__":

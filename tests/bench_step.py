@@ -1,9 +1,10 @@
 """A whole RIL step, by phase; beside a GRPO step of trl, where that is installed; and how its cost grows.
 
     python tests/bench_step.py                         60M Qwen2.5-VL, 4 questions of 221 tokens, 2G = 8, R =
-    24 python tests/bench_step.py --growth cost.png       the same against G, prompt length, R and B: a table
-    and a picture python tests/bench_step.py --full                  the shape of Qwen2.5-VL-3B, bfloat16, for
-    a GPU
+                                                       24: three minutes on two cores; with trl, twenty
+    python tests/bench_step.py --growth cost.png       the same against G, prompt length, R and B: a table and
+                                                       a picture, in half an hour
+    python tests/bench_step.py --full                  the shape of Qwen2.5-VL-3B, bfloat16, for a GPU
 
 Ours is train.py's own loop: 4 responses of each question sampled, 4 from a collection, D updated and asked,
 the rule judge, the reference and the policy scored, the policy updated. trl's step (GRPOTrainer 1.16,
@@ -126,10 +127,9 @@ def growth(shape, picture, device, dtype):
     """Seconds of a step against each size, the others fixed: G = 4, 221 tokens of prompt, R = 24, B = 4."""
     sweeps = {"G": (2, 4, 8, 16, 32), "prompt": (128, 512, 1024, 2048), "R": (16, 64, 128, 256),
               "B": (1, 2, 4, 8, 16)}
-    rows, lines = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        build(folder, shape, getattr(torch, dtype), device)
+    lines = {}
+
+    def rows(folder):
         for name, values in sweeps.items():
             for value in values:
                 data(folder, value if name == "B" else 4, value if name == "R" else 24,
@@ -137,11 +137,12 @@ def growth(shape, picture, device, dtype):
                 seconds, memory = ril_step(folder, folder / f"{name}{value}", device, dtype, 1,
                                            **({name: value} if name != "prompt" else {}))
                 lines.setdefault(name, []).append((value, seconds))
-                rows.append((f"{name} = {value}", *(f"{seconds[phase]:.2f}" for phase in PHASES
-                                                    if phase != "judge"),
-                             f"{sum(seconds.values()):.2f}", f"{memory:.2f}"))
-                print(rows[-1], flush=True)
-    table(("size", "generate", "discriminator", "update", "step, seconds", "peak GB"), rows)
+                shown = [seconds[phase] for phase in PHASES if phase != "judge"]
+                yield (f"{name} = {value}", *(f"{x:.2f}" for x in (*shown, sum(seconds.values()), memory)))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        build(folder, shape, getattr(torch, dtype), device)
+        table(("size", "generate", "discriminator", "update", "step, seconds", "peak GB"), rows(folder))
     draw(lines, picture)
 
 
@@ -177,7 +178,7 @@ def draw(lines, path, width=330, height=300):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--growth", metavar="PNG")
     parser.add_argument("--trl", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--response-head", action="store_true", help=argparse.SUPPRESS)

@@ -21,6 +21,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 WIDTH = 32
+# special tokens that a response may have
+WORDS = {"box_token": "<|box_start|>", "think_token": "<think>", "thought_token": "</think>"}
 QWEN = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
         "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
 TEMPLATE = (
@@ -50,84 +52,90 @@ def vision(**more):
     return dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, initializer_range=0.1, **more)
 
 
-def parts(family):
-    """(special tokens, image in the template, processor settings, config of a vocabulary and its ids, image
-    processor)."""
-    if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
-        eye = {"qwen2_vl": dict(depth=1, embed_dim=32, hidden_size=WIDTH, num_heads=2, mlp_ratio=2,
-                                patch_size=8),
-               "qwen2_5_vl": dict(vision(depth=2, num_heads=2, patch_size=8, out_hidden_size=WIDTH,
-                                         window_size=32, fullatt_block_indexes=[1])),
-               "qwen3_vl": dict(vision(depth=2, num_heads=2, patch_size=8, out_hidden_size=WIDTH,
-                                       num_position_embeddings=64, deepstack_visual_indexes=[0]))}[family]
-        kind = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text",
-                "qwen3_vl": "qwen3_vl_text"}[family]
-        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-        return (QWEN, "<|vision_start|><|image_pad|><|vision_end|>",
-                {"processor_class": {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor",
-                                     "qwen3_vl": "Qwen3VLProcessor"}[family]},
-                lambda size, ids: dict(text_config=decoder(kind, size, rope_parameters=rope),
-                                       vision_config=eye, **ids),
-                Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, size=size))
-    if family == "internvl":
-        names = {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
-                 "start_image_token": "<img>", "end_image_token": "</img>"}
-        return (names, "<IMG_CONTEXT>\n", {"processor_class": "InternVLProcessor", "image_seq_length": 4},
-                lambda size, ids: dict(text_config=decoder("qwen2", size), downsample_ratio=0.5,
-                                       image_seq_length=4, vision_config=vision(num_hidden_layers=1,
-                                                                                image_size=[32, 32],
-                                                                                patch_size=[8, 8]),
-                                       image_token_id=ids["context_image_token_id"]),
-                GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True,
-                                         max_patches=4))
-    if family == "llava":
-        eye = vision(model_type="clip_vision_model", num_hidden_layers=2, image_size=32, patch_size=8,
-                     projection_dim=32)
-        return ({"image_token": "<image>"}, "<image>\n",
-                {"processor_class": "LlavaProcessor", "patch_size": 8, "num_additional_image_tokens": 1,
-                 "vision_feature_select_strategy": "default"},
-                lambda size, ids: dict(text_config=decoder("llama", size), vision_config=eye, **ids),
-                CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}))
-    if family == "llava_onevision":
-        eye = vision(model_type="siglip_vision_model", num_hidden_layers=2, image_size=32, patch_size=8,
-                     vision_use_head=False)
-        grid = [[32, 64], [64, 32], [64, 64], [32, 96]]
-        return ({"image_token": "<image>", "video_token": "<video>"}, "<image>\n",
-                {"processor_class": "LlavaOnevisionProcessor", "num_image_tokens": 16,
-                 "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"},
-                lambda size, ids: dict(text_config=decoder("qwen2", size), vision_config=eye,
-                                       image_grid_pinpoints=grid, vision_feature_layer=-1,
-                                       vision_feature_select_strategy="full", **ids),
-                pil_llava_onevision.LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32},
-                                                                    image_grid_pinpoints=grid))
-    if family in ("smolvlm", "idefics3"):
-        names = {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>",
-                 "end_of_utterance_token": "<end_of_utterance>", "global_image_token": "<global-img>"}
-        names |= {f"cell_{i}_{j}": f"<row_{i}_col_{j}>" for i in range(1, 5) for j in range(1, 5)}
-        return (names, "<image>", {"processor_class": {"smolvlm": "SmolVLMProcessor",
-                                                       "idefics3": "Idefics3Processor"}[family],
-                                  "image_seq_len": 4},
-                lambda size, ids: dict(text_config=decoder("llama", size), scale_factor=2,
-                                       vision_config=vision(
-                    num_hidden_layers=1, image_size=32, patch_size=8), image_token_id=ids["image_token_id"]),
-                {"smolvlm": SmolVLMImageProcessorPil, "idefics3": Idefics3ImageProcessorPil}[family](
-                    size={"longest_edge": 64}, max_image_size={"longest_edge": 32}))
+def qwen(kind, **eye):
+    """The three Qwen-VL families: they differ in their text model's name and in their vision tower."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    size = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
+    return (QWEN, "<|vision_start|><|image_pad|><|vision_end|>", {},
+            lambda size, ids: dict(text_config=decoder(f"{kind}_text", size, rope_parameters=rope),
+                                   vision_config=dict(patch_size=8, **eye), **ids),
+            Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, temporal_patch_size=2, size=size))
+
+
+def idefics(image_processor):
+    """SmolVLM and Idefics3: images cut into tiles, in rows and columns."""
+    names = {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>",
+             "end_of_utterance_token": "<end_of_utterance>", "global_image_token": "<global-img>"}
+    names |= {f"cell_{i}_{j}": f"<row_{i}_col_{j}>" for i in range(1, 5) for j in range(1, 5)}
+    eye = vision(num_hidden_layers=1, image_size=32, patch_size=8)
+    return (names, "<image>", {"image_seq_len": 4},
+            lambda size, ids: dict(text_config=decoder("llama", size), scale_factor=2, vision_config=eye,
+                                   image_token_id=ids["image_token_id"]),
+            image_processor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}))
+
+
+def internvl():
+    names = {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+             "start_image_token": "<img>", "end_image_token": "</img>"}
+    eye = vision(num_hidden_layers=1, image_size=[32, 32], patch_size=[8, 8])
+    return (names, "<IMG_CONTEXT>\n", {"image_seq_length": 4},
+            lambda size, ids: dict(text_config=decoder("qwen2", size), downsample_ratio=0.5,
+                                   image_seq_length=4, vision_config=eye,
+                                   image_token_id=ids["context_image_token_id"]),
+            GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=4))
+
+
+def llava():
+    eye = vision(model_type="clip_vision_model", num_hidden_layers=2, image_size=32, patch_size=8,
+                 projection_dim=32)
+    return ({"image_token": "<image>"}, "<image>\n",
+            {"patch_size": 8, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"},
+            lambda size, ids: dict(text_config=decoder("llama", size), vision_config=eye, **ids),
+            CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}))
+
+
+def llava_onevision():
+    eye = vision(model_type="siglip_vision_model", num_hidden_layers=2, image_size=32, patch_size=8,
+                 vision_use_head=False)
+    more = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64], [32, 96]]}
+    return ({"image_token": "<image>", "video_token": "<video>"}, "<image>\n",
+            {"num_image_tokens": 16, "vision_feature_select_strategy": "full",
+             "vision_aspect_ratio": "anyres_max_9"},
+            lambda size, ids: dict(text_config=decoder("qwen2", size), vision_config=eye, **more, **ids,
+                                   vision_feature_layer=-1, vision_feature_select_strategy="full"),
+            pil_llava_onevision.LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, **more))
+
+
+def gemma3():
     names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>",
              "eoi_token": "<end_of_image>"}
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
-    return (names, None, {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+    eye = vision(model_type="siglip_vision_model", num_hidden_layers=1, image_size=32, patch_size=8,
+                 vision_use_head=False)
+    return (names, None, {"image_seq_length": 4},
             lambda size, ids: dict(text_config=decoder("gemma3_text", size, 3, sliding_window=16,
                                                        layer_types=layers, query_pre_attn_scalar=16),
-                                   vision_config=vision(model_type="siglip_vision_model", num_hidden_layers=1,
-                                                        image_size=32, patch_size=8, vision_use_head=False),
-                                   mm_tokens_per_image=4, image_token_id=ids["image_token_id"],
-                                   boi_token_index=ids["boi_token_id"], eoi_token_index=ids["eoi_token_id"]),
+                                   vision_config=eye, mm_tokens_per_image=4,
+                                   image_token_id=ids["image_token_id"], boi_token_index=ids["boi_token_id"],
+                                   eoi_token_index=ids["eoi_token_id"]),
             Gemma3ImageProcessorPil(size={"height": 32, "width": 32}))
 
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava", "llava_onevision", "smolvlm",
-            "idefics3", "gemma3")
+# family: (processor class, function that gives special tokens, image in the template, processor settings,
+# config of a vocabulary and its ids, image processor)
+PARTS = {
+    "qwen2_vl": ("Qwen2VL", lambda: qwen("qwen2_vl", depth=1, embed_dim=32, hidden_size=WIDTH, num_heads=2,
+                                         mlp_ratio=2)),
+    "qwen2_5_vl": ("Qwen2_5_VL", lambda: qwen("qwen2_5_vl", **vision(
+        depth=2, num_heads=2, out_hidden_size=WIDTH, window_size=32, fullatt_block_indexes=[1]))),
+    "qwen3_vl": ("Qwen3VL", lambda: qwen("qwen3_vl", **vision(
+        depth=2, num_heads=2, out_hidden_size=WIDTH, num_position_embeddings=64,
+        deepstack_visual_indexes=[0]))),
+    "internvl": ("InternVL", internvl), "llava": ("Llava", llava),
+    "llava_onevision": ("LlavaOnevision", llava_onevision),
+    "smolvlm": ("SmolVLM", lambda: idefics(SmolVLMImageProcessorPil)),
+    "idefics3": ("Idefics3", lambda: idefics(Idefics3ImageProcessorPil)), "gemma3": ("Gemma3", gemma3)}
+FAMILIES = tuple(PARTS)
 
 
 def build(folder, family, texts, vocabulary=400, seed=0):
@@ -135,13 +143,14 @@ def build(folder, family, texts, vocabulary=400, seed=0):
     text."""
     torch.manual_seed(seed)
     folder = Path(folder)
-    names, image, settings, config_of, image_processor = parts(family)
+    kind, parts = PARTS[family]
+    names, image, settings, config_of, image_processor = parts()
     turns = ["<start_of_turn>", "<end_of_turn>"] if family == "gemma3" else ["<|im_start|>", "<|im_end|>"]
     last = "<eos>" if family == "gemma3" else turns[1]             # Gemma ends a text otherwise than a turn
     alphabet = {char: i for i, char in enumerate(bytes_to_unicode().values())}
     tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[], eos_token=last, pad_token="<|endoftext|>",
                                bos_token="<bos>", extra_special_tokens=names
-                               | {"turn_token": turns[0], "end_token": turns[1]})
+                               | {"turn_token": turns[0], "end_token": turns[1]} | WORDS)
     tokenizer = tokenizer.train_new_from_iterator(texts, vocabulary, show_progress=False)
     tokenizer.chat_template = GEMMA_TEMPLATE if family == "gemma3" else TEMPLATE.replace("IMAGE", image)
     tokenizer.save_pretrained(folder)
@@ -155,9 +164,9 @@ def build(folder, family, texts, vocabulary=400, seed=0):
     model = AutoModelForImageTextToText.from_config(config)
     if family == "gemma3":                                    # starts as zeros: no image would reach the text
         torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=3.0)
-    # or hardly a random model would ever end a response
-    model.get_output_embeddings().weight.data[stops] *= 3
+    model.get_output_embeddings().weight.data[stops] *= 3     # or hardly any response would end
     model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(folder)
     image_processor.save_pretrained(folder)
+    settings["processor_class"] = f"{kind}Processor"
     (folder / "processor_config.json").write_text(json.dumps(settings))

@@ -88,14 +88,11 @@ def seconds(work, device):
 
 
 def alternate(arms, rounds, device):
-    """Run all of {name: work} in turn, `rounds` times after one to warm up. Returns {name: median
-    seconds}."""
+    """Run all of {name: work} in turn, `rounds` times. Returns {name: median seconds}."""
     times = {name: [] for name in arms}
-    for r in range(rounds + 1):
+    for r in range(rounds):
         for name, work in arms.items():
-            took = seconds(work, device)[0]
-            if r:
-                times[name].append(took)
+            times[name].append(seconds(work, device)[0])
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -105,12 +102,14 @@ def ceilings(device, dtype):
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.empty(n, n, device=device, dtype=dtype)
     big = torch.zeros(2 ** 28 if device.type == "cuda" else 2 ** 26, device=device)
     other = torch.empty_like(big)
-    times = alternate({"product": lambda: torch.mm(a, a, out=b), "copy": lambda: other.copy_(big)}, 5, device)
+    arms = {"product": lambda: torch.mm(a, a, out=b), "copy": lambda: other.copy_(big)}
+    alternate(arms, 1, device)                                     # to warm up
+    times = alternate(arms, 5, device)
     return 2 * n ** 3 / times["product"], 2 * big.nbytes / times["copy"]
 
 
 def table(head, rows):
-    """A Markdown table on the console."""
-    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    """A Markdown table on the console; each row as soon as `rows` gives it."""
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head), flush=True)
     for row in rows:
-        print("| " + " | ".join(str(cell) for cell in row) + " |")
+        print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)

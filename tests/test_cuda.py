@@ -1,20 +1,16 @@
 """The CUDA path without CUDA: what would be refused on a GPU, found on a CPU.
 
-Two devices that are not there. FAKE: torch's own FakeTensorMode; tensors have a device and a shape but no
-numbers, every op is checked for tensors of two devices, and numbers cannot be read. PLAYED: real CPU tensors
-that say they are on cuda:0, so that all of Python takes its CUDA branches with real numbers. torch.cuda.graph
-is played too: a capture runs nothing for good (its effects are undone) and refuses reads and copies by the
-host, as a capturing stream does; replay() runs the step again. Neither sees kernels: speed, memory, cuDNN,
-NCCL and the numbers of a real device stay untested.
+The device is played: real CPU tensors that say they are on cuda:0, so that all of Python takes its CUDA
+branches with real numbers. torch.cuda.graph is played too: a capture runs nothing for good (its effects are
+undone) and refuses reads and copies by the host, as a capturing stream does; replay() runs the step again.
+This sees no kernels: speed, memory, cuDNN, NCCL and the numbers of a real device stay untested.
 """
 import collections
-import copy
-import ctypes
 import json
 import shutil
 import traceback
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import families
@@ -24,12 +20,9 @@ import torch
 import train
 from conftest import lamp_files, noise_image
 from eval import make_judge, tasks_of
-from model import (Prefilled, Prompt, Sampling, Slots, check_packing, checkpoint_layers, encode, load_vlm,
-                   prefill, stream)
+from model import Sampling, Slots, check_packing, checkpoint_layers, encode, load_vlm, stream
 from teachers import load_examples
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda:0")
@@ -50,119 +43,6 @@ def here():
     frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
     return " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[-1:-3:-1])
 
-
-# ---------------------------------------------------------------------------------------------- FAKE
-
-
-def guard_cuda():
-    """A build of torch for the CPU has no device guard for CUDA, which ops on fake tensors ask for: lend it
-    the CPU's."""
-    if not torch.backends.cuda.is_built():
-        c10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-        registry = (ctypes.c_void_p * 2).in_dll(c10, "_ZN3c104impl26device_guard_impl_registryE")
-        registry[1] = registry[1] or registry[0]                   # c10::DeviceType: 0 is CPU, 1 is CUDA
-
-
-def fake(mode, vlm, dtype):
-    """The same model without numbers, on cuda:0."""
-    seen = {}
-
-    def convert(x):
-        if id(x) not in seen:
-            kind = dtype if x.is_floating_point() else x.dtype
-            with mode:
-                y = torch.empty_strided(x.shape, x.stride(), dtype=kind, device=CUDA)
-            seen[id(x)] = torch.nn.Parameter(y, x.requires_grad) if isinstance(x, torch.nn.Parameter) else y
-        return seen[id(x)]
-    for module in vlm.model.modules():
-        for tensors in (module._parameters, module._buffers):
-            tensors.update({name: convert(x) for name, x in tensors.items() if x is not None})
-    return replace(vlm, prompts={})
-
-
-class Refused(TorchDispatchMode):
-    """Notes what a capturing stream refuses: tensors of two devices in one op, and what only the host can
-    decide."""
-    names = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "lift_fresh",
-             "repeat_interleave.Tensor")
-
-    def __init__(self):
-        super().__init__()
-        self.notes, self.count = [], 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(name in function.name() for name in self.names):    # before: a fake tensor cannot do it
-            self.notes.append(f"{function.name()} at {here()}")
-        out = function(*args, **(kwargs or {}))
-        if not function.name().startswith("prim"):
-            self.count += 1
-            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-            devices = {x.device.type for x in tensors}
-            if len(devices) > 1:
-                self.notes.append(f"{function.name()} of {sorted(devices)} at {here()}")
-        return out
-
-
-def fake_slots(folder, dtype=torch.bfloat16, n=4, R=6):
-    """(mode, slots filled on the fake device, their prompts there)."""
-    guard_cuda()
-    vlm, mode = load_vlm(folder, "cpu"), FakeTensorMode()
-    prompts = [encode(vlm, "yes or no?", [])] * n
-    with torch.no_grad():
-        block = prefill(vlm, prompts)
-    vlm = fake(mode, vlm, dtype)
-
-    def convert(x):
-        if isinstance(x, list):
-            return [convert(each) for each in x]
-        return torch.empty(x.shape, dtype=dtype if x.is_floating_point() else x.dtype, device=CUDA)
-    with torch.no_grad(), mode:
-        block = Prefilled(*[convert(getattr(block, field.name)) for field in fields(block)])
-        table = Slots(vlm, Sampling(max_new_tokens=R), n)
-        table.start(0, block, torch.arange(n, device=CUDA), torch.empty(n, R, device=CUDA))
-        table.cache.columns = table.cache.room
-        return mode, table, [Prompt(mode.from_tensor(p.ids), {}, mode.from_tensor(p.positions))
-                             for p in prompts]
-
-
-@pytest.mark.parametrize("family", families.FAMILIES)
-def test_a_decode_step_can_be_captured(family, folders):
-    """Not: a number that the host reads, or a tensor that comes from the host, in our step or in a family's
-    own code."""
-    mode, table, prompts = fake_slots(folders[family])
-    with torch.no_grad(), mode, Refused() as refused:
-        table.step(4)
-    assert refused.count > 200 and not refused.notes
-    assert {x.device for x in table.rows.values()} == {CUDA} and table.cache.keys[0].dtype == torch.bfloat16
-    with torch.no_grad(), mode:                                    # these may copy, but not mix
-        assert {x.device for x in tree_leaves(vars(prefill(table.vlm, prompts)))} == {CUDA}
-        table.move([2, 3], [0, 1])
-
-
-@pytest.mark.parametrize("what", ["read", "copy", "mix"])
-def test_the_fake_device_would_notice(what, folders, monkeypatch):
-    mode, table, _ = fake_slots(folders["qwen2_5_vl"])
-    sample = model.sample
-
-    def worse(logits, seen, sampling, noise):
-        if what == "read":
-            noise.max().item()
-        if what == "copy":
-            noise = noise * torch.tensor([0.5], device=noise.device)
-        return sample(logits, seen, sampling, noise + torch.ones(len(noise)) if what == "mix" else noise)
-    monkeypatch.setattr(model, "sample", worse)
-    refused = Refused()
-    try:
-        with torch.no_grad(), mode, refused:
-            table.step(4)
-    except Exception as error:                                     # a fake tensor has no number; two devices
-        words = ("_local_scalar_dense", "two different devices", "same device")
-        assert any(word in str(error) for word in words)
-    else:
-        assert refused.notes
-
-
-# ---------------------------------------------------------------------------------------------- PLAYED
 
 T = torch.Tensor
 READS = {T.item, T.tolist, T.__bool__, T.__int__, T.__float__, T.__index__, T.numpy, T.cpu,
@@ -280,9 +160,23 @@ def vmap(function, *settings, plain=torch.vmap, **more):
     return work
 
 
+def moved(vlm):
+    """A VLM on the played device."""
+    seen = {}
+    for module in vlm.model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, x in tensors.items():
+                if x is not None:
+                    new = x.detach().as_subclass(OnCuda)
+                    if isinstance(x, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, x.requires_grad)
+                    tensors[name] = seen.setdefault(id(x), new)
+    return replace(vlm, prompts={}, capture=True)
+
+
 @pytest.fixture
 def played(monkeypatch):
-    """Plays the device; yields a function that moves a VLM there, and the counts of captures and replays."""
+    """Plays the device; yields the function that moves a VLM there, and counts of captures and replays."""
     counts, step = collections.Counter(), Slots.step
     stream_now = ["the one before"]
 
@@ -290,7 +184,7 @@ def played(monkeypatch):
         def replay(self):
             counts["replays"] += 1
             table, n, columns = self.of
-            assert table.cache.columns == columns
+            assert table.columns == columns
             step(table, n)
 
         def pool(self):
@@ -314,9 +208,9 @@ def played(monkeypatch):
         if not capturing:
             assert stream_now == ["the one before"], "a failed capture has kept its stream"
             return step(self, n)
-        capturing[-1].of = (self, n, self.cache.columns)
+        capturing[-1].of = (self, n, self.columns)
         assert bool(capturing[-1].shared) == bool(self.graphs), "graphs that do not share their memory"
-        kept = [*self.rows.values(), *self.cache.keys, *self.cache.values]
+        kept = [*self.rows.values(), *self.cache]
         before = [x.clone() for x in kept]
         step(self, n)
         for x, was in zip(kept, before):
@@ -331,19 +225,8 @@ def played(monkeypatch):
     monkeypatch.setattr(Slots, "step", recording)
     monkeypatch.setattr(torch, "vmap", vmap)
 
-    def move(vlm):
-        seen = {}
-        for module in vlm.model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, x in tensors.items():
-                    if x is not None:
-                        new = x.detach().as_subclass(OnCuda)
-                        if isinstance(x, torch.nn.Parameter):
-                            new = torch.nn.Parameter(new, x.requires_grad)
-                        tensors[name] = seen.setdefault(id(x), new)
-        return replace(vlm, prompts={}, capture=True)
     notes.clear()
-    yield move, counts
+    yield moved, counts
     assert not capturing
 
 
@@ -374,24 +257,35 @@ def test_replayed_graphs_sample_the_same_tokens(family, folders, dynamic, played
         assert vlm.capture and counts["captures"] and counts["replays"] >= 20
 
 
-def test_a_failed_capture_says_why_and_gives_the_stream_back(folders, played, monkeypatch, capsys):
-    """Not: torch's second error in the place of the first, or all later work on the capturing stream."""
+@pytest.mark.parametrize("what, says", [("read", "host read (item)"), ("copy", "copy (tensor)"), ("mix", "")])
+def test_a_failed_capture_says_why_and_frees_the_stream(what, says, folders, played, monkeypatch, capsys):
+    """Not: torch's second error in the place of the first, or all later work on the capturing stream. A step
+    that reads a number, makes a tensor on the host, or mixes devices is noticed."""
     move, counts = played
     vlm = load_vlm(folders["qwen2_5_vl"], "cpu")
-    prompts = [encode(vlm, "yes or no?", [])]
+    prompts, sample = [encode(vlm, "yes or no?", [])], model.sample
     noise = [torch.rand(3, 21, generator=torch.Generator().manual_seed(0))]
-    expected, sample = sampled(vlm, prompts, noise), model.sample
+    expected = sampled(vlm, prompts, noise)
 
-    def reads(logits, seen, sampling, noise):
-        assert noise.min().item() >= 0
+    def worse(logits, seen, sampling, noise):
+        if what == "read":
+            assert noise.min().item() >= 0
+        elif what == "copy":
+            noise = noise * torch.tensor([1.0], device=noise.device)
+        else:
+            noise = noise + torch.zeros(len(noise), device="cpu")
         return sample(logits, seen, sampling, noise)
-    monkeypatch.setattr(model, "sample", reads)
+    monkeypatch.setattr(model, "sample", worse)
     vlm = move(vlm)
     with Played():
+        if what == "mix":
+            with pytest.raises(RuntimeError, match="on the same device"):
+                sampled(vlm, prompts, [tag(x) for x in noise])
+            return
         assert sampled(vlm, prompts, [tag(x) for x in noise]) == expected
     printed = capsys.readouterr().out
     assert not vlm.capture and not counts["captures"]
-    assert "host read (item)" in printed and "previous error" not in printed
+    assert says in printed and "previous error" not in printed
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "gemma3"])

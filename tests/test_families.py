@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import families
 import model
-from conftest import call, lamp_files, noise_image, run
+from conftest import call, lamp_files, noise_image
 from discriminator import Discriminator, update
 from train import AdamW, skeleton
-from model import (Sampling, UserError, check_packing, checkpoint_layers, encode, encode_responses, generate,
-                   join, load_processor, load_vlm, prompt_text, save_vlm, score, tokens_of_image)
+from model import (Sampling, UserError, check_packing, checkpoint_layers, decode, encode, encode_responses,
+                   generate, image_tokens, join, load_processor, load_vlm, prompt_text, save_vlm, score,
+                   tokens_of_image)
 from test_model import transformers_inputs, unpacked
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=8)
@@ -37,15 +38,55 @@ def prompts(vlm):
             encode(vlm, "Is <image> red?", [c, b], (("First <image> is it blue?", "no"),))]
 
 
+def greedily(vlm, prompt):
+    """transformers' own greedy tokens."""
+    ids = vlm.model.generate(**transformers_inputs(vlm, prompt), max_new_tokens=8, do_sample=False,
+                             suppress_tokens=vlm.banned_ids, eos_token_id=vlm.stop_ids)
+    return ids[0, len(prompt.ids):].tolist()
+
+
 def test_generation_gives_transformers_own_tokens(vlm, prompts):
     """Tiles stacked in the wrong order, a window or a two-way image block forgotten, positions off in the
     decode step."""
     ours = generate(vlm, prompts, 2, GREEDY)
     for b, prompt in enumerate(prompts):
-        theirs = vlm.model.generate(**transformers_inputs(vlm, prompt), max_new_tokens=8, do_sample=False,
-                                    suppress_tokens=vlm.banned_ids, eos_token_id=vlm.stop_ids)
+        theirs = greedily(vlm, prompt)
         for k in range(2):
-            assert ours.ids[b, k][ours.mask[b, k]].tolist() == theirs[0, len(prompt.ids):].tolist()
+            assert ours.ids[b, k][ours.mask[b, k]].tolist() == theirs
+
+
+@pytest.mark.parametrize("word", families.WORDS.values())
+def test_a_special_token_that_may_be_said_is_said(vlm, prompts, word):
+    """<think> or <|box_start|> never sampled, or not in the text: a judge sees thoughts without tags."""
+    head, said = vlm.model.get_output_embeddings(), vlm.tokenizer.convert_tokens_to_ids(word)
+    with torch.no_grad():
+        saved = head.weight.clone()
+        head.weight[said] = 2 * head.weight[greedily(vlm, prompts[0])[0]]
+        try:
+            ours = generate(vlm, prompts[:3], 1, GREEDY)
+            theirs = [greedily(vlm, prompt) for prompt in prompts[:3]]
+        finally:
+            head.weight.copy_(saved)
+    for b in range(3):
+        assert ours.ids[b, 0][ours.mask[b, 0]].tolist() == theirs[b]
+        assert ours.text[b][0].count(word) == (ours.ids[b, 0] == said).sum()
+    assert word in "".join(row[0] for row in ours.text)
+
+
+def test_special_tokens_are_encoded_as_the_tokenizer_does(vlm):
+    """Teachers' thoughts spelt in letters; a spelling of a stop or of an image's place that is more than
+    letters; a text that is not what it was."""
+    said, marks = "<think>2 and 1</think> There are 3 <|box_start|>red", image_tokens(vlm.processor)
+    marks |= set(vlm.tokenizer.convert_ids_to_tokens(vlm.stop_ids))
+    texts = [said, *(f"{said} {mark} circles" for mark in marks)]
+    outputs = encode_responses(vlm, [texts])
+    rows = [ids[mask] for ids, mask in zip(outputs.ids[0], outputs.mask[0])]
+    assert rows[0][:-1].tolist() == vlm.tokenizer(said, add_special_tokens=False).input_ids
+    words = [vlm.tokenizer.convert_tokens_to_ids(word) for word in families.WORDS.values()]
+    assert set(words) < set(rows[0].tolist())
+    for row in rows:
+        assert not set(row[:-1].tolist()) & {*vlm.stop_ids, *vlm.banned_ids} and row[-1] == vlm.stop_ids[0]
+    assert len(marks) > 1 and decode(vlm, rows) == texts
 
 
 def test_packed_scores_equal_one_row_per_response(vlm, prompts):
@@ -90,8 +131,8 @@ def test_the_image_reaches_the_answer(vlm):
 def test_the_discriminator_learns_on_this_backbone(vlm):
     D = Discriminator(vlm)
     optimizer = AdamW(D, 1e-3)
-    texts, is_student = [["yes", "no", "There are 3.", "It is blue."]] * 3, torch.tensor([[True, True, False,
-                                                                                           False]] * 3)
+    texts = [["yes", "no", "There are 3.", "It is blue."]] * 3
+    is_student = torch.tensor([[True, True, False, False]] * 3)
     losses = [update(D, optimizer, D.encode([""] * len(texts), texts), is_student, 60)["d_loss"]
               for _ in range(25)]
     assert losses[-1] < losses[0] - 0.1
@@ -118,14 +159,12 @@ def test_a_ril_step_with_teachers_of_two_other_families(student, folders, tmp_pa
     data, _ = lamp_files(tmp_path, 6)
     others = [f for f in families.FAMILIES if f != student]
     others = [others[(families.FAMILIES.index(student) + i) % len(others)] for i in (1, 4)]
-    done = (run if student == "gemma3" else call)("train.py", "--student", folders[student], "--teachers",
-                                                  *(folders[f] for f in others), "--data", data,
-               "--eval-data", data, "--out", tmp_path / "out", "--steps", 1, "--batch-size", 4,
-                                                  "--token-budget", 300, "--collect", 24,
-               "--num-samples", 2, "--discriminator-steps", 1, "--max-new-tokens", 32, "--lr", 1e-3,
-                                                  "--device", "cpu",
-               "--gradient-checkpointing", "--offload", "--top-k", 0, "--top-p", 1, "--similarity",
-                                                  "continuous")
+    sizes = {"steps": 1, "batch-size": 4, "token-budget": 300, "collect": 24, "num-samples": 2, "lr": 1e-3,
+             "discriminator-steps": 1, "max-new-tokens": 32, "top-k": 0, "top-p": 1}
+    done = call("train.py", "--student", folders[student], "--teachers", *(folders[f] for f in others),
+                "--data", data, "--eval-data", data, "--out", tmp_path / "out", "--device", "cpu",
+                "--gradient-checkpointing", "--offload", "--similarity", "continuous",
+                *(x for name, value in sizes.items() for x in (f"--{name}", value)))
     assert done.returncode == 0, done.stderr[-2000:]
     row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
     assert {f"reward/similarity/{f}" for f in others} <= row.keys() and row["grad_norm"] > 0
@@ -156,23 +195,6 @@ def test_layers_that_cannot_be_packed_are_named(folders):
         check_packing(vlm, encode(vlm, "How many?", []))
 
 
-def test_checkpoints_that_cannot_be_students_are_one_sentence(folders, tmp_path):
-    """A hub id that cannot be reached, a language model without a vision tower, a processor without a chat
-    template."""
-    def refused(path, says):
-        with pytest.raises(UserError, match=says) as error:
-            load_vlm(str(path), "cpu")
-        assert str(path) in str(error.value) and "\n" not in str(error.value)
-    refused("nobody/nothing", "couldn't connect")
-    shutil.copytree(folders["llava"], tmp_path / "mute")
-    (tmp_path / "mute" / "chat_template.jinja").unlink()
-    refused(tmp_path / "mute", "no chat template")
-    shutil.copytree(folders["llava"], tmp_path / "blind", ignore=shutil.ignore_patterns("pr*"))
-    config = json.loads((tmp_path / "blind" / "config.json").read_text())
-    (tmp_path / "blind" / "config.json").write_text(json.dumps(config["text_config"]))
-    refused(tmp_path / "blind", "without a vision tower")
-
-
 def test_a_response_that_sees_its_sibling_is_noticed_in_bfloat16(vlm, prompts, folders, monkeypatch):
     """A tolerance so wide, for the rounding of bfloat16, that every wrong mask passes."""
     plain = model.packed_mask
@@ -188,27 +210,10 @@ def test_a_response_that_sees_its_sibling_is_noticed_in_bfloat16(vlm, prompts, f
         check_packing(half, prompts[0])
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_windows_computed_together_are_as_one_by_one(family, folders):
-    """Windows mixed up where they have several lengths; a batch that is not used."""
-    vlm = load_vlm(folders[family], "cpu")
-    tower, config = vlm.model.model.visual, vlm.model.model.visual.config
-    pictures = [noise_image(64, 48), noise_image(40, 24, 1), noise_image(64, 64, 2)]
-    images = encode(vlm, "two", pictures).images
-    results = []
-    for way in (config._attn_implementation, "sdpa"):
-        config._attn_implementation = way
-        pixels = images["pixel_values"].clone().requires_grad_()
-        states = tower(pixels, grid_thw=images["image_grid_thw"]).pooler_output
-        gradient, = torch.autograd.grad(states.square().sum(), pixels)
-        results.append((way, states, gradient))
-    (ours, *one), (_, *other) = results
-    assert ours == "flash_windows"
-    for a, b in zip(one, other):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-
 # -------------------------------------------------------------------------------- damaged and odd checkpoints
+
+
+FILES = {"weights": "model.safetensors", "chat_template": "chat_template.jinja"}
 
 
 def changed(folder, tmp_path, **files):
@@ -216,7 +221,7 @@ def changed(folder, tmp_path, **files):
     are gone."""
     shutil.copytree(folder, tmp_path / "changed")
     for name, change in files.items():
-        file = tmp_path / "changed" / {"weights": "model.safetensors"}.get(name, f"{name}.json")
+        file = tmp_path / "changed" / FILES.get(name, f"{name}.json")
         if change is None:
             file.unlink()
         elif isinstance(change, bytes):
@@ -235,11 +240,11 @@ def sentence(load, path):
     return str(error.value)
 
 
+HEAD = "language_model.lm_head.weight"
+
+
 def renamed(weights):
     return {name.replace("self_attn", "attention"): x for name, x in weights.items()}
-
-
-HEAD = "language_model.lm_head.weight"
 
 
 def without_head(weights):
@@ -247,10 +252,10 @@ def without_head(weights):
 
 
 @pytest.mark.parametrize("change, says", [
-    (renamed, r"24 missing \(model\.language_model.*self_attn.*24 unexpected \(.*attention"),
-    (without_head, r"1 missing \(lm_head.weight\)$"),
-    (lambda weights: weights | {"stranger": torch.ones(2)}, r": 1 unexpected \(stranger\)$"),
-    (lambda weights: weights | {HEAD: torch.ones(7, 32)}, r": 1 of another shape \(lm_head.weight\)$"),
+    (renamed, r"24 missing, 24 unexpected \(.*attention"),
+    (without_head, r"1 missing, 0 unexpected \(lm_head.weight\)$"),
+    (lambda weights: weights | {"stranger": torch.ones(2)}, r"0 missing, 1 unexpected \(stranger\)$"),
+    (lambda weights: weights | {HEAD: torch.ones(7, 32)}, "mismatch"),
 ])
 def test_weights_of_another_model_are_refused_by_name(folders, tmp_path, change, says, capfd):
     """A checkpoint whose weights have other names: the model ran on random ones, with a score."""
@@ -258,14 +263,6 @@ def test_weights_of_another_model_are_refused_by_name(folders, tmp_path, change,
     save_file(change(load_file(f"{path}/model.safetensors")), f"{path}/model.safetensors", {"format": "pt"})
     assert re.search(says, sentence(partial(load_vlm, device="cpu"), path))
     assert "REPORT" not in capfd.readouterr().err                  # transformers' own
-
-
-@pytest.mark.parametrize("layers, says", [(1, "unexpected"), (3, "missing")])
-def test_a_config_with_other_layers_is_refused(folders, tmp_path, layers, says):
-    """Layers that are not run, or run on random weights."""
-    path = changed(folders["llava"], tmp_path,
-                   config=lambda config: config["text_config"].update(num_hidden_layers=layers))
-    assert says in sentence(partial(load_vlm, device="cpu"), path)
 
 
 def test_tied_weights_are_not_missing(folders, tmp_path):
@@ -280,53 +277,63 @@ def test_tied_weights_are_not_missing(folders, tmp_path):
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
-@pytest.mark.parametrize("name, contents, says", [
-    ("weights", POINTER, "git-lfs"), ("tokenizer", POINTER, "git-lfs"), ("config", POINTER, "git-lfs"),
-    ("weights", b"", "header"), ("weights", 2000, "header"), ("weights", -1, "not fully covered"),
-    ("tokenizer", 3000, "cannot be read"), ("generation_config", 20, "cannot be read"),
-    ("config", b"[]", "model_type"), ("config", b"{", "cannot be read"), ("tokenizer", b"{}", "added_tokens"),
-    ("preprocessor_config", b"[]", "list"),
+@pytest.mark.parametrize("family, name, contents, says", [
+    ("llava", "weights", POINTER, "git-lfs"), ("llava", "tokenizer", POINTER, "git-lfs"),
+    ("llava", "weights", b"", "header"), ("llava", "weights", 2000, "header"),
+    ("llava", "weights", -1, "not fully covered"), ("llava", "tokenizer", 3000, "cannot be read"),
+    ("llava", "generation_config", 20, "cannot be read"), ("llava", "config", b"{", "cannot be read"),
+    ("llava", "config", b"[]", "model_type"), ("llava", "tokenizer", b"{}", "added_tokens"),
+    ("llava", "preprocessor_config", b"[]", "list"), ("llava", "chat_template", None, "no chat template"),
+    ("internvl", "tokenizer", None, "knows no text"),
 ])
-def test_damaged_files_are_one_sentence_before_weights_are_read(folders, tmp_path, name, contents, says):
-    """A git-lfs pointer, or a download that stopped: a traceback, or a file that was passed over."""
-    path = folders["llava"]
+def test_damaged_files_are_one_sentence_before_weights_are_read(folders, tmp_path, family, name, contents,
+                                                                says):
+    """A git-lfs pointer, or a download that stopped: a traceback, or a file that was passed over. A tokenizer
+    without its file reads every text as nothing."""
+    path = folders[family]
     if isinstance(contents, int):
-        file = {"weights": "model.safetensors"}.get(name, f"{name}.json")
-        contents = open(f"{path}/{file}", "rb").read()[:contents]
+        contents = open(f"{path}/{FILES.get(name, f'{name}.json')}", "rb").read()[:contents]
     path = changed(path, tmp_path, **{name: contents})
     assert says in sentence(load_processor, path)
     if name == "config":
         sentence(skeleton, path)
 
 
-def test_a_tokenizer_without_its_file_is_refused(checkpoints, tmp_path):
-    """It is built without one, and reads every text as nothing."""
-    path = changed(checkpoints["internvl"], tmp_path, tokenizer=None)
-    assert "knows no text" in sentence(load_processor, path)
-
-
 @pytest.mark.parametrize("change, says", [
     (dict(weights=None), "no file named model.safetensors"),
+    (dict(config=lambda config: config["text_config"].update(num_hidden_layers=1)), "unexpected"),
+    (dict(config=lambda config: config["text_config"].update(num_hidden_layers=3)), "missing"),
     (dict(config=lambda config: config.update(quantization_config={"quant_method": "gptq", "bits": 4})),
      "optimum"),
     (dict(config=lambda config: config["text_config"].update(hidden_size="wide")), "expected int, got str"),
 ])
 def test_what_cannot_be_loaded_is_one_sentence(folders, tmp_path, change, says):
-    """A traceback over weights that are not there, or a package that is not."""
+    """A traceback over weights that are not there, or a package that is not; layers on random weights."""
     assert says in sentence(partial(load_vlm, device="cpu"), changed(folders["llava"], tmp_path, **change))
 
 
-def asks_for(implementation, *parts):
-    def change(config):
-        for part in parts:
-            (config[part] if part else config)["_attn_implementation"] = implementation
-    return change
+@pytest.mark.parametrize("weights", [None, True])
+def test_an_adapter_is_refused_also_beside_weights(folders, tmp_path, weights):
+    """A LoRA folder as student: no file named model.safetensors; or, beside weights, it is not read."""
+    path = changed(folders["llava"], tmp_path, **({} if weights else {"weights": None}))
+    (tmp_path / "changed" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "LoRA adapter" in sentence(load_processor, path)
+
+
+def test_what_is_no_vision_language_model_is_one_sentence(folders, tmp_path):
+    assert "couldn't connect" in sentence(load_processor, "nobody/nothing")
+    shutil.copytree(folders["llava"], tmp_path / "blind", ignore=shutil.ignore_patterns("pr*"))
+    config = json.loads((tmp_path / "blind" / "config.json").read_text())
+    (tmp_path / "blind" / "config.json").write_text(json.dumps(config["text_config"]))
+    assert "without a vision tower" in sentence(load_processor, str(tmp_path / "blind"))
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "nonsense"])
 def test_the_attention_that_a_config_asks_for_is_not_used(folders, tmp_path, implementation):
     """Attention that is not installed, or that does not heed a mask of four dimensions."""
-    path = changed(folders["gemma3"], tmp_path, config=asks_for(implementation, "", "text_config"))
+    def ask(config):
+        config["_attn_implementation"] = config["text_config"]["_attn_implementation"] = implementation
+    path = changed(folders["gemma3"], tmp_path, config=ask)
     one, two = load_vlm(folders["gemma3"], "cpu"), load_vlm(path, "cpu")
     assert {m.config._attn_implementation for m in two.model.modules() if hasattr(m, "config")} == {"sdpa"}
     prompts = [encode(one, "How many?", [noise_image(32, 32)])]
@@ -335,11 +342,10 @@ def test_the_attention_that_a_config_asks_for_is_not_used(folders, tmp_path, imp
     skeleton(path)
 
 
-def with_template(folders, tmp_path, family, template):
+def with_template(folders, tmp_path, template, **files):
     """A copy whose chat template stands in tokenizer_config.json alone."""
-    path = changed(folders[family], tmp_path, tokenizer_config=lambda c: c.update(chat_template=template))
-    (tmp_path / "changed" / "chat_template.jinja").unlink()
-    return path
+    return changed(folders["llava"], tmp_path, chat_template=None, **{
+        "tokenizer_config": lambda config: config.update(chat_template=template), **files})
 
 
 LLAVA = families.TEMPLATE.replace("IMAGE", "<image>\n")
@@ -348,7 +354,7 @@ LLAVA = families.TEMPLATE.replace("IMAGE", "<image>\n")
 @pytest.mark.parametrize("template", [LLAVA, [{"name": "default", "template": LLAVA},
                                               {"name": "tools", "template": "none"}]])
 def test_a_template_of_the_tokenizer_alone_is_used(folders, tmp_path, template):
-    path = with_template(folders, tmp_path, "llava", template)
+    path = with_template(folders, tmp_path, template)
     one, two = load_vlm(folders["llava"], "cpu"), load_vlm(path, "cpu")
     image = noise_image(32, 32)
     assert encode(one, "How many?", [image]).ids.equal(encode(two, "How many?", [image]).ids)
@@ -364,13 +370,13 @@ def test_a_template_of_the_tokenizer_alone_is_used(folders, tmp_path, template):
 ])
 def test_a_template_without_images_is_refused(folders, tmp_path, template, says):
     """The template of a language model: the list of parts was printed into the prompt."""
-    assert says in sentence(load_processor, with_template(folders, tmp_path, "llava", template))
+    assert says in sentence(load_processor, with_template(folders, tmp_path, template))
 
 
 def test_a_template_without_system_turns_is_refused_before_any_work(folders, tmp_path):
     """D has one: a traceback after the teachers were asked."""
     none = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
-    path, (data, responses) = with_template(folders, tmp_path, "llava", none + LLAVA), lamp_files(tmp_path, 2)
+    path, (data, responses) = with_template(folders, tmp_path, none + LLAVA), lamp_files(tmp_path, 2)
     done = call("train.py", "--student", path, "--data", data, "--collection", responses, "--out",
                 tmp_path / "out")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "no system turns" in done.stderr
@@ -380,21 +386,19 @@ def test_a_template_without_system_turns_is_refused_before_any_work(folders, tmp
 @pytest.mark.parametrize("end, stops", [
     ("<|im_end|>\n", ["<|im_end|>", "<|endoftext|>"]), ("\n", ["<|endoftext|>"]),
     ("\n<|im_start|>\n", ["<|im_start|>", "<|endoftext|>"]),
-    ("<|im_end|>\n<|im_start|>assistant\n", ["<|im_end|>", "<|endoftext|>"])])
+    ("<|im_end|>\n<|im_start|>assistant\n<think>", ["<|im_end|>", "<|endoftext|>"])])
 def test_what_ends_a_turn_of_the_template_is_a_stop(folders, tmp_path, end, stops):
     """A token that neither tokenizer nor generation config names was banned, and every response ran to the
     limit. The text of a template is no stop."""
-    path = with_template(folders, tmp_path, "llava", LLAVA.replace("<|im_end|>\n", end))
-    for name in ("generation_config", "config"):
-        file = tmp_path / "changed" / f"{name}.json"
-        contents = json.loads(file.read_text())
-        (contents if name == "generation_config" else contents["text_config"])["eos_token_id"] = None
-        file.write_text(json.dumps(contents))
-    file = tmp_path / "changed" / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|endoftext|>"}))
+    template = LLAVA.replace("<|im_end|>\n", end)
+    path = with_template(
+        folders, tmp_path, template, generation_config=lambda config: config.update(eos_token_id=None),
+        config=lambda config: config["text_config"].update(eos_token_id=None),
+        tokenizer_config=lambda config: config.update(chat_template=template, eos_token="<|endoftext|>"))
     vlm = load_vlm(path, "cpu")
     assert vlm.tokenizer.convert_ids_to_tokens(vlm.stop_ids) == stops
     assert not set(vlm.stop_ids) & set(vlm.banned_ids)
+    assert vlm.tokenizer.convert_tokens_to_ids("<think>") not in vlm.banned_ids
 
 
 SIZES = [(1, 1), (3, 50), (50, 1), (28, 28), (30, 290), (280, 28), (100, 90), (400, 300)]

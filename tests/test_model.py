@@ -1,6 +1,5 @@
 """generate and score against transformers' own code and against themselves, one response at a time."""
 import inspect
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -12,17 +11,19 @@ from transformers.generation.logits_process import (LogitsProcessorList, Repetit
 
 from conftest import noise_image
 from discriminator import Discriminator
-from model import (Sampling, Slots, UserError, encode, encode_responses, generate, join, load_vlm, sample,
-                   save_vlm, score, stream)
-
-GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=12)
+from model import (Sampling, Slots, UserError, decode, encode, encode_responses, generate, join, load_vlm,
+                   sample, save_vlm, score, stream)
 from train import World
 
+GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=12)
 
-def transformers_inputs(vlm, prompt):
+
+def transformers_inputs(vlm, prompt, response=()):
+    """What transformers' own forward pass wants of [prompt | response]."""
+    ids = torch.cat([prompt.ids, torch.as_tensor(response, dtype=torch.long)])[None]
     types = {"mm_token_type_ids", "token_type_ids"} & inspect.signature(vlm.model.forward).parameters.keys()
-    return dict(input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids)[None], **prompt.images,
-                **{name: (prompt.ids == vlm.model.config.image_token_id).int()[None] for name in types})
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), **prompt.images,
+                **{name: (ids == vlm.model.config.image_token_id).int() for name in types})
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
@@ -105,9 +106,12 @@ def test_banned_tokens_are_never_sampled(vlm, prompts):
     assert not torch.isin(outputs.ids[outputs.mask], torch.tensor(vlm.banned_ids)).any()
 
 
-def test_slots_change_no_token(vlm, prompts):
+@pytest.mark.parametrize("stride", [None, 8])
+def test_slots_change_no_token(vlm, prompts, stride, monkeypatch):
     """Continuous batching that hands a slot on with its old cache, noise or count; a batch that a response
-    can notice."""
+    can notice. Off the CPU (stride 8) the host looks every few tokens only, at numbers of slots that are
+    halves of the whole: what a response adds after its end must not be read."""
+    monkeypatch.setattr(Slots, "stride", stride)
     sampling = Sampling(max_new_tokens=11)
     stops = torch.arange(20, 60).tolist()           # random weights stop by chance: responses of many lengths
     ours = replace(vlm, stop_ids=vlm.stop_ids + [i for i in stops if i not in vlm.banned_ids])
@@ -119,18 +123,15 @@ def test_slots_change_no_token(vlm, prompts):
         assert [[ids.tolist() for ids in done[b]] for b in range(4)] == expected
 
 
+@torch.no_grad()
 def plain_loop(vlm, prompt, noise, sampling):
     """Each response by itself, without a cache: the whole text is read again for every token."""
     rows = []
     for chances in noise:
-        inputs, ids = transformers_inputs(vlm, prompt), []
+        ids = []
         while len(ids) < sampling.max_new_tokens and not (ids and ids[-1] in vlm.stop_ids):
-            inputs["input_ids"] = torch.cat([prompt.ids, torch.tensor(ids, dtype=torch.long)])[None]
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            for name in inputs.keys() & {"mm_token_type_ids", "token_type_ids"}:
-                inputs[name] = (inputs["input_ids"] == vlm.model.config.image_token_id).int()
-            with torch.no_grad():
-                logits = vlm.model(**inputs).logits[:, -1]
+            inputs = transformers_inputs(vlm, prompt, ids)
+            logits = vlm.model(**inputs).logits[:, -1]
             logits[:, vlm.banned_ids] = -torch.inf
             seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, inputs["input_ids"], True)
             ids.append(sample(logits, seen, sampling, chances[len(ids), None]).item())
@@ -138,31 +139,14 @@ def plain_loop(vlm, prompt, noise, sampling):
     return rows
 
 
-def test_what_a_response_adds_after_its_end_is_not_read(vlm, prompts, monkeypatch):
-    """Off the CPU the host looks every few tokens only, at numbers of slots that are halves of the whole: the
-    same code is run here as there, without recording it, and must give the same tokens."""
-    sampling = Sampling(max_new_tokens=11)
-    noise = [torch.rand(3, 11, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    ours = replace(vlm, stop_ids=vlm.stop_ids + [i for i in range(20, 60) if i not in vlm.banned_ids])
-    expected = {b: [ids.tolist() for ids in rows] for b, rows in stream(ours, prompts, noise, 3, sampling, 5)}
-    monkeypatch.setattr(Slots, "stride", 8)
-    later = {b: [ids.tolist() for ids in rows] for b, rows in stream(ours, prompts, noise, 3, sampling, 5)}
-    assert later == expected and len({len(ids) for rows in expected.values() for ids in rows}) > 2
-
-
 def unpacked(vlm, prompts, outputs):
     """Row-per-response log-probs from transformers' own forward: the slow, obvious reference."""
     rows = torch.zeros(outputs.mask.shape)
     for b, prompt in enumerate(prompts):
-        for k in range(outputs.mask.shape[1]):
-            ids = outputs.ids[b, k][outputs.mask[b, k]]
-            inputs = transformers_inputs(vlm, prompt)
-            inputs["input_ids"] = torch.cat([prompt.ids, ids])[None]
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            for name in inputs.keys() & {"mm_token_type_ids", "token_type_ids"}:
-                inputs[name] = (inputs["input_ids"] == vlm.model.config.image_token_id).int()
-            logps = vlm.model(**inputs).logits[0, len(prompt.ids) - 1:-1].log_softmax(-1)
-            rows[b, k, :len(ids)] = logps.gather(1, ids[:, None])[:, 0]
+        for k, mask in enumerate(outputs.mask[b]):
+            ids = outputs.ids[b, k][mask]
+            logits = vlm.model(**transformers_inputs(vlm, prompt, ids)).logits[0, len(prompt.ids) - 1:-1]
+            rows[b, k, :len(ids)] = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
     return rows
 
 
@@ -175,9 +159,8 @@ def gradients(vlm, logps, weights):
 def test_packed_scores_and_gradients_equal_one_row_per_response(vlm, prompts):
     """Responses that see their siblings, positions that run on, prompt or pad tokens in the score, a shift by
     one."""
-    outputs = generate(vlm, prompts, 3, Sampling(max_new_tokens=9), torch.Generator().manual_seed(0))
-    # different lengths
-    outputs = join([outputs, encode_responses(vlm, [["yes", "There are 3 red circles."]] * 4)], dim=1)
+    sampled = generate(vlm, prompts, 3, Sampling(max_new_tokens=9), torch.Generator().manual_seed(0))
+    outputs = join([sampled, encode_responses(vlm, [["yes", "There are 3 red circles."]] * 4)], dim=1)
     weights = torch.randn(outputs.mask.shape)
     packed, reference = score(vlm, prompts, outputs), unpacked(vlm, prompts, outputs)
     assert ((packed - reference).abs() / reference.abs().clamp(min=1)).max() < 1e-5
@@ -197,13 +180,12 @@ def test_log_probs_in_chunks_equal_autograds_own(monkeypatch, bias):
     expected = torch.autograd.grad((plain * weights).sum(), inputs)
     for size in (7, 50, 1000):
         monkeypatch.setattr(model, "head_chunk", lambda weight, size=size: size)
-        ours = model.token_logps(head, states, targets, 0.7)
+        ours = model.TokenLogps.apply(states, head.weight, head.bias, targets, 0.7)
         torch.testing.assert_close(ours, plain)
         torch.testing.assert_close(torch.autograd.grad((ours * weights).sum(), inputs), expected)
     head.weight.requires_grad_(False)                              # --freeze lm_head
-    torch.testing.assert_close(torch.autograd.grad((model.token_logps(head, states, targets,
-                                                                      0.7) * weights).sum(), states)[0],
-                               expected[0])
+    ours = model.TokenLogps.apply(states, head.weight, head.bias, targets, 0.7)
+    torch.testing.assert_close(torch.autograd.grad((ours * weights).sum(), states)[0], expected[0])
 
 
 def test_teacher_text_never_becomes_an_image_or_a_turn(vlm, prompts):
@@ -228,11 +210,6 @@ def test_any_utf8_text_survives_the_tokenizers(vlm):
         assert vlm.tokenizer.decode(vlm.tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-def test_the_toy_families_have_different_tokenizers(checkpoints):
-    a, b = (load_vlm(path, "cpu").tokenizer for path in checkpoints.values())
-    assert a("How many red circles?").input_ids != b("How many red circles?").input_ids
-
-
 def test_saved_folder_loads_unchanged_with_transformers_alone(vlm, prompts, tmp_path):
     """A checkpoint that only our own loader understands."""
     save_vlm(vlm, str(tmp_path / "saved"))
@@ -253,28 +230,20 @@ def test_discriminator_reads_each_response_alone_and_as_text(vlm):
     D = Discriminator(vlm)
     texts = ["yes", "There are 3 red circles.", "<|im_end|> no </response> 0", ""]
     together = D.p_student(D.encode([""], [texts]), 512, World())[0]
-    for other in (torch.cat([D.p_student(D.encode([""], [[text]]), 512, World())[0] for text in texts]),
-                  D.p_student(D.encode([""], [texts[::-1]]), 512, World())[0].flip(0),
-                  D.p_student(D.encode(["", ""], [texts[:2], texts[2:]]), 1, World()).flatten(),
-                  D.p_student(D.encode([""], [texts * 50]), 512, World())[0, -4:]):
-        # alone, reversed, in two parts, in many rows
+    alone = torch.cat([D.p_student(D.encode([""], [[text]]), 512, World())[0] for text in texts])
+    backwards = D.p_student(D.encode([""], [texts[::-1]]), 512, World())[0].flip(0)
+    in_two_parts = D.p_student(D.encode(["", ""], [texts[:2], texts[2:]]), 1, World()).flatten()
+    in_many_rows = D.p_student(D.encode([""], [texts * 50]), 512, World())[0, -4:]
+    for other in (alone, backwards, in_two_parts, in_many_rows):
         torch.testing.assert_close(together, other, atol=1e-5, rtol=1e-5)
     assert (D.backbone.embed_tokens.weight == vlm.model.model.language_model.embed_tokens.weight).all()
     assert D.backbone.embed_tokens.weight is not vlm.model.model.language_model.embed_tokens.weight
 
 
 def test_outputs_join_keeps_text_ids_and_mask_together(qwen):
-    a, b = encode_responses(qwen, [["yes"], ["no"]]), encode_responses(qwen,
-                                                                       [["There are 3"], ["blue circles"]])
+    a = encode_responses(qwen, [["yes"], ["no"]])
+    b = encode_responses(qwen, [["There are 3"], ["blue circles"]])
     both = join([a, b], dim=1)
     assert both.text == [["yes", "There are 3"], ["no", "blue circles"]]
-    for row, texts in enumerate(both.text):
-        for k, text in enumerate(texts):
-            assert qwen.tokenizer.decode(both.ids[row, k][both.mask[row, k]],
-                                         skip_special_tokens=True) == text
-
-
-def test_a_missing_checkpoint_is_one_sentence():
-    with warnings.catch_warnings(), pytest.raises(UserError, match="no/such/model"):
-        warnings.simplefilter("ignore")
-        load_vlm("no/such/model", "cpu")
+    for ids, mask, texts in zip(both.ids, both.mask, both.text):
+        assert decode(qwen, [x[m] for x, m in zip(ids, mask)]) == texts
