@@ -61,8 +61,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import discriminator as eq1
 from discriminator import SIMILARITIES, Discriminator
-from eval import (Task, check_judge, draw_curves, evaluate, make_judge, predict, results_table, tasks_of,
-                  without_thoughts, write_report)
+from eval import (Task, check_judge, draw_curves, evaluate, make_judge, opened_thought, predict,
+                  results_table, rule_check, tasks_of, without_thoughts, write_report)
 from model import (VLM, Outputs, UserError, check_packing, checkpoint_layers, encode_responses, generate,
                    image_tokens, join, load_processor, load_vlm, micro_batches, naming, packed_sizes,
                    pick_device, save_vlm, score, write_atomic)
@@ -234,7 +234,7 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
         sources = [own + [teacher for teacher, _ in pairs] for own, pairs in zip(sources, drawn)]
     B, K, _ = outputs.ids.shape
     is_student = torch.arange(K, device=policy.device).expand(B, K) < G
-    verdicts_of = ask(judge, batch, outputs)           # for line 10; a remote judge works while D learns
+    verdicts_of = ask(run, judge, batch, outputs)           # for line 10; a remote judge works while D learns
 
     row, p_student = {}, None
     if D:
@@ -303,14 +303,16 @@ def main():
 # ==========================================================================================
 
 
-def ask(judge, batch: list[Example], outputs: Outputs):
+def ask(run, judge, batch: list[Example], outputs: Outputs):
     """Asks for verdicts on B questions with K responses each; returns a function that waits for them.
 
     A judge on another machine works in a thread meanwhile; any other when that function is called. What it
     returns, (B, K) float32, is 1, 0, between them from a judge that grades, or NaN where it failed.
     """
-    triples = [(e.dialogue, e.truth, without_thoughts(text))
-               for e, texts in zip(batch, outputs.text) for text in texts]
+    opened = opened_thought(run.policy.processor)      # or what a cut-off thought says would be an answer
+    openings = [opened if k < run.args.num_samples else "" for k in range(outputs.mask.shape[1])]
+    triples = [(e.dialogue, e.truth, without_thoughts(opening + text))
+               for e, texts in zip(batch, outputs.text) for opening, text in zip(openings, texts)]
     answer = partial(judge, triples)
     if getattr(judge, "remote", False):
         answer = ThreadPoolExecutor(1).submit(judge, triples).result
@@ -1252,11 +1254,13 @@ def check_inputs(args, folder: Folder) -> dict[str, list]:
     collected = folder.has("discriminator.safetensors")
     # rows that were left out because of a teacher must be left out again
     asked = student if collected and not args.skip_bad else student + args.teachers
-    for name, load, models, response in (("data", load_examples, asked, args.max_new_tokens),
-                                         ("sft_data", load_examples, student, None),
-                                         ("eval_data", tasks_of, student, args.max_new_tokens)):
+    judged = [rule_check] if args.judge == "rule" else []
+    for name, load, models, response, checks in (
+            ("data", load_examples, asked, args.max_new_tokens, judged),
+            ("sft_data", load_examples, student, None, []),
+            ("eval_data", tasks_of, student, args.max_new_tokens, judged)):
         if path := getattr(args, name):
-            given[name] = load(path, skip_bad=args.skip_bad, checks=prompt_checks(models, response))
+            given[name] = load(path, skip_bad=args.skip_bad, checks=prompt_checks(models, response) + checks)
     for name in [] if collected else args.teachers:
         make_teacher(name, args.device, args.dtype).check()
     if not folder.is_trained() or given.get("eval_data") and not folder.has("evaluation-after.json"):

@@ -22,7 +22,7 @@ from shapes import build, data, table
 from conftest import ROOT  # noqa: E402
 from model import encode_responses, load_vlm  # noqa: E402
 from teachers import encode_example, load_examples  # noqa: E402
-from train import Meter, policy_loss  # noqa: E402
+from train import LOSSES, Meter, policy_loss  # noqa: E402
 
 def plain_update(folder, batch_size, K, R, device, dtype):
     """Forward and backward of Eq. 2 with one row per response and all logits; the same state in memory as in
@@ -56,7 +56,7 @@ def plain_update(folder, batch_size, K, R, device, dtype):
             ref = logps(reference)
         logp, ones = logps(policy), torch.ones(batch_size, K, device=policy.device)
         policy_loss(logp, logp.detach(), ref, ones, torch.ones_like(logp, dtype=torch.bool), ones.bool(), 0.2,
-                    0.01).backward()
+                    0.01, LOSSES["dr_grpo"]).backward()
     return meter.memory_gb["update"]
 
 

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -150,9 +150,12 @@ def run_arm(arm, seed, out):
                   "--data", ril / "data" / "train.jsonl", "--eval-data", ril / "data" / "heldout.jsonl",
                   "--max-new-tokens", 24)
         else:
-            teachers = [ril / "teachers" / name for name in arm.teachers]
-            train(folder, "--seed", seed, "--from", ril, *arm.options.split(),
-                  *(["--teachers", *teachers] if teachers else []))
+            options = arm.options.split()
+            if arm.teachers:
+                options += ["--teachers", *(ril / "teachers" / name for name in arm.teachers)]
+            elif "--collect" not in options:                       # only the loop differs
+                options += ["--from", ril]
+            train(folder, "--seed", seed, *options)
     except subprocess.CalledProcessError as error:
         print(f"{folder}: exit code {error.returncode}, see {folder}.log; it is left out", file=sys.stderr)
         return

@@ -20,7 +20,7 @@ import torch
 from shapes import alternate, build, ceilings, data, give_back, table
 from model import encode_responses, load_vlm, micro_batches, packed_sizes, score  # noqa: E402
 from teachers import encode_example, load_examples  # noqa: E402
-from train import peak_memory_gb, policy_loss  # noqa: E402
+from train import LOSSES, peak_memory_gb, policy_loss  # noqa: E402
 
 K, R = 8, 24
 
@@ -42,7 +42,8 @@ def plain_logps(vlm, prompts, outputs):
 
 
 def loss_of(logp, advantage, mask):
-    return policy_loss(logp, logp.detach(), logp.detach() - 0.1, advantage, mask, mask[..., 0], 0.2, 0.01)
+    return policy_loss(logp, logp.detach(), logp.detach() - 0.1, advantage, mask, mask[..., 0], 0.2, 0.01,
+                       LOSSES["dr_grpo"])
 
 
 def update(vlm, logps, prompts, outputs, advantage, budget):

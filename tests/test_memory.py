@@ -66,8 +66,8 @@ def test_micro_batches_of_discriminator_and_sft_give_the_whole_step(qwen):
     examples, heads = [Example(str(i), (), "two", "yes " * (i + 1)) for i in range(4)], []
     for size in (10 ** 6, 1, 100):
         model = copy.deepcopy(qwen.model)
-        sft(type(qwen)(model, qwen.processor, qwen.stop_ids, qwen.banned_ids), examples, 2, 4, 1e-3, 0,
-            "test", size)
+        args = SimpleNamespace(sft_lr=1e-3, sft_batch_size=4, seed=0, token_budget=size, offload=False)
+        sft(type(qwen)(model, qwen.processor, qwen.stop_ids, qwen.banned_ids), examples, 2, "test", args)
         heads.append(model.get_output_embeddings().weight)
     torch.testing.assert_close(heads[1], heads[0], atol=2e-5, rtol=1e-3)
     torch.testing.assert_close(heads[2], heads[0], atol=2e-5, rtol=1e-3)
@@ -80,11 +80,11 @@ def test_frozen_weights_do_not_move_and_the_others_do(qwen):
     args = SimpleNamespace(token_budget=1, temperature=1.0, mu=1, beta=0.01, eps=0.2, loss="dr_grpo")
     prompts = [encode(policy, "How many?", [noise_image(32, 32)])]
     outputs, valid = encode_responses(policy, [["yes", "no"]]), torch.ones(1, 2, dtype=torch.bool)
-    run = SimpleNamespace(args=args, policy=policy, reference=qwen, world=train.World(), questions=[None],
+    run = SimpleNamespace(args=args, policy=policy, reference=qwen, world=train.World(),
                           optimizer=AdamW(policy.model, 1e-2, offload=True),
                           using=lambda module: contextlib.nullcontext(),
                           score=partial(train.Run.score, SimpleNamespace(args=args)))
-    update_policy(run, prompts, outputs, torch.tensor([[1.0, -1.0]]), valid, valid)
+    update_policy(run, prompts, outputs, torch.tensor([[1.0, -1.0]]), valid, valid, 1)
     for name, weight in policy.model.named_parameters():
         frozen = "visual" in name or "self_attn" in name
         assert torch.equal(weight, before[name]) == frozen or not frozen and "bias" in name, name
