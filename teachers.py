@@ -360,7 +360,7 @@ def read_responses(path: str, forbidden: set[str]) -> Iterator[tuple[str, str, s
 
 def response_length(tokenizer, text: str) -> int:
     """How many tokens a response has, with the stop token after it."""
-    return len(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids) + 1
+    return len(tokenizer(text, add_special_tokens=False).input_ids) + 1
 
 
 def count_responses(path: str, settings: dict) -> Counter:
