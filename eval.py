@@ -378,7 +378,6 @@ NO_LETTER = re.compile(r"\bA (?=[a-z])(?!(?:or|and|is|was|as|because|since)\b)|\
 # what may stand around a letter; behind it, "C#" and "A-" are no letters
 WRAPPING = " \t\r\n.,:;!*#\"'`$<>()[]{}\\/_-（）。，、：；“”‘’【】"
 WRAPPED = WRAPPING.replace("#", "").replace("-", "")
-CHINESE = r"\u3400-\u9fff"
 
 
 def options_of(question: str, truth: str) -> tuple[dict[str, str], str | None]:
@@ -452,7 +451,7 @@ def only_letter(text: str, options: dict[str, str]) -> str | None:
         if len(option) > 1 and re.search(r"\b[A-Z]\b", option):
             bare = bare.replace(option, "_")
     bare = NO_LETTER.sub("_ ", bare)
-    words = re.sub(rf"[.()\[\],:;!?*{{}}$\"“”。、{CHINESE}]|(?<!\w)#", " ", bare).split()
+    words = re.sub(r"[.()\[\],:;!?*{}$\"“”。、\u3400-\u9fff]|(?<!\w)#", " ", bare).split()
     places = [i for i, word in enumerate(words) if word in options]
     if len({words[i] for i in places}) != 1:
         return None
@@ -862,8 +861,7 @@ TRUTHS_NEEDED = {"vqa": 4, "foil_word": 2, "foil_fix": 2, "cider": 1}
 
 
 def check_task(task: Task, path: str):
-    """UserError where the metric of a task makes no sense for its data: a truth that is none of the options,
-    missing rotations, too few truths, one image for CIDEr, a truth other than yes and no."""
+    """UserError where the metric of a task makes no sense for its data, as where a rotation is missing."""
     groups = defaultdict(list)
     for e in task.examples:
         groups[e.group].append(e)
@@ -1043,8 +1041,8 @@ def tokens_of(task: Task, texts: list[str]) -> tuple[list[list[list[str]]], list
 
 
 def units_of(task: Task, values: list[float | None]) -> dict[str, list[float]]:
-    """{what is resampled as one: [sum of its scores, how many there are]}. Values of None are left out. In a
-    circular task a question counts once, and is right if every rotation is."""
+    """{group: [sum of its scores, how many there are]}, without values of None. In a circular task a question
+    counts once, and is right if every rotation is."""
     groups = defaultdict(list)
     for e, value in zip(task.examples, values):
         if value is not None:
