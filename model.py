@@ -650,8 +650,8 @@ def as_outputs(texts: list[list[str]], rows: list[Tensor]) -> Outputs:
     return Outputs(texts, ids.unflatten(0, (len(texts), -1)), mask.unflatten(0, (len(texts), -1)))
 
 
-def join(parts: list[Outputs], dim: int = 1) -> Outputs:
-    """Responses to the same questions, put side by side (dim 1, the only way), padded to the longest."""
+def join(parts: list[Outputs]) -> Outputs:
+    """Responses to the same questions, put side by side, padded to the longest."""
     texts = [sum(rows, []) for rows in zip(*(part.text for part in parts))]
     rows = [ids[mask] for b in range(len(texts)) for part in parts
             for ids, mask in zip(part.ids[b], part.mask[b])]

@@ -230,7 +230,7 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     if D:
         drawn = run.draw(questions, collection)                                       # line 6   B lists of G
         taught = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
-        outputs = join([outputs, taught], dim=1)                                      #          (B, 2G, R)
+        outputs = join([outputs, taught])                                             #          (B, 2G, R)
         sources = [own + [teacher for teacher, _ in pairs] for own, pairs in zip(sources, drawn)]
     B, K, _ = outputs.ids.shape
     is_student = torch.arange(K, device=policy.device).expand(B, K) < G

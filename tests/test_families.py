@@ -92,7 +92,7 @@ def test_special_tokens_are_encoded_as_the_tokenizer_does(vlm):
 def test_packed_scores_equal_one_row_per_response(vlm, prompts):
     """A response that sees its sibling, a packed row without the family's own mask or positions."""
     outputs = join([generate(vlm, prompts, 2, replace(GREEDY, temperature=1.0)),
-                    encode_responses(vlm, [["yes", "There are 3 red circles. " * 4]] * 5)], dim=1)
+                    encode_responses(vlm, [["yes", "There are 3 red circles. " * 4]] * 5)])
     torch.testing.assert_close(score(vlm, prompts, outputs), unpacked(vlm, prompts, outputs), atol=2e-5,
                                rtol=1e-4)
     for prompt in prompts:
