@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, starved of disk or fed with what is not a number: what they lose, which is
 nothing."""
+import contextlib
 import json
 import math
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, call, lamp_files, run
+from conftest import ROOT, call, lamp_files
 
 LOOP = ["--device", "cpu", "--batch-size", "4", "--discriminator-steps", "2", "--num-samples", "2",
         "--max-new-tokens", "24", "--eval-every", "4", "--log-every", "2", "--collect", "2",
@@ -21,9 +22,14 @@ COMPARED = ("metrics.jsonl", "rollouts.jsonl", "student/model.safetensors", "dis
 
 
 def command(checkpoint, *options):
-    return [sys.executable, str(ROOT / "train.py"), "--student", checkpoint, "--data", "lamps.jsonl",
-            "--eval-data", "lamps.jsonl", "--collection", "responses.jsonl", "--out", "run", *LOOP,
-            *map(str, options)]
+    return ["--student", checkpoint, "--data", "lamps.jsonl", "--eval-data", "lamps.jsonl", "--collection",
+            "responses.jsonl", "--out", "run", *LOOP, "--steps", "12", *map(str, options)]
+
+
+def run_in(folder, checkpoint, *options):
+    """The command in this process, begun in a folder."""
+    with contextlib.chdir(folder):
+        return call("train.py", *command(checkpoint, *options))
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +38,7 @@ def whole(checkpoints, tmp_path_factory):
     same."""
     folder = tmp_path_factory.mktemp("whole")
     lamp_files(folder)
-    subprocess.run(command(checkpoints["qwen2_5_vl"], "--steps", 12), cwd=folder, check=True,
-                   capture_output=True)
+    assert run_in(folder, checkpoints["qwen2_5_vl"]).returncode == 0
     return folder
 
 
@@ -43,7 +48,8 @@ def same(folder, other):
 
 
 def started(checkpoints, folder, *options):
-    return subprocess.Popen(command(checkpoints["qwen2_5_vl"], "--steps", 12, "--save-every", 2, *options),
+    return subprocess.Popen([sys.executable, ROOT / "train.py",
+                             *command(checkpoints["qwen2_5_vl"], "--save-every", 2, *options)],
                             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -69,8 +75,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(checkpoints, whole, tmp
         process.kill()
         process.communicate()
         assert not (tmp_path / "run" / "student").exists()
-    last = subprocess.run(command(checkpoints["qwen2_5_vl"], "--steps", 12, "--save-every", "1m"),
-                          cwd=tmp_path, capture_output=True, text=True)
+    last = run_in(tmp_path, checkpoints["qwen2_5_vl"], "--save-every", "1m")
     assert last.returncode == 0 and "resuming after step" in last.stdout
     same(tmp_path, whole)
     assert lines(tmp_path, "timings.jsonl") == 12
@@ -88,30 +93,28 @@ def test_a_signal_saves_first(checkpoints, whole, tmp_path):
         assert process.returncode == 128 + number
         assert "Traceback" not in said and "finishing this step" in said
         assert train.checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{lines(tmp_path):06}"
-    subprocess.run(command(checkpoints["qwen2_5_vl"], "--steps", 12), cwd=tmp_path, check=True,
-                   capture_output=True)
+    assert run_in(tmp_path, checkpoints["qwen2_5_vl"]).returncode == 0
     same(tmp_path, whole)
 
 
 def test_a_corrupt_checkpoint_is_refused_and_nothing_lost(checkpoints, whole, tmp_path):
     """Half a file taken for a whole one; a run that begins again at step 1 and cuts its logs to nothing."""
     lamp_files(tmp_path)
-    process = started(checkpoints, tmp_path)
-    wait_for(lambda: lines(tmp_path) >= 7)
-    process.kill()
-    process.communicate()
+    stopped = run_in(tmp_path, checkpoints["qwen2_5_vl"], "--steps", 7, "--save-every", 2)
+    assert stopped.returncode == 0
     newest, before = train.checkpoints(tmp_path / "run")[-1], lines(tmp_path)
-    again = command(checkpoints["qwen2_5_vl"], "--steps", 12, "--save-every", 2)
+    older = newest.with_name("checkpoint-000004")
+    shutil.copytree(newest, older)                                 # stands for the one before it
     for name, size in (("optimizer.safetensors", -100), ("state.json", 20)):
         kept = (newest / name).read_bytes()
         (newest / name).write_bytes(kept[:size])
-        done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True)
+        done = run_in(tmp_path, checkpoints["qwen2_5_vl"])
         assert done.returncode == 2 and f"{newest.name} cannot be read" in done.stderr, done.stderr
         assert lines(tmp_path) == before
         (newest / name).write_bytes(kept)
     shutil.rmtree(newest)                                          # as the sentence says
-    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "resuming after step" in done.stdout
+    done = run_in(tmp_path, checkpoints["qwen2_5_vl"])
+    assert done.returncode == 0 and f"from run/{older.name}" in done.stdout
     same(tmp_path, whole)
 
 
@@ -148,22 +151,6 @@ def test_five_bad_gradients_in_a_row_end_the_run(checkpoints, lamps, tmp_path, m
     assert done.returncode == 2 and "not finite in 5 steps in a row" in done.stderr
     assert done.stderr.strip().count("\n") < 3
     assert train.checkpoints(tmp_path / "run")[-1].name == "checkpoint-000006"
-
-
-def test_a_torn_last_line_of_a_collection_is_dropped_and_said(checkpoints, lamps, tmp_path):
-    """A whole collection refused for the half line that a killed writer left; or a bad line in the middle
-    overlooked."""
-    data, responses = lamps
-    with open(responses, "a") as file:
-        file.write('{"id": "lamp0", "teacher": "ru')
-    options = ["--student", checkpoints["qwen2_5_vl"], "--data", data, "--collection", responses, "--out",
-               tmp_path / "run", *LOOP, "--steps", 1]
-    done = call("train.py", *options)
-    assert done.returncode == 0 and "the last line was not finished and is left out" in done.stdout
-    with open(responses, "a") as file:
-        file.write('\n{"id": "lamp0", "teacher": "rule", "text": "yes"}\n')
-    again = call("train.py", *options[:-2], "--steps", 1, "--out", tmp_path / "other")
-    assert again.returncode == 2 and "not JSON" in again.stderr
 
 
 def signs(steps=train.WINDOW, **values):
@@ -220,19 +207,19 @@ def test_a_full_disk_is_said_and_loses_nothing(checkpoints, lamps, tmp_path, sma
     (small_disk / "filler").write_bytes(b"x" * (3 * 2 ** 20 + 900_000))
     options = ["--student", checkpoints["qwen2_5_vl"], "--data", data, "--collection", responses, "--out",
                small_disk / "run", *LOOP, "--steps", 4]
-    full = run("train.py", *options)
+    full = call("train.py", *options)
     assert full.returncode == 2, full.stderr[-500:]
     assert "Traceback" not in full.stderr and "cannot be written" in full.stderr, full.stderr[-500:]
     (small_disk / "filler").unlink()
     shutil.rmtree(small_disk / "run", ignore_errors=True)
     # the discriminator fits, a checkpoint of 4 MB does not
-    room = run("train.py", *options, "--save-every", "1")
+    room = call("train.py", *options, "--save-every", "1")
     assert "no checkpoint at step 1" in room.stderr + room.stdout and "Traceback" not in room.stderr
 
 
 def test_a_read_only_disk_is_said(checkpoints, lamps, small_disk):
     """A traceback after the data was read and the models were loaded."""
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    done = run("train.py", "--student", checkpoints["qwen2_5_vl"], "--data", lamps[0], "--collection",
-               lamps[1], "--out", small_disk / "run", *LOOP)
+    done = call("train.py", "--student", checkpoints["qwen2_5_vl"], "--data", lamps[0], "--collection",
+                lamps[1], "--out", small_disk / "run", *LOOP)
     assert done.returncode == 2 and "cannot be written" in done.stderr and done.stderr.count("\n") == 1

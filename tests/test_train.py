@@ -102,18 +102,18 @@ def test_data_that_is_not_the_toy_world(lamps, tmp_path):
     """The same command on anyone's images and a collection written by rule; then from the checkpoint it
     left."""
     data, responses = lamps
-    first = run("train.py", "--out", tmp_path / "first", "--data", data, "--sft-data", data, "--eval-data",
-                data, "--collection", responses, "--sft-steps", 3, *FAST)
+    first = call("train.py", "--out", tmp_path / "first", "--data", data, "--sft-data", data, "--eval-data",
+                 data, "--collection", responses, "--sft-steps", 3, *FAST)
     assert first.returncode == 0, first.stderr
     assert {row["source"] for row in rows_of(tmp_path / "first" / "rollouts.jsonl")} == {"student", "rule"}
-    second = run("train.py", "--student", tmp_path / "first" / "student", "--out", tmp_path / "second",
-                 "--data", data, "--collection", responses, "--loss", "grpo", "--mu", 2, "--token-budget",
-                 300, "--similarity", "tenths", *FAST)
+    second = call("train.py", "--student", tmp_path / "first" / "student", "--out", tmp_path / "second",
+                  "--data", data, "--collection", responses, "--loss", "grpo", "--mu", 2, "--token-budget",
+                  300, "--similarity", "tenths", *FAST)
     assert second.returncode == 0, second.stderr
     assert (tmp_path / "second" / "report.html").exists()
     assert not (tmp_path / "second" / "evaluation-after.json").exists()
-    scored = run("eval.py", "--model", tmp_path / "second" / "student", "--data", data, "--max-new-tokens", 4,
-                 "--out", tmp_path / "scored", "--device", "cpu")
+    scored = call("eval.py", "--model", tmp_path / "second" / "student", "--data", data, "--out",
+                  tmp_path / "scored", "--device", "cpu", "--max-new-tokens", 4)
     assert scored.returncode == 0 and "lamps (judge)" in scored.stdout, scored.stderr
     assert len(rows_of(tmp_path / "scored" / "student" / "lamps.jsonl")) == 1 + 24
 
@@ -140,9 +140,9 @@ def test_every_ablation_runs(finished, tmp_path, options):
 
 def test_collecting_alone(finished, tmp_path):
     out, _ = finished
-    done = run("teachers.py", "--teachers", out / "teachers" / "qwen", out / "teachers" / "internvl",
-               "--data", out / "data" / "heldout.jsonl", "--out", tmp_path / "c.jsonl", "-n", 1,
-               "--max-new-tokens", 2, "--device", "cpu")
+    done = call("teachers.py", "--teachers", out / "teachers" / "qwen", out / "teachers" / "internvl",
+                "--data", out / "data" / "heldout.jsonl", "--out", tmp_path / "c.jsonl", "-n", 1,
+                "--max-new-tokens", 2, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert len(rows_of(tmp_path / "c.jsonl")) == 1000
 
