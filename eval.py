@@ -67,6 +67,7 @@ def final_answer(response: str) -> str:
     """
     text = marked_answer(without_thoughts(response))
     said = next(iter(conclusions(text)), text)
+    said = re.split(r"(?s)\banswer\W*\.(?=.*\w)", said)[-1]                 # "3 is the answer. No, 4."
     said = REASON.split(said)[0].strip() or said
     return re.split(r"=\s*(?=-?\d)", said)[-1]
 

@@ -502,7 +502,7 @@ def test_a_real_server(tmp_path):
     pytest.importorskip("uvicorn")
     pytest.importorskip("openai")
     model, port = tmp_path / "tiny", free_port()
-    families.build(model, "llava", TEXTS)
+    families.build(model, "llava", TEXTS, seed=1)                  # one that says something
     (tmp_path / "hub").mkdir()
     data, _ = lamp_files(tmp_path, 3)
     with open(tmp_path / "log", "w") as log:
