@@ -146,8 +146,8 @@ def encode_examples(vlm: VLM, examples: list[Example]) -> list[Prompt]:
 
 
 class Teacher(Protocol):
-    """What fill_collection needs. CheckpointTeacher and ServerTeacher, below, have it, and so may a class of
-    ten lines."""
+    """What fill_collection needs; CheckpointTeacher and ServerTeacher, below, have it. What is at the `path`
+    of a teacher that has one is recorded with its responses."""
     name: str                                      # what the collection and the logs call it
 
     def check(self):

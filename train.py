@@ -1110,34 +1110,38 @@ class Folder:
             if self.record["steps"] > self.args.steps:
                 raise UserError(f"{self.out} is the result of {self.record['steps']} steps, more than "
                                 f"{self.args.steps}; choose another --out")
-            return
-        if self.out.exists() and any(self.out.iterdir()):
+        elif self.out.exists() and any(self.out.iterdir()):
             raise UserError(f"{self.out} holds files and no run.json that says what they were made from; "
                             f"choose another --out")
-        if donor and not (record := read_record(Path(donor))):
-            raise UserError(f"--from {donor}: no run's folder, it has no run.json")
         if donor:
+            record = read_record(Path(donor))
+            if not record:
+                raise UserError(f"--from {donor}: no run's folder, it has no run.json")
             self.compare(Path(donor), record, wanted, ("before the loop",))
-            wanted["code"] = record["code"]                        # with which all of it was made
-        self.record = wanted
-        self.write(steps=0)
-        for name in BEFORE_LOOP if donor and not self.rank else ():
-            if (source := Path(donor) / name).exists():
-                copy_into(source, self.out / name)
+            wanted["code"]["before the loop"] = record["code"]["before the loop"]
+        if not self.record:
+            self.record = wanted
+            self.write(steps=0)
+        for name in BEFORE_LOOP:                       # also what a kill has kept from being copied
+            if donor and not self.rank and (Path(donor) / name).exists() and not self.has(name):
+                copy_into(Path(donor) / name, self.out / name)
 
     def compare(self, there: Path, record: dict, wanted: dict, parts: tuple[str, ...]):
         """UserError with what differs between the records of a folder and of this command, of which the older
         may lack an option. Other code is said."""
         defaults, differ = vars(make_parser(self.args.student).parse_args([])), []
         for part in parts:
-            for name, value in wanted[part].items():
-                if (old := record[part].get(name, defaults.get(name))) != value:
+            for name in record[part] | wanted[part]:
+                old, value = (made.get(name, defaults.get(name)) for made in (record[part], wanted[part]))
+                if old != value:
                     differ.append(f"--{name.replace('_', '-')} {old} there, {value} here")
         if differ:
             raise UserError(f"{there} was made with other settings ({', '.join(differ)}); choose another "
                             f"--out (--from RUN takes over what comes before a loop, where that stays the "
                             f"same)")
-        if changed := [name for name in CODE if record["code"].get(name) != wanted["code"][name]]:
+        changed = [name for name in CODE if any(record["code"][part].get(name) != wanted["code"][part][name]
+                                                for part in parts)]
+        if changed:
             print(f"what is in {there} was made when {', '.join(changed)} read otherwise, and is used as it "
                   f"is; choose another --out to make it anew")
 
@@ -1176,17 +1180,20 @@ def made_from(args) -> dict[str, dict]:
 
     def contents(*names):
         return {name: digest(getattr(args, name)) for name in names if getattr(args, name)}
-    local = [name for name in args.teachers if not endpoint_of(name)]
+    teachers, judge = [make_teacher(name) for name in args.teachers], args.judge
+    if endpoint := endpoint_of(judge):
+        judge = endpoint.model                         # its address may change
+    elif judge != "rule":
+        judge = digest(judge)
     before = chosen("SFT", "collection", "discriminator", "every stage") | asdict(sampling_of(args))
     before |= {"student": "toy" if args.student == "toy" else digest(args.student),
-               "teachers": [make_teacher(name).name for name in args.teachers],
-               "checkpoints": [digest(make_teacher(name).path) for name in local]}
+               "teachers": [teacher.name for teacher in teachers],
+               "checkpoints": [digest(teacher.path) for teacher in teachers if hasattr(teacher, "path")]}
     before |= contents("data", "sft_data", "collection")
-    judge = endpoint_of(args.judge)
-    loop = chosen("loop") | contents("eval_data")
-    loop |= {"reward_weights": args.reward_weights, "judge": judge.model if judge else args.judge}
+    loop = chosen("loop") | contents("eval_data") | {"reward_weights": args.reward_weights, "judge": judge}
     code = {name: digest(Path(__file__).with_name(name)) for name in CODE}
-    return json.loads(json.dumps({"before the loop": before, "loop": loop, "code": code}))
+    return json.loads(json.dumps({"before the loop": before, "loop": loop,
+                                  "code": {"before the loop": code, "loop": code}}))
 
 
 def read_record(folder: Path) -> dict:

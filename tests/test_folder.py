@@ -65,6 +65,8 @@ def test_every_option_belongs_to_a_run(copied, checkpoints):
         refused(f"{option} {there} there, ", *command, option, value)
     other = [checkpoints["qwen2_5_vl"] if option == checkpoints["internvl"] else option for option in command]
     refused("--teachers ['internvl'] there, ['qwen2_5_vl'] here", *other)
+    place = options.index("--eval-data")
+    refused("there, None here", *options[:place], *options[place + 2:], "--steps", 4, "--out", out)
     assert call("train.py", *command, "--token-budget", 100, "--log-every", 2).returncode == 0
 
 
@@ -164,11 +166,14 @@ def test_a_result_that_other_code_made_is_said(copied, tmp_path, capsys):
     """An edited reward and the same --out: the old result without a word; or --from, a D of other code."""
     out, options = copied
     code = edited(tmp_path, "discriminator.py", "Eq. 1, negated", "Eq. 1, edited")
-    for command in (["--out", out], ["--out", tmp_path / "new", "--from", out]):
+    new = ["--out", tmp_path / "new", "--from", out]
+    for command in (["--out", out], new):
         run_code(code, ["train.py", *map(str, options), "--steps", "4", *map(str, command)])
         assert f"{out} was made when discriminator.py read otherwise" in capsys.readouterr().out
     done = call("train.py", *options, "--steps", 4, "--out", out)
     assert "read otherwise" not in done.stdout
+    done = call("train.py", *options, "--steps", 4, *new)          # its loop was the edited code's
+    assert f"{tmp_path / 'new'} was made when discriminator.py read otherwise" in done.stdout
 
 
 def test_an_option_that_a_fork_adds_is_part_of_the_record(copied, tmp_path):
