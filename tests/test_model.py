@@ -234,7 +234,10 @@ def test_discriminator_reads_each_response_alone_and_as_text(vlm):
     backwards = D.p_student(D.encode([""], [texts[::-1]]), 512, World())[0].flip(0)
     in_two_parts = D.p_student(D.encode(["", ""], [texts[:2], texts[2:]]), 1, World()).flatten()
     in_many_rows = D.p_student(D.encode([""], [texts * 50]), 512, World())[0, -4:]
-    for other in (alone, backwards, in_two_parts, in_many_rows):
+    responses = D.encode([""], [texts])
+    plain = torch.stack([D.plain_logit(ids[mask]).sigmoid()        # no packing at all
+                         for ids, mask in zip(responses.ids[0], responses.mask[0])])
+    for other in (alone, backwards, in_two_parts, in_many_rows, plain):
         torch.testing.assert_close(together, other, atol=1e-5, rtol=1e-5)
     assert (D.backbone.embed_tokens.weight == vlm.model.model.language_model.embed_tokens.weight).all()
     assert D.backbone.embed_tokens.weight is not vlm.model.model.language_model.embed_tokens.weight
