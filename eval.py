@@ -21,7 +21,6 @@ import math
 import os
 import re
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +41,7 @@ from model import (VLM, Prompt, Sampling, UserError, chat_turns, decode, encode,
                    render, run, stream, write_atomic)
 from teachers import (CallFailed, Check, Example, chat, check_endpoint, check_prompts, drop_torn_line,
                       encode_example, endpoint_of, load_examples, messages_of, open_image, prompt_checks,
-                      read_jsonl, read_tsv, shortened)
+                      question_hash, read_jsonl, read_tsv, shortened)
 
 # A judge is any function from triples (question, truth, response) to verdicts: 0 (wrong) to 1 (right), or
 # None where it could not tell. None is never turned into a score: such a response is left out, and counted.
@@ -75,10 +74,19 @@ def final_answer(response: str) -> str:
 def rule_verdict(question: str, truth: str, response: str) -> int:
     """1 where a response finally says the truth and nothing else, otherwise 0. For truths as in rule_check.
 
-    A letter or an option's text: the option that the response commits to. A number, or a value in KINDS: the
-    only such value that is asserted. "red or blue" asserts two, "not red" none, and "12" is not "2". Values
-    that only repeat the question are set aside: "the circle beside the blue square is red". Any other phrase:
-    the whole answer but for a frame, such as "it is a ...".
+    A letter, or the text of an option: the only option that the response commits to. A number, or a value in
+    KINDS: the only such value that is stated. Any other phrase: the whole answer, but for a frame.
+
+    >>> rule_verdict("Which?\\nA. red\\nB. blue", "B", "It is dark, so B, as A is light.")
+    1
+    >>> rule_verdict("How many dogs?", "2", "I see one brown dog and one black dog, so 2.")
+    1
+    >>> rule_verdict("How many dogs?", "2", "2 or 3")
+    0
+    >>> rule_verdict("What is it?", "a stop sign", "It is a stop sign.")
+    1
+    >>> rule_verdict("What is it?", "a stop sign", "It is a stop sign beside a car.")
+    0
     """
     options, letter = options_of(question, truth)
     if letter:
@@ -87,13 +95,19 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
             return int(said == letter)
     answer, wanted = normalise(final_answer(response)), normalise(truth).strip(" .")
     kind = next((kind for kind in KINDS if re.fullmatch(kind, wanted)), None)
-    if kind is None:
-        return int(is_framed(wanted, answer))
+    if kind:
+        return int(stated(question, answer, kind) == {wanted})
+    return int(is_framed(wanted, answer))
+
+
+def stated(question: str, answer: str, kind: str) -> set[str]:
+    """The values of a kind that a normalised answer states: "red or blue" two, "not red" none. Those that
+    only repeat the question are set aside: "the circle beside the blue square is red"."""
     values = asserted(answer, kind)
-    if kind != YES_OR_NO:
-        # "Is it red or blue?" "red": what the question names counts where nothing else is said
-        values = values - asserted(normalise(question), kind) or values
-    return int(values == {wanted})
+    if kind == YES_OR_NO:
+        return values
+    # "Is it red or blue?" "red": what the question names counts where nothing else is said
+    return values - asserted(normalise(question), kind) or values
 
 
 def rule_judge(triples: list[Triple]) -> list[float | None]:
@@ -290,6 +304,7 @@ class LLMJudge:
         self.sampling = Sampling(0, 1, 0, 1, max_new_tokens)       # greedy, without filters or penalty
         self.known = {}                                            # hash of a prompt -> verdict
         self.has_shown = False                                     # a reply without a verdict
+        self.weights = weights_stamp(model)
         self.endpoint = endpoint_of(model)
         self.remote = self.endpoint is not None
         if self.endpoint:
@@ -311,7 +326,8 @@ class LLMJudge:
         template = GRADED_PROMPT if graded else JUDGE_PROMPT
         safe = [[TAGS.sub("&lt;", text) for text in triple] for triple in triples]
         prompts = [template.format(question=q, truth=a, response=o) for q, a, o in safe]
-        keys = [hashlib.sha256(f"{self.name}\n{prompt}".encode()).hexdigest()[:32] for prompt in prompts]
+        texts = [f"{self.name} {self.weights}\n{prompt}" for prompt in prompts]
+        keys = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts]
         texts = [[text.strip().removesuffix(".").casefold() for text in triple[1:]] for triple in triples]
         same = {key: 1.0 for key, (truth, response) in zip(keys, texts) if truth == response}
         new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.known | same}
@@ -356,6 +372,13 @@ class LLMJudge:
         if failures:
             failed = len(keys) - len(heard)
             tqdm.write(f"judge: {failed} of {len(keys)} calls failed; the last: {failures[-1]}")
+
+
+def weights_stamp(model: str) -> list:
+    """What tells whether the weights in a folder are those that were there: a model that was trained again
+    under its name is another one. Nothing for a name of the hub."""
+    files = [path.stat() for path in sorted(Path(model).glob("*.safetensors"))]
+    return [[file.st_size, file.st_mtime_ns] for file in files]
 
 
 def check_judge(name: str):
@@ -925,15 +948,12 @@ def respond(model: str, folder: Path, tasks: list[Task], args: argparse.Namespac
     UserError where they were made with other settings. The model is loaded only if a response is missing.
     """
     folder.mkdir(exist_ok=True)
-    # a model that was trained again under its name is another one
-    files = [path.stat() for path in sorted(Path(model).glob("*.safetensors"))]
-    weights = [[file.st_size, file.st_mtime_ns] for file in files]
     vlm, responses = None, []
     for task in tasks:
         path = folder / f"{task.name}.jsonl"
-        settings = {"model": model, "weights": weights, "prompt": task.prompt,
+        settings = {"model": model, "weights": weights_stamp(model), "prompt": task.prompt,
                     "max_new_tokens": args.max_new_tokens}
-        asked = {e.id: zlib.crc32(task.asked(e).text.encode()) for e in task.examples}
+        asked = {e.id: question_hash(task.asked(e)) for e in task.examples}
         with open(path, "a", encoding="utf-8") as file:
             def write(**row):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -1136,14 +1156,18 @@ WIDTH, HEIGHT = 560, 380                                           # of a panel,
 LEFT, TOP, RIGHT, BOTTOM = 60, 46, 540, 330                        # of the area of its curve
 
 
-def draw_curves(metrics: list[dict], path: str):
-    """Figure 5 of the paper from metrics.jsonl, as a PNG: each reward term of the student, held-out accuracy.
-    Thin is every step, thick the mean of the steps up to 5 away. The terms are those that a row has, as
-    "reward/<term>/student". A held-out accuracy is a mean already: each is a dot."""
+def draw_curves(metrics: list[dict], greedy: list[dict], path: str):
+    """Figure 5 of the paper from metrics.jsonl, as a PNG: each reward term of the student, held-out accuracy;
+    and from greedy.jsonl, what became of the response to a question. Thin is every step, thick the mean of
+    the steps up to 5 away. The terms are those that a row has, as "reward/<term>/student". A held-out
+    accuracy is a mean already: each is a dot."""
     terms = [name for name in dict.fromkeys(name for row in metrics for name in row)
              if re.fullmatch("reward/.+/student", name)]
     last = max((row["step"] + 1 for row in metrics), default=1)
-    image = Image.new("RGB", (WIDTH * (len(terms) + 1), HEIGHT), "white")
+    followed = most_changed(greedy)
+    image = Image.new("RGB", (WIDTH * (len(terms) + 1 + bool(followed)), HEIGHT), "white")
+    if followed:
+        image.paste(question_panel(followed), (WIDTH * (len(terms) + 1), 0))
     for i, name in enumerate([*terms, "heldout_accuracy"]):
         points = [(row["step"] + 1, row[name]) for row in metrics  # a mean of no verdicts is NaN
                   if row.get(name) is not None and math.isfinite(row[name])]
@@ -1153,6 +1177,39 @@ def draw_curves(metrics: list[dict], path: str):
             colour = COLOURS[i % len(COLOURS)]
         image.paste(panel(title, points, colour, last, dots=i == len(terms)), (i * WIDTH, 0))
     image.save(path)
+
+
+def most_changed(greedy: list[dict]) -> list[dict]:
+    """Of the questions in greedy.jsonl, the rows of the first that became right; or else of the first."""
+    questions = defaultdict(list)
+    for row in greedy:
+        questions[row["id"]].append(row)
+    became_right = [rows for rows in questions.values() if rows[-1]["verdict"] and not rows[0]["verdict"]]
+    return next(iter(became_right or questions.values()), [])
+
+
+def question_panel(rows: list[dict]) -> Image.Image:
+    """A question with its image, and the greedy response to it at up to six steps of a run."""
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    pen, small, large = ImageDraw.Draw(image), ImageFont.load_default(14), ImageFont.load_default(18)
+    pen.text((LEFT, 12), shortened(rows[0]["question"], 50), fill="black", font=large)
+    for path in rows[0]["image"][:1]:
+        picture = open_image(path, path)
+        scale = min(120 / picture.width, 120 / picture.height)
+        size = round(picture.width * scale), round(picture.height * scale)
+        image.paste(picture.resize(size, Image.Resampling.NEAREST), (LEFT, TOP))
+    pen.text((LEFT + 140, TOP), f"truth: {shortened(rows[0]['truth'], 40)}", fill="black", font=small)
+    shown = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, 6).round().astype(int))]
+    for i, row in enumerate(shown):
+        y = TOP + 140 + 28 * i
+        right = {None: "", 0: "wrong", 1: "right"}.get(row["verdict"], "in part")
+        opinion = "" if row["p_student"] is None else f"D {row['p_student']:.2f}"
+        pen.text((LEFT, y), f"step {row['step'] + 1}", fill="black", font=small)
+        pen.text((LEFT + 75, y), shortened(row["text"], 40), fill="black", font=small)
+        pen.text((RIGHT - 105, y), opinion, fill="black", font=small)
+        colour = COLOURS[1] if right == "right" else ACCURACY_COLOUR
+        pen.text((RIGHT - 45, y), right, fill=colour, font=small)
+    return image
 
 
 def panel(title: str, points: list[tuple[int, float]], colour: tuple[int, int, int], last: int,
@@ -1198,10 +1255,12 @@ td { overflow-wrap: anywhere }
 """
 
 
-def write_report(folder: Path, settings: dict, results: dict[str, list[dict]], rollouts: list[dict]):
+def write_report(folder: Path, settings: dict, results: dict[str, list[dict]], rollouts: list[dict],
+                 greedy: list[dict]):
     """report.html of a training run or of an evaluation: one file, without scripts or requests to anywhere.
-    It has curves.png if the folder does; the scores, results being as results_table takes them; rollouts, the
-    rows of rollouts.jsonl; examples, first those on which the last model differs from the first; settings."""
+    It has curves.png if the folder does; the scores, results being as results_table takes them; the rows of
+    greedy.jsonl and rollouts.jsonl; examples, first those on which the last model differs from the first;
+    settings."""
     curves, title = folder / "curves.png", html.escape(f"RIL: {folder.name}")
     page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>",
             f"<meta name=viewport content='width=device-width'><style>{STYLE}</style><h1>{title}</h1>"]
@@ -1209,6 +1268,10 @@ def write_report(folder: Path, settings: dict, results: dict[str, list[dict]], r
         page.append(f'<img class=curves alt="Curves" src="{data_url(curves.read_bytes(), "png")}">')
     if results:
         page.append(f"<h2>Scores</h2><pre>{html.escape(results_table(results))}</pre>")
+    if greedy:
+        page.append("<h2>Held-out questions over the run</h2><p>Greedy responses, and D's probability that "
+                    "the student wrote them.</p>")
+        page += greedy_cards(greedy)
     if rollouts:
         page.append("<h2>What was rewarded</h2><p>Newest first. The advantage is the reward less the mean of "
                     "its group: green is made likelier, red less likely, whoever wrote it.</p>")
@@ -1257,6 +1320,19 @@ def rollout_cards(rollouts: list[dict], most: int = 24) -> list[str]:
         lines = [table_row([row["source"], row["text"], row["p_student"], *map(row["rewards"].get, terms),
                             row["reward"], row["advantage"]], row["advantage"] or 0) for row in group]
         cards.append(card(f"step {group[0]['step'] + 1}", group[0], header, lines))
+    return cards
+
+
+def greedy_cards(greedy: list[dict]) -> list[str]:
+    """A card for each question in greedy.jsonl, with a line for each step."""
+    questions = defaultdict(list)
+    for row in greedy:
+        questions[row["id"]].append(row)
+    cards = []
+    for name, rows in questions.items():
+        lines = [table_row([str(row["step"] + 1), row["text"], row["p_student"], row["verdict"]],
+                           (row["verdict"] or 0) - 0.49) for row in rows]
+        cards.append(card(name, rows[0], ["step", "response", "p student", "score"], lines))
     return cards
 
 
@@ -1343,7 +1419,7 @@ def main():
                for label, given in responses.items()}
     print(results_table(results))
     write_atomic(out / "scores.json", json.dumps(results, ensure_ascii=False))
-    write_report(out, vars(args), results, [])
+    write_report(out, vars(args), results, [], [])
     print(f"Responses, scores and report.html are in {out}")
 
 

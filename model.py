@@ -68,7 +68,7 @@ class VLM:
 
     @property
     def tokenizer(self):
-        return getattr(self.processor, "tokenizer", self.processor)
+        return tokenizer_of(self.processor)
 
     @property
     def trunk(self):
@@ -264,6 +264,19 @@ def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float 
     return logps
 
 
+@dataclass
+class Rows:
+    """Prompts and responses laid out in rows of L tokens by `pack`; see packed_states."""
+    order: list[int]                   # the questions as they lie there, several short ones to a row
+    tokens: Tensor                     # (rows, L)
+    question: Tensor                   # (rows, L), -1 for padding
+    owner: Tensor                      # (rows, L)
+    place: Tensor                      # (rows, L)
+    positions: Tensor                  # (rows, L, A)
+    at: Tensor                         # (N,): where the response tokens are, rows laid end to end
+    before: Tensor                     # (N,): where the tokens are that predict them
+
+
 def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Last-layer states of prompts and responses (B, K, R), in rows [prompt | o_1 | ... | o_K].
 
@@ -279,70 +292,32 @@ def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tu
     (T, d); and, for the N response tokens in the order of mask.nonzero(), their indices in it (N,), and those
     of the tokens that predict them (N,).
     """
-    order, tokens, question, owner, place, positions, at, before = pack(prompts, ids, mask)
-    attention = packed_mask(trunk, question, owner, place, tokens)
-    images = images_of(trunk, [prompts[b] for b in order])
+    rows = pack(prompts, ids, mask)
+    images = images_of(trunk, [prompts[b] for b in rows.order])
     # layers checkpoint in training mode only; what is inside of them (dropout) stays out of it
     for layer in trunk.modules():
         layer.training = torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)
-    states = trunk(input_ids=tokens, position_ids=position_ids(positions), use_cache=False,
-                   attention_mask=attention, **images).last_hidden_state                     # (rows, L, d)
+    states = trunk(input_ids=rows.tokens, position_ids=position_ids(rows.positions), use_cache=False,
+                   attention_mask=packed_mask(trunk, rows), **images).last_hidden_state      # (rows, L, d)
     trunk.eval()
-    return states.flatten(0, 1), at, before
+    return states.flatten(0, 1), rows.at, rows.before
 
 
-def packed_mask(trunk, question: Tensor, owner: Tensor, place: Tensor, tokens: Tensor):
-    """The mask of packed rows, from what `pack` gives (rows, L): a token sees the prompt of its question and
-    its own response, as far as it has come. (Padding sees padding: attention over nothing is not a number.)
-    In families whose images are seen both ways, the tokens of one image also see each other."""
-    back = place[:, :, None] - place[:, None]               # (rows, L, L): how far a key lies behind
-    same_question = question[:, :, None] == question[:, None]
-    same_response = owner[:, :, None] == owner[:, None]
-    of_prompt = owner[:, None] == 0
+def packed_mask(trunk, rows: Rows):
+    """Who sees whom, (rows, L, L): a token sees the prompt of its question and its own response, as far as it
+    has come. (Padding sees padding: attention over nothing is not a number.) In families whose images are
+    seen both ways, the tokens of one image also see each other. Returned as attention_masks has it."""
+    back = rows.place[:, :, None] - rows.place[:, None]            # how far a key lies behind
+    same_question = rows.question[:, :, None] == rows.question[:, None]
+    same_response = rows.owner[:, :, None] == rows.owner[:, None]
+    of_prompt = rows.owner[:, None] == 0
     visible = same_question & (same_response | of_prompt) & (back >= 0)
     if sees_image_both_ways(trunk):
-        is_image = tokens == trunk.config.image_token_id
+        is_image = rows.tokens == trunk.config.image_token_id
         starts = is_image & ~pad(is_image, (1, 0))[:, :-1]
         image = starts.cumsum(1) * is_image                        # 1, 2, ... by image, else 0
         visible |= (image[:, :, None] == image[:, None]) & (image[:, None] > 0)
     return attention_masks(trunk, visible, back)
-
-
-def pack(prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple:
-    """Prompts and responses (B, K, R) laid out in rows of L tokens, as packed_states draws it.
-
-    Short questions share a row, of up to ROW tokens: a longer row pads less, but every token of it is
-    compared with every other. Returns the order of the questions; tokens, question (-1 for padding), owner
-    and place (rows, L); positions (rows, L, A); and the indices (N,) of response tokens and their predictors.
-    """
-    lengths, sizes = mask.sum(2).tolist(), packed_sizes(prompts, mask)         # of responses, of questions
-    rows = micro_batches(sizes, max(ROW, *sizes))
-    L = max(sum(sizes[b] for b in row) for row in rows)
-    responses = ids[mask].split([sum(n) for n in lengths])
-    tokens, owner, place, positions = [], [], [], []               # of each question, (tokens,)
-    for prompt, response, n in zip(prompts, responses, lengths):
-        P = len(prompt.ids)
-        tokens.append(torch.cat([prompt.ids.to(ids.device), response]))
-        owner.append(torch.arange(len(n) + 1).repeat_interleave(torch.tensor([P, *n])))
-        place.append(torch.cat([torch.arange(P), *(torch.arange(P, P + r) for r in n)]))
-        after = prompt.positions[:, -1:] + 1 + place[-1][P:] - P   # responses go on from the prompt's last
-        positions.append(torch.cat([prompt.positions, after], dim=1).T)
-
-    at, before = [None] * len(sizes), [None] * len(sizes)
-    for number, row in enumerate(rows):
-        start = number * L                                         # of the question, rows laid end to end
-        for b in row:
-            P = len(prompts[b].ids)
-            at[b] = torch.arange(start + P, start + sizes[b])
-            before[b] = torch.where(place[b][P:] == P, start + P - 1, at[b] - 1)
-            start += sizes[b]
-
-    def lay(parts, empty=0):                                       # -> (rows, L, ...)
-        laid = [torch.cat([parts[b] for b in row]) for row in rows]
-        return pad_sequence(laid, batch_first=True, padding_value=empty).to(ids.device)
-    question = [torch.full_like(x, b) for b, x in enumerate(owner)]
-    return (sum(rows, []), lay(tokens), lay(question, -1), lay(owner), lay(place), lay(positions),
-            torch.cat(at).to(ids.device), torch.cat(before).to(ids.device))
 
 
 # ==========================================================================================
@@ -370,14 +345,39 @@ def run(main):
         sys.exit(2)
 
 
-def write_atomic(path, contents: str | bytes):
-    """Write a file that appears under its name only when all of it is on the disk."""
+@contextmanager
+def all_or_nothing(path: str | Path) -> Iterator[Path]:
+    """A path to write a file or a folder to. It is renamed to `path`, where nothing may be but a file that it
+    replaces, only when all of it is on the disk."""
     unfinished = Path(f"{path}.unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(contents.encode() if isinstance(contents, str) else contents)
-        file.flush()
-        os.fsync(file.fileno())
+    remove(unfinished)                             # a kill has left it
+    yield unfinished
+    parts = list(unfinished.iterdir()) if unfinished.is_dir() else []
+    for part in (*parts, unfinished):
+        sync(part)
     unfinished.replace(path)
+    sync(Path(path).parent)
+
+
+def sync(path: Path):
+    """Wait until a file or folder is on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def remove(path: Path):
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, contents: str | bytes):
+    """Write a file, all of it or nothing."""
+    with all_or_nothing(path) as unfinished:
+        unfinished.write_bytes(contents.encode() if isinstance(contents, str) else contents)
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -415,7 +415,7 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
     check_files(path)
     with naming(path):
         processor = read_processor(path, text_only)
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     if not text_only and not hasattr(processor, "image_processor"):
         raise UserError(f"{path}: a language model without a vision tower, where one with it is needed")
     if getattr(processor, "chat_template", None):
@@ -509,15 +509,13 @@ def checkpoint_layers(model: PreTrainedModel):
 
 
 def save_vlm(vlm: VLM, path: str):
-    """Write an ordinary checkpoint folder. It appears under its name only when all of it is on the disk."""
-    unfinished = Path(f"{path}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    vlm.model.save_pretrained(unfinished)
-    vlm.processor.save_pretrained(unfinished)
-    if not hasattr(vlm.processor, "video_processor"):      # so that AutoProcessor, with torchvision, loads it
-        settings = json.dumps(vlm.processor.image_processor.to_dict())
-        (unfinished / "video_preprocessor_config.json").write_text(settings)
-    unfinished.rename(path)
+    """Write an ordinary checkpoint folder, all of it or nothing."""
+    with all_or_nothing(path) as folder:
+        vlm.model.save_pretrained(folder)
+        vlm.processor.save_pretrained(folder)
+        if not hasattr(vlm.processor, "video_processor"):  # so that AutoProcessor, with torchvision, loads it
+            settings = json.dumps(vlm.processor.image_processor.to_dict())
+            (folder / "video_preprocessor_config.json").write_text(settings)
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -527,9 +525,14 @@ def save_vlm(vlm: VLM, path: str):
 IMAGE, TURN = r"image|img|video|vision|row_\d+_col_\d+", "im_start|im_end|_of_turn|_of_utterance"
 
 
+def tokenizer_of(processor: ProcessorMixin):
+    """The tokenizer of a processor; of a language model the processor is one."""
+    return getattr(processor, "tokenizer", processor)
+
+
 def image_tokens(processor: ProcessorMixin) -> set[str]:
     """The placeholders that stand for images and videos in this family's text, and the marks around them."""
-    added = getattr(processor, "tokenizer", processor).added_tokens_decoder.values()
+    added = tokenizer_of(processor).added_tokens_decoder.values()
     named = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video")} - {None}
     return named | {t.content for t in added if t.special and re.search(IMAGE, t.content.lower())}
 
@@ -541,7 +544,7 @@ def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list
     every row of the embedding that the tokenizer has no text for (vocabularies are padded to round sizes).
     Other special tokens, as <think> and <|box_start|>, are words.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     added, reply = tokenizer.added_tokens_decoder, "[the reply]"
     turns = chat_turns("?", 0, (("?", reply),))[:2]
     before, after = (tokenizer(text, add_special_tokens=False).input_ids
@@ -574,7 +577,7 @@ def needs_bos(tokenizer, text: str) -> bool:
 def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: bool = False) -> str:
     """Chat turns, their content a list of image and text parts, as text by the model's chat template.
     UserError where the template raises one, as over a system turn."""
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     if tokenizer is processor:                                  # a language model: its template wants strings
         turns = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns]
     try:
@@ -622,7 +625,7 @@ def prompt_text(processor: ProcessorMixin, question: str, images: int,
 
 def process(processor: ProcessorMixin, text: str, images: list[Image.Image]):
     """The tensors that a processor makes of a prompt; UserError where it refuses, as over an odd image."""
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     shown = {"images": images} if images else {}
     try:
         return processor(text=[text], **shown, return_tensors="pt",
@@ -892,6 +895,42 @@ def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
         groups[-1].append(b)
         total += sizes[b]
     return groups
+
+
+def pack(prompts: list[Prompt], ids: Tensor, mask: Tensor) -> Rows:
+    """Prompts and responses (B, K, R) in rows, as packed_states draws it.
+
+    Short questions share a row, of up to ROW tokens: a longer row pads less, but every token of it is
+    compared with every other.
+    """
+    lengths, sizes = mask.sum(2).tolist(), packed_sizes(prompts, mask)         # of responses, of questions
+    rows = micro_batches(sizes, max(ROW, *sizes))
+    L = max(sum(sizes[b] for b in row) for row in rows)
+    responses = ids[mask].split([sum(n) for n in lengths])
+    tokens, owner, place, positions = [], [], [], []               # of each question, (tokens,)
+    for prompt, response, n in zip(prompts, responses, lengths):
+        P = len(prompt.ids)
+        tokens.append(torch.cat([prompt.ids.to(ids.device), response]))
+        owner.append(torch.arange(len(n) + 1).repeat_interleave(torch.tensor([P, *n])))
+        place.append(torch.cat([torch.arange(P), *(torch.arange(P, P + r) for r in n)]))
+        after = prompt.positions[:, -1:] + 1 + place[-1][P:] - P   # responses go on from the prompt's last
+        positions.append(torch.cat([prompt.positions, after], dim=1).T)
+
+    at, before = [None] * len(sizes), [None] * len(sizes)
+    for number, row in enumerate(rows):
+        start = number * L                                         # of the question, rows laid end to end
+        for b in row:
+            P = len(prompts[b].ids)
+            at[b] = torch.arange(start + P, start + sizes[b])
+            before[b] = torch.where(place[b][P:] == P, start + P - 1, at[b] - 1)
+            start += sizes[b]
+
+    def lay(parts, empty=0):                                       # -> (rows, L, ...)
+        laid = [torch.cat([parts[b] for b in row]) for row in rows]
+        return pad_sequence(laid, batch_first=True, padding_value=empty).to(ids.device)
+    question = [torch.full_like(x, b) for b, x in enumerate(owner)]
+    return Rows(sum(rows, []), lay(tokens), lay(question, -1), lay(owner), lay(place), lay(positions),
+                torch.cat(at).to(ids.device), torch.cat(before).to(ids.device))
 
 
 def head_chunk(weight: Tensor) -> int:

@@ -195,7 +195,7 @@ class Collection:
                 raise UserError(f"{path}: no response for the question {example.id!r} of {example.where}")
         self.examples = [example for example in examples if example.id in self.responses]
         if not self.examples:
-            raise UserError(f"{path}: no response in it is finished and of less than {longest} tokens")
+            raise UserError(f"{path}: no response in it is finished, and short enough for --max-new-tokens")
 
     def draw(self, examples: list[Example], num: int, rng: random.Random) -> list[list[tuple[str, str]]]:
         """Line 6 of Algorithm 2: num pairs (teacher, text) per example, spread evenly over its teachers.
@@ -221,17 +221,18 @@ def fill_collection(path: str, teachers: list[Teacher], examples: list[Example],
                     seed: int = 0) -> bool:
     """Bring the file to `num` responses of each teacher to each example, sampled with `sampling`.
 
-    What is there already under the same example, teacher and sampling settings is kept, so an interrupted
-    fill resumes where it stopped, with the same responses, if a server honours seeds. Returns whether nothing
-    lacks: what a server failed on is asked by another call. Raises UserError when two teachers have one name
-    or one is called "student", and when one cannot be asked.
+    What is there already under the same example, teacher, sampling settings and seed is kept, so an
+    interrupted fill resumes where it stopped, with the same responses, if a server honours seeds. Returns
+    whether nothing lacks: what a server failed on is asked by another call. Raises UserError when two
+    teachers have one name or one is called "student", when one cannot be asked, and when the file answers
+    another question under the id of one of these.
     """
     names = [teacher.name for teacher in teachers]
     if len(set(names)) < len(names) or "student" in names:
         raise UserError(f"the teachers are called {', '.join(names)}; rename a folder, so that their "
                         "responses can be told apart, and from the student's")
-    settings = asdict(sampling)
-    have = count_responses(path, settings)
+    settings = asdict(sampling) | {"seed": seed}
+    have = count_responses(path, examples, settings)
     todo = {name: [(e, have[name, e.id]) for e in examples if have[name, e.id] < num] for name in names}
     teachers = [teacher for teacher in teachers if todo[teacher.name]]
     for teacher in teachers:                       # all, before the first does any work
@@ -363,13 +364,27 @@ def response_length(tokenizer, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False).input_ids) + 1
 
 
-def count_responses(path: str, settings: dict) -> Counter:
-    """How many responses the file holds by (teacher, example id), sampled with these settings."""
+def count_responses(path: str, examples: list[Example], settings: dict) -> Counter:
+    """How many responses the file holds by (teacher, example id), sampled with these settings. UserError for
+    one to a question that reads otherwise than the example of its id."""
+    counts = Counter()
     if not Path(path).exists():
-        return Counter()
+        return counts
     drop_torn_line(path)
-    return Counter((row.get("teacher"), row.get("id")) for _, row in read_jsonl(path)
-                   if row.get("sampling") == settings)
+    asked = {example.id: question_hash(example) for example in examples}
+    for where, row in read_jsonl(path):
+        name = row.get("id")
+        if "asked" in row and row["asked"] != asked.get(name, row["asked"]):
+            raise UserError(f"{where}: a response to another question than {name!r} is now; remove the lines "
+                            f"of this id, or choose another --out")
+        counts[row.get("teacher"), name] += row.get("sampling") == settings
+    return counts
+
+
+def question_hash(example: Example) -> int:
+    """A number that changes where what a model is asked reads otherwise."""
+    images = [Path(image).name for image in example.images]
+    return zlib.crc32(json.dumps([example.dialogue, images]).encode())
 
 
 def append_responses(path: str, name: str, responses: Iterable[tuple[Example, list[tuple[str, bool]]]],
@@ -384,7 +399,7 @@ def append_responses(path: str, name: str, responses: Iterable[tuple[Example, li
                 finished = finished and bool(text.strip())
                 unusable += not finished
                 row = {"id": example.id, "teacher": name, "text": text, "finished": finished,
-                       "sampling": settings}
+                       "sampling": settings, "asked": question_hash(example)}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()                           # on disk before the teacher is asked for more
             lacking[example.id] -= len(replies)

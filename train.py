@@ -43,6 +43,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 
 # before torch is imported: threads that wait sleep, as spinning beside a busy program is three times as slow
@@ -63,9 +64,9 @@ import discriminator as eq1
 from discriminator import SIMILARITIES, Discriminator
 from eval import (Task, check_judge, draw_curves, evaluate, make_judge, opened_thought, predict,
                   results_table, rule_check, tasks_of, without_thoughts, write_report)
-from model import (VLM, Outputs, UserError, check_packing, checkpoint_layers, encode_responses, generate,
-                   image_tokens, join, load_processor, load_vlm, micro_batches, naming, packed_sizes,
-                   pick_device, save_vlm, score, write_atomic)
+from model import (VLM, Outputs, UserError, all_or_nothing, check_packing, checkpoint_layers,
+                   encode_responses, generate, image_tokens, join, load_processor, load_vlm, micro_batches,
+                   naming, packed_sizes, pick_device, remove, save_vlm, score, write_atomic)
 from model import run as run_main
 from teachers import (Collection, Example, Split, add_sampling_options, build_tiny_vlm, draw_toy_world,
                       encode_example, encode_examples, endpoint_of, fill_collection, load_examples,
@@ -214,6 +215,26 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
             "grad_norm": torch.stack(norms).mean().item()}
 
 
+def ask(run, judge, batch: list[Example], outputs: Outputs):
+    """Asks for verdicts on B questions with K responses each; returns a function that waits for them.
+
+    A judge on another machine works in a thread meanwhile; any other when that function is called. What it
+    returns, (B, K) float32, is 1, 0, between them from a judge that grades, or NaN where it failed.
+    """
+    opened = opened_thought(run.policy.processor)      # or what a cut-off thought says would be an answer
+    openings = [opened if k < run.args.num_samples else "" for k in range(outputs.mask.shape[1])]
+    triples = [(e.dialogue, e.truth, without_thoughts(opening + text))
+               for e, texts in zip(batch, outputs.text) for opening, text in zip(openings, texts)]
+    answer = partial(judge, triples)
+    if getattr(judge, "remote", False):
+        answer = ThreadPoolExecutor(1).submit(judge, triples).result
+
+    def wait() -> Tensor:
+        verdicts = [float("nan") if verdict is None else float(verdict) for verdict in answer()]
+        return torch.tensor(verdicts, device=outputs.ids.device).view(outputs.mask.shape[:2])
+    return wait
+
+
 def ril_step(run, questions: list[Example], collection: Collection | None, judge) -> tuple[dict, list]:
     """Lines 4 to 13 for one batch of questions. Returns a row of metrics, and rows of rollouts.
 
@@ -267,9 +288,11 @@ def ril(run, collection: Collection | None, judge, held_out: list[Task]):
     for step in run.steps():                           # resumes, saves, warns and stops
         questions = next(run.batches)                                                 # line 3
         row, rollouts = ril_step(run, questions, collection, judge)
+        greedy = []
         if held_out and (step == 0 or (step + 1) % run.args.eval_every == 0):
-            row |= held_out_accuracy(run, held_out, judge)
-        run.log(row, rollouts)
+            accuracy, greedy = held_out_accuracy(run, held_out, judge)
+            row |= accuracy
+        run.log(row, rollouts, greedy)
 
 
 def main():
@@ -301,26 +324,6 @@ def main():
 #   days, on many GPUs, in little memory, and from one command line.
 #
 # ==========================================================================================
-
-
-def ask(run, judge, batch: list[Example], outputs: Outputs):
-    """Asks for verdicts on B questions with K responses each; returns a function that waits for them.
-
-    A judge on another machine works in a thread meanwhile; any other when that function is called. What it
-    returns, (B, K) float32, is 1, 0, between them from a judge that grades, or NaN where it failed.
-    """
-    opened = opened_thought(run.policy.processor)      # or what a cut-off thought says would be an answer
-    openings = [opened if k < run.args.num_samples else "" for k in range(outputs.mask.shape[1])]
-    triples = [(e.dialogue, e.truth, without_thoughts(opening + text))
-               for e, texts in zip(batch, outputs.text) for opening, text in zip(openings, texts)]
-    answer = partial(judge, triples)
-    if getattr(judge, "remote", False):
-        answer = ThreadPoolExecutor(1).submit(judge, triples).result
-
-    def wait() -> Tensor:
-        verdicts = [float("nan") if verdict is None else float(verdict) for verdict in answer()]
-        return torch.tensor(verdicts, device=outputs.ids.device).view(outputs.mask.shape[:2])
-    return wait
 
 
 class Batches:
@@ -355,8 +358,9 @@ class Batches:
 # ------------------------------------------------------------------------------------------ a run of the loop
 
 
+FOLLOWED = 8                                          # held-out questions whose greedy responses are logged
 MOST_SKIPPED = 5                                          # steps in a row without a finite gradient end a run
-LOGS = ("metrics", "timings", "rollouts")                     # timings are apart: they differ from run to run
+LOGS = ("metrics", "timings", "rollouts", "greedy")           # timings are apart: they differ from run to run
 
 
 class Run:
@@ -455,7 +459,7 @@ class Run:
             return time.monotonic() - saved > 60 * int(self.args.save_every.rstrip("m"))
         return self.step % int(self.args.save_every) == 0
 
-    def log(self, row: dict, rollouts: list[list[dict]]):
+    def log(self, row: dict, rollouts: list[list[dict]], greedy: list[dict]):
         """Complete the metrics from the rollouts of all processes; append to the logs, print, and warn."""
         rollouts = self.world.gather(rollouts)
         self.batches.saw(rollouts)
@@ -470,7 +474,7 @@ class Run:
             return
         last = self.step == self.args.steps - 1
         shown = rollouts[:4] if self.step % self.args.log_every == 0 or last else []
-        for name, rows in zip(LOGS, ([row], [timing], flat(shown))):
+        for name, rows in zip(LOGS, ([row], [timing], flat(shown), greedy)):
             self.logs[name].write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
             self.logs[name].flush()                                # so that it is on the disk
         print_step(row, timing, shown)
@@ -481,22 +485,31 @@ class Run:
                 self.warned[warning] = self.step
 
 
-def held_out_accuracy(run: Run, held_out: list[Task], judge) -> dict[str, float]:
-    """The held-out accuracy as metrics. Each process answers its part, and rank 0 has all of it judged; a
-    judge that is down does not end the run."""
-    texts, row = [], {}
+def held_out_accuracy(run: Run, held_out: list[Task], judge) -> tuple[dict[str, float], list[dict]]:
+    """The held-out accuracy as metrics; and of the first questions, the greedy responses and what D makes of
+    them, as rows of greedy.jsonl. Each process answers its part, and rank 0 has all of it judged; a judge
+    that is down does not end the run."""
+    texts, row, greedy = [], {}, []
     with run.sampler() as policy:
         for task in held_out:
             part = replace(task, examples=run.world.mine(task.examples))
             texts.append(predict(policy, part, run.args.max_new_tokens, run.args.rollout_batch))
     texts = [run.world.gather(responses) for responses in texts]
+    shown, p_student = texts[0][:FOLLOWED], []
+    if run.D:
+        with run.using(run.D):
+            responses = run.D.encode([e.text for e in held_out[0].examples[:FOLLOWED]], [[t] for t in shown])
+            p_student = run.D.p_student(responses, run.args.token_budget, run.world)[:, 0].tolist()
     if run.world.rank == 0:
         try:
-            row["heldout_accuracy"] = evaluate(held_out, texts, judge)["accuracy"]
+            result = evaluate(held_out, texts, judge)
+            row["heldout_accuracy"] = result["accuracy"]
+            followed = zip_longest(result["tasks"][0]["rows"][:FOLLOWED], p_student)
+            greedy = [about | {"step": run.step, "source": "greedy", "p_student": p} for about, p in followed]
         except UserError as error:
             tqdm.write(str(error))
     run.world.wait()                                               # longer than an hour, if the judge is slow
-    return row
+    return row, greedy
 
 
 # --------------------------------------------------------------------------------------- rollouts and metrics
@@ -579,6 +592,8 @@ SHORT, WINDOW = 20, 50                            # steps in which signs of sudd
 
 def falls(values: np.ndarray, ends: int) -> bool:
     """Whether the mean of the last `ends` values is below that of the first, by far more than their noise."""
+    if len(values) < 2:
+        return False
     noise = np.diff(values).std() / 2 ** 0.5 * (2 / ends) ** 0.5   # of the fall, if there were none
     return values[:ends].mean() - values[-ends:].mean() > max(0.1, 4 * noise)
 
@@ -713,32 +728,20 @@ def save_checkpoint(run: Run):
         return
     state = {"step": run.step, "skipped": run.skipped, "batches": run.batches.state(),
              "draws": run.rng.getstate(), "logs": {name: file.tell() for name, file in run.logs.items()}}
-    folder = run.out / f"checkpoint-{run.step:06}"
-    unfinished = Path(f"{folder}.unfinished")
+    path = run.out / f"checkpoint-{run.step:06}"
     try:
-        remove(unfinished)
-        unfinished.mkdir()
-        for name, tensors in files.items():
-            save_file({key: x.detach().contiguous() for key, x in tensors.items()},
-                      unfinished / f"{name}.safetensors")
-        (unfinished / "state.json").write_text(json.dumps(state))
-        for path in (*unfinished.iterdir(), unfinished):
-            sync(path)
-        unfinished.rename(folder)
-        sync(run.out)
+        with all_or_nothing(path) as folder:
+            folder.mkdir()
+            for name, tensors in files.items():
+                save_file({key: x.detach().contiguous() for key, x in tensors.items()},
+                          folder / f"{name}.safetensors")
+            (folder / "state.json").write_text(json.dumps(state))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(f"{path}.unfinished", ignore_errors=True)    # its room is needed
         tqdm.write(f"warning: no checkpoint at step {run.step} ({error}); the run continues")
         return
     for old in checkpoints(run.out)[:-2]:
         remove(old)
-
-
-def sync(path: Path):
-    """Wait until a file or folder is on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 @torch.no_grad()
@@ -1207,20 +1210,10 @@ def read_record(folder: Path) -> dict:
 
 
 def copy_into(source: Path, target: Path):
-    """Copy a file or a folder; it appears under its name only when it is complete."""
-    unfinished = Path(f"{target}.unfinished")
-    remove(unfinished)
+    """Copy a file or a folder, all of it or nothing."""
     copy_all = shutil.copytree if source.is_dir() else shutil.copyfile
-    copy_all(source, unfinished)
-    unfinished.rename(target)
-
-
-def remove(path: Path):
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with all_or_nothing(target) as unfinished:
+        copy_all(source, unfinished)
 
 
 def digest(path: str | Path) -> str:
@@ -1335,18 +1328,16 @@ def toy_world(path: Path, seed: int):
     spot, where the other is right: A takes squares for circles, B circles for squares. One blind spot they
     share: neither counts beyond 1 and 2. There only the student's own responses can be right.
     """
-    unfinished = Path(f"{path}.unfinished")
-    remove(unfinished)
     shared = {"0": "1", "3": "2", "4": "2"}
     own_words = {"circle": "ball", "square": "box", "triangle": "tent"}
-    draw_toy_world(str(unfinished), seed, {
-        "heldout": Split(500), "train": Split(1000),
-        "words": Split(4000),
-        "qwen": Split(2000, ("A",), shared | {"square": "circle"}),
-        "internvl": Split(2000, ("B",), shared | {"circle": "square"}),
-        "sft-words": Split(4000, wrong=own_words),
-        "sft": Split(2000, 5 * ("careless",) + ("A", "B"), own_words)})
-    unfinished.rename(path)
+    with all_or_nothing(path) as folder:
+        draw_toy_world(str(folder), seed, {
+            "heldout": Split(500), "train": Split(1000),
+            "words": Split(4000),
+            "qwen": Split(2000, ("A",), shared | {"square": "circle"}),
+            "internvl": Split(2000, ("B",), shared | {"circle": "square"}),
+            "sft-words": Split(4000, wrong=own_words),
+            "sft": Split(2000, 5 * ("careless",) + ("A", "B"), own_words)})
 
 
 def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]], width: int, steps: int,
@@ -1438,8 +1429,8 @@ def pretrained_discriminator(folder: Folder, args, data: dict, collection: Colle
         # with its optimizer: a new one's first steps are as long as its rate allows, whatever they follow
         tensors = {f"D {name}": weight for name, weight in D.state_dict().items()}
         tensors |= {f"optimizer {name}": moment for name, moment in optimizer.tensors().items()}
-        save_file(tensors, f"{path}.unfinished")
-        Path(f"{path}.unfinished").rename(path)
+        with all_or_nothing(path) as unfinished:
+            save_file(tensors, unfinished)
     with folder.clock.phase("discriminator"):
         return folder.stage("discriminator.safetensors", make)
 
@@ -1501,9 +1492,9 @@ def report(folder: Folder, args, data: dict, judge, start: str):
             write_atomic(path, json.dumps(evaluate(held_out, texts, judge()), ensure_ascii=False))
         if held_out:
             results[name] = read_json(folder.stage(f"evaluation-{name}.json", make))["tasks"]
-    metrics = [row for _, row in read_jsonl(out / "metrics.jsonl")]
-    draw_curves(metrics, str(out / "curves.png"))
-    write_report(out, vars(args), results, [row for _, row in read_jsonl(out / "rollouts.jsonl")])
+    logs = {name: [row for _, row in read_jsonl(out / f"{name}.jsonl")] for name in LOGS}
+    draw_curves(logs["metrics"], logs["greedy"], str(out / "curves.png"))
+    write_report(out, vars(args), results, logs["rollouts"], logs["greedy"])
     if results:
         print(results_table(results))
     print(f"The trained student is {out / 'student'}; open {out / 'report.html'}")

@@ -195,8 +195,15 @@ def paired(found, better, worse):
     return interval([found[better][s] - found[worse][s] for s in sorted(seeds)]) if seeds else None
 
 
+def shown(mean, half, sign=""):
+    """A mean with its interval, if there is one."""
+    return f"{mean:{sign}.1f}" + (f" +-{half:.1f}" if half == half else "")
+
+
 def verdict(mean, half):
-    if not half < abs(mean):                                       # also where there is no interval
+    if half != half:
+        return "one seed"
+    if half >= abs(mean):
         return "within noise"
     return "reproduced" if mean > 0 else "not reproduced"
 
@@ -263,16 +270,14 @@ def main():
     found = accuracies(args.out, args.seeds)
     lines = []
     for name, values in found.items():
-        mean, half = interval(list(values.values()))
-        difference = paired(found, name, RIL.name)
-        lines.append((name, " ".join(f"{v:.1f}" for v in values.values()), f"{mean:.1f} +-{half:.1f}",
-                      "" if name == RIL.name else f"{difference[0]:+.1f} +-{difference[1]:.1f}"))
+        lines.append((name, " ".join(f"{v:.1f}" for v in values.values()),
+                      shown(*interval(list(values.values()))),
+                      "" if name == RIL.name else shown(*paired(found, name, RIL.name), sign="+")))
     table(("arm", f"seeds {args.seeds}", "mean", "minus RIL, paired"), lines)
     print()
     directions = [(claim, paired(found, better, worse)) for claim, better, worse in DIRECTIONS]
     table(("the paper's direction", "difference", "here"),
-          [(claim, f"{mean:+.1f} +-{half:.1f}", verdict(mean, half))
-           for claim, (mean, half) in ((claim, d) for claim, d in directions if d)])
+          [(claim, shown(*pair, sign="+"), verdict(*pair)) for claim, pair in directions if pair])
     print()
     table(("RIL, seed", "similarity, first -> last 20", "sd of last 60", "lowest of these",
            "answer, first -> last 20", "largest KL of last 100", "largest |g| after 20"),

@@ -3,6 +3,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -474,6 +475,25 @@ def test_a_local_judge_asks_in_batches_and_a_failure_is_no_score(checkpoints, tm
     judge = LLMJudge(checkpoints["qwen2_5_vl"], tmp_path / "v.jsonl", "cpu", max_new_tokens=4, batch_size=2)
     assert judge([("q", "a", str(i)) for i in range(5)]) == [None] * 5
     assert not (tmp_path / "v.jsonl").exists()
+
+
+def test_a_judge_that_was_trained_again_is_asked_again(checkpoints, tmp_path, monkeypatch):
+    """Verdicts of the weights that were in a folder, taken for those of the weights that are."""
+    shutil.copytree(checkpoints["qwen2_5_vl"], tmp_path / "judge")
+    verdict = []
+
+    def judged():
+        judge = LLMJudge(str(tmp_path / "judge"), tmp_path / "v.jsonl", "cpu")
+        reply = f"<answer>{verdict[-1]}</answer>"
+        monkeypatch.setattr(judge, "replies", lambda new: [(key, reply) for key in new])
+        return judge([("q", "a", "r")])
+    verdict.append(1)
+    assert judged() == [1]
+    verdict.append(0)
+    assert judged() == [1]
+    (weights,) = (tmp_path / "judge").glob("*.safetensors")
+    os.utime(weights, (0, 0))
+    assert judged() == [0]
 
 
 def test_a_judge_without_a_vision_tower(tmp_path):

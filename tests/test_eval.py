@@ -1,5 +1,6 @@
 """The rule judge against strings made to fool it; thoughts, curves and the report."""
 import copy
+import doctest
 import json
 import re
 from dataclasses import replace
@@ -7,9 +8,10 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+import eval
 from conftest import call, noise_image
-from eval import (draw_curves, greedy, opened_thought, parse_verdict, rule_check, rule_judge, rule_verdict,
-                  tasks_of, without_thoughts, write_report)
+from eval import (draw_curves, greedy, most_changed, opened_thought, parse_verdict, rule_check, rule_judge,
+                  rule_verdict, tasks_of, without_thoughts, write_report)
 from model import UserError, encode
 from teachers import Example, load_examples
 
@@ -19,6 +21,11 @@ YES = "Is there a red circle?"
 WHERE = "Where is it?"
 BESIDE = "What colour is the circle beside the blue square?"
 WHAT = "What is it?"
+
+
+def test_the_examples_of_the_rule_judge_are_right():
+    """A docstring that shows another verdict than the function gives."""
+    assert doctest.testmod(eval).attempted >= 5 and doctest.testmod(eval).failed == 0
 
 
 @pytest.mark.parametrize("question, truth, right, wrong", [
@@ -206,11 +213,12 @@ def test_the_report_cannot_run_what_a_model_wrote(tmp_path):
         return {"task": evil, "metric": "mcq", "questions": 2, "extracted": 1.0, "failed": 0, "score": value,
                 "interval": [0, 100], "by": {evil: 1.0}, "units": {"a": [value, 1], "b": [1.0, 1]},
                 "rows": [row | {"text": "same", "verdict": 1.0}, row | {"text": "changed", "verdict": value}]}
-    draw_curves([], str(tmp_path / "curves.png"))
-    write_report(tmp_path, {"data": evil}, {"base": [score(0.0)], "new" + evil: [score(1.0)]}, [rollout])
+    draw_curves([], [], str(tmp_path / "curves.png"))
+    write_report(tmp_path, {"data": evil}, {"base": [score(0.0)], "new" + evil: [score(1.0)]}, [rollout],
+                 [rollout | {"verdict": 1.0}])
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "<img src=x" not in page and page.count("&lt;script&gt;") >= 12
-    assert "http://" not in page and "https://" not in page and page.count("<img") == 1 + 3
+    assert "http://" not in page and "https://" not in page and page.count("<img") == 1 + 4
     assert page.index("changed") < page.index("same")              # what differs comes first
 
 
@@ -221,7 +229,7 @@ def test_the_report_has_a_column_for_each_reward_term(tmp_path):
                       "rewards": {"similarity": 1.0, "answer": 1.0, "length": -3.5}},
             common | {"source": "qwen", "text": "2!", "p_student": None, "advantage": 0.5,
                       "rewards": {"similarity": 1.0, "answer": None, "length": -3.5}}]
-    write_report(tmp_path, {}, {}, rows)
+    write_report(tmp_path, {}, {}, rows, [])
     page = (tmp_path / "report.html").read_text()
     table = re.findall(r"<tr.*?</tr>", page)
     cells = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in table]
@@ -237,7 +245,7 @@ BLUE, GREEN, PURPLE, ORANGE = (40, 110, 200), (30, 140, 80), (140, 70, 160), (20
 
 def rows_with(metrics, path, colour, panel, panels):
     """The y of all pixels of a colour in one of the panels of the curves of metrics, which were on disk."""
-    draw_curves(json.loads(json.dumps(metrics)), str(path))
+    draw_curves(json.loads(json.dumps(metrics)), [], str(path))
     image = Image.open(path)
     assert image.width == 560 * panels
     image = image.crop((panel * 560, 0, (panel + 1) * 560, image.height))
@@ -253,6 +261,22 @@ def test_curves_are_drawn_where_the_numbers_are(tmp_path):
                            for i, colour in enumerate((BLUE, GREEN, ORANGE)))
     assert max(top) < min(middle) < max(middle) < min(bottom)
     assert abs((max(top) + min(bottom)) / 2 - (min(middle) + max(middle)) / 2) < 4
+
+
+def test_a_question_that_became_right_is_shown_over_the_run(tmp_path):
+    """A picture of a question that was right all along; a verdict that failed, drawn as wrong."""
+    noise_image(8, 8).save(tmp_path / "i.png")
+    greedy = [{"id": name, "step": step, "verdict": verdict, "text": "two", "p_student": 0.5, "truth": "2",
+               "question": "How many?", "image": [str(tmp_path / "i.png")]}
+              for step, verdicts in ((0, (1.0, 0.0, 0.0)), (24, (1.0, None, 0.0)), (49, (1.0, 1.0, 1.0)))
+              for name, verdict in zip("abc", verdicts)]
+    assert [(row["id"], row["step"]) for row in most_changed(greedy)] == [("b", 0), ("b", 24), ("b", 49)]
+    assert most_changed(greedy[:3])[0]["id"] == "a" and most_changed([]) == []
+    draw_curves([], greedy, str(tmp_path / "curves.png"))
+    image = Image.open(tmp_path / "curves.png").crop((560, 0, 1120, 380))
+    rows = [image.crop((490, y, 540, y + 20)).getcolors() for y in (186, 214, 242)]
+    has = [{colour for _, colour in colours} for colours in rows]
+    assert ORANGE in has[0] and has[1] == {(255, 255, 255)} and GREEN in has[2]
 
 
 def test_curves_of_any_reward(tmp_path):

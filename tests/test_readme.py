@@ -13,7 +13,7 @@ def test_every_path_that_the_readme_links_to_exists():
         assert (ROOT / path).exists(), path
 
 
-MOST_ABOVE = {"train.py": 300, "model.py": 350, "teachers.py": 250, "eval.py": 120, "discriminator.py": 170}
+MOST_ABOVE = {"train.py": 325, "model.py": 330, "teachers.py": 250, "eval.py": 135, "discriminator.py": 170}
 
 
 def above_banner(source):
@@ -64,7 +64,8 @@ def test_every_logged_metric_is_explained():
 
 def test_what_a_reader_needs_stands_above_the_banners():
     """A part of the algorithm that slips below a banner."""
-    needed = {"train.py": ("reward_terms", "advantages", "policy_loss", "update_policy", "ril_step", "ril"),
+    needed = {"train.py": ("reward_terms", "advantages", "policy_loss", "update_policy", "ask", "ril_step",
+                           "ril"),
               "model.py": ("encode", "sample", "generate", "stream", "score", "packed_states", "packed_mask"),
               "teachers.py": ("load_examples", "encode_example", "fill_collection"),
               "eval.py": ("make_judge", "final_answer", "rule_verdict")}

@@ -18,7 +18,8 @@ from conftest import ROOT, call, lamp_files
 LOOP = ["--device", "cpu", "--batch-size", "4", "--discriminator-steps", "2", "--num-samples", "2",
         "--max-new-tokens", "24", "--eval-every", "4", "--log-every", "2", "--collect", "2",
         "--rollout-batch", "4"]
-COMPARED = ("metrics.jsonl", "rollouts.jsonl", "student/model.safetensors", "discriminator.safetensors")
+COMPARED = ("metrics.jsonl", "rollouts.jsonl", "greedy.jsonl", "student/model.safetensors",
+            "discriminator.safetensors")
 
 
 def command(checkpoint, *options):

@@ -152,6 +152,9 @@ def test_an_interrupted_fill_resumes_to_the_same_file(tmp_path, checkpoints):
     assert [json.loads(line)["id"] for line in open(cut)] == [e.id for e in examples for _ in range(3)]
     rows = [json.loads(line) for line in lines]
     assert all(row["sampling"]["max_new_tokens"] == 5 and row["teacher"] == "qwen2_5_vl" for row in rows)
+    examples[2] = replace(examples[2], question="How few?")
+    with pytest.raises(UserError, match=r"cut.jsonl:7: a response to another question than '2' is now"):
+        fill(cut)
 
 
 # -------------------------------------------------------------------------------- a teacher of one's own

@@ -31,7 +31,7 @@ def finished(tmp_path_factory):
 def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
     out, done = finished
     names = {"student", "sft", "data", "teachers", "collection.jsonl", "metrics.jsonl", "timings.jsonl",
-             "rollouts.jsonl", "curves.png", "report.html", "run.json", "checkpoint-000003",
+             "rollouts.jsonl", "greedy.jsonl", "curves.png", "report.html", "run.json", "checkpoint-000003",
              "discriminator.safetensors", "evaluation-before.json", "evaluation-after.json"}
     assert {path.name for path in out.iterdir()} == names
     metrics = rows_of(out / "metrics.jsonl")
@@ -50,6 +50,10 @@ def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
     for row in rollouts:                                         # the reward that was logged is Algorithm 2's
         by_hand = 0.3 * (row["p_student"] < 0.5) + row["rewards"]["answer"]      # 0.3: the toy's weight
         assert row["reward"] == pytest.approx(by_hand) or abs(row["p_student"] - 0.5) < 1e-3
+    followed = [row for row in rows_of(out / "greedy.jsonl") if row["step"] == 0]
+    after = json.loads((out / "evaluation-after.json").read_text())["tasks"][0]["rows"]
+    assert [row["id"] for row in followed] == [row["id"] for row in after[:8]]
+    assert all(0 < row["p_student"] < 1 and row["verdict"] in (0, 1) for row in followed)
     group = rollouts[:4]
     mean = sum(row["reward"] for row in group) / 4
     for row in group:                                              # the toy's teachers are not pushed down
