@@ -85,11 +85,14 @@ class Discriminator(nn.Module):
         return self.head(states[0, -1].float())[0]
 
     def logits(self, responses: Outputs) -> Tensor:
-        """Logits of p_student, (B, K) float32, computed in packed rows [before | o_1 | ... | o_n].
+        """Logits of p_student, (B, K) float32, computed in packed rows. Of N = 5 distinct responses, n = 2:
 
-        The F tokens before a response are always the same, so n responses of r tokens take F + n r tokens in
-        one row, and not n (F + r). n is such that n r = 3 F: a longer row would save no more than a quarter,
-        and compare every token with more others.
+            before | o_1 | o_2          `before`, F tokens, is always the same, so it is read once a row;
+            before | o_3 | o_4          the state of the last token of each o gives its logit;
+            before | o_5 |  -           equal responses share it
+
+        n responses of r tokens take F + n r tokens in one row, and not n (F + r). n is such that n r = 3 F: a
+        longer row would save no more than a quarter, and compare every token with more others.
         """
         padded = torch.where(responses.mask, responses.ids, -1).flatten(0, 1)                # (B K, R)
         ids, which = padded.unique(dim=0, return_inverse=True)     # (N, R): D reads equal responses once

@@ -899,13 +899,19 @@ def check_task(task: Task, path: str):
             raise UserError(f"{e.where}: expected the answer Yes or No, found {e.truth!r}")
     if task.metric == "cider" and len(task.examples) < 2:
         raise UserError(f"{path}: CIDEr compares images, so one is not enough")
-    for group in groups.values() if task.metric == "circular" else ():
-        options = group[0].letters
-        # upstream does not rotate options that speak of letters
-        fixed = len(options) < 2 or any(re.search(r"\b[A-D]\b", option) for option in options.values())
-        if len(group) != len(options) and not (fixed and len(group) == 1):
-            raise UserError(f"{group[0].where}: {len(group)} rotations of a question with {len(options)} "
-                            "options; --metric mcq scores rows")
+    if task.metric == "circular":
+        for group in groups.values():
+            check_rotations(group)
+
+
+def check_rotations(group: list[Example]):
+    """UserError unless a question is there once for each of its options, rotated. Upstream does not rotate
+    options that speak of letters."""
+    options = group[0].letters
+    fixed = len(options) < 2 or any(re.search(r"\b[A-D]\b", option) for option in options.values())
+    if len(group) != len(options) and not (fixed and len(group) == 1):
+        raise UserError(f"{group[0].where}: {len(group)} rotations of a question with {len(options)} "
+                        "options; --metric mcq scores rows")
 
 
 # -------------------------------------------------------------------------------- responses
@@ -1085,10 +1091,14 @@ def breakdown(task: Task, texts: list[str], values: list[float | None]) -> dict[
     if task.metric == "cider":
         scores = bleu(*tokens_of(task, texts))
         result = {"BLEU-1": 100 * scores[0], "BLEU-4": 100 * scores[3]}
-    for name, chosen in sorted(members.items()) if len(members) > 1 else ():
+    if len(members) == 1:
+        members.clear()
+    for name, chosen in sorted(members.items()):
         part, own = replace(task, examples=[task.examples[i] for i in chosen]), [values[i] for i in chosen]
+        if task.metric == "cider" and len(chosen) == 1:
+            continue                                               # it compares images
         if task.metric == "cider":
-            own = cider_each(*tokens_of(part, [texts[i] for i in chosen])) if len(chosen) > 1 else []
+            own = cider_each(*tokens_of(part, [texts[i] for i in chosen]))
         if units := units_of(part, own):
             result[name] = 100 * sum(total for total, _ in units.values()) / sum(n for _, n in units.values())
     if task.metric == "foil":
@@ -1234,8 +1244,9 @@ def panel(title: str, points: list[tuple[int, float]], colour: tuple[int, int, i
     pale = tuple((channel + 2 * 255) // 3 for channel in colour)
     pen.line([at(*point) for point in zip(steps, values)], fill=pale, width=1)
     pen.line([at(*point) for point in zip(steps, smooth)], fill=colour, width=3)
-    for x, y in [at(*point) for point in points] if dots else ():
-        pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+    if dots:
+        for x, y in [at(*point) for point in points]:
+            pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
     return image
 
 
@@ -1392,9 +1403,11 @@ def parse_args() -> argparse.Namespace:
 def main():
     """Evaluate from the command line."""
     args = parse_args()
-    models = [args.baseline] * bool(args.baseline) + args.model
+    models = [args.baseline, *args.model] if args.baseline else args.model
     labels = labels_of(models)
-    checks = prompt_checks(models, args.max_new_tokens) + [rule_check] * (args.judge == "rule")
+    checks = prompt_checks(models, args.max_new_tokens)
+    if args.judge == "rule":
+        checks.append(rule_check)
     tasks = [task for path in args.data
              for task in tasks_of(path, args.metric, args.skip_bad, args.limit, checks)]
     names = ", ".join(task.name for task in tasks)

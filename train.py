@@ -166,8 +166,8 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Ten
     gain = (gain * mask).sum(-1)                                                      # (B, K)
     if loss.mean_over_tokens:
         gain = gain / mask.sum(-1).clamp(min=1)
-    outputs = valid.sum(1, keepdim=True).clamp(min=1)                                 # 2G, less failed judges
-    return -(gain * valid / outputs).sum()
+    size = valid.sum(1, keepdim=True).clamp(min=1)                                    # 2G, less failed judges
+    return -(gain * valid / size).sum()
 
 
 # ------------------------------------------------------------------------------------------ Algorithm 2
@@ -582,7 +582,9 @@ def print_step(row: dict, timing: dict, shown: list[list[dict]]):
             if (found := re.fullmatch(pattern, name)) and value is not None:
                 line.append(form.format(*found.groups(), value))
     tqdm.write("  ".join(line))
-    for r in shown[0][::max(1, len(shown[0]) // 4)] if shown else []:
+    if not shown:
+        return
+    for r in shown[0][::max(1, len(shown[0]) // 4)]:
         tqdm.write(f"    {r['question'][:36]:36} {r['source'][:12]:12} reward {r['reward']:.2f}  "
                    f"{r['text'][:60]}")
 
@@ -1261,8 +1263,9 @@ def check_inputs(args, folder: Folder) -> dict[str, list]:
             ("eval_data", tasks_of, student, args.max_new_tokens, judged)):
         if path := getattr(args, name):
             given[name] = load(path, skip_bad=args.skip_bad, checks=prompt_checks(models, response) + checks)
-    for name in [] if collected else args.teachers:
-        make_teacher(name, args.device, args.dtype).check()
+    if not collected:
+        for name in args.teachers:
+            make_teacher(name, args.device, args.dtype).check()
     if not folder.is_trained() or given.get("eval_data") and not folder.has("evaluation-after.json"):
         check_judge(args.judge)
     if processor and args.algorithm == "ril":
@@ -1457,8 +1460,9 @@ def trained_student(folder: Folder, args, world: World, data: dict, collection: 
         remove(folder.out / "evaluation-after.json")               # of a student that had fewer steps
     save_student(run, start, path)
     folder.write(steps=args.steps)
-    for old in checkpoints(folder.out)[:-1] if world.rank == 0 else []:
-        remove(old)                                       # the last one is for a run that is given more steps
+    if world.rank == 0:
+        for old in checkpoints(folder.out)[:-1]:
+            remove(old)                                   # the last one is for a run that is given more steps
     folder.clock.peak_gb = max(folder.clock.peak_gb, run.meter.peak_gb)
     folder.clock.seconds["loop"] = time.perf_counter() - begin
 
