@@ -45,6 +45,7 @@ from datetime import timedelta
 from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 # before torch is imported: threads that wait sleep, as spinning beside a busy program is three times as slow
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -1180,7 +1181,7 @@ class Folder:
 def made_from(args) -> dict[str, dict]:
     """What a run is made from: every option but those of the machine, inputs by content, and code."""
     def chosen(*groups):
-        names = [option.strip("-").replace("-", "_") for group in groups for option, *_ in OPTIONS[group]]
+        names = [option.name.strip("-").replace("-", "_") for group in groups for option in OPTIONS[group]]
         return {name: getattr(args, name) for name in names}
 
     def contents(*names):
@@ -1509,67 +1510,81 @@ def report(folder: Folder, args, data: dict, judge, start: str):
 # ---------------------------------------------------------------------------------------------- command line
 
 
-# By group: option; default, the paper's where it has one; the toy's default where that differs, with which a
-# tiny model learns in minutes; what it is. A default says what an option takes: True or False a flag, which
-# --no-NAME takes back; a tuple one of its choices, the first by default; a list several values.
+class Option(NamedTuple):
+    """An option of the command line. A default of True or False makes it a flag, which --no-NAME takes back;
+    a list takes several values."""
+    name: str
+    default: object                                    # the paper's, where it has one
+    what: str
+    toy: object = None                                 # the toy's default, where that differs
+    choices: tuple = ()
+
+
 # All options are part of a run's record (made_from), but for those that stand in "machine": these change no
 # step, but for rounding. --from takes over what another run made before the loop, if all agrees but "loop".
 OPTIONS = {
-    "models and data": (                               # of inputs, what they hold is recorded
-        ("--student", "toy", "checkpoint folder or hub id, or toy: a tiny one, from scratch"),
-        ("--teachers", [], "fill the collection: checkpoint folders, hub ids, or model@http://server/v1 of "
-         "an OpenAI-compatible server"),
-        ("--collection", None, "JSONL of responses made elsewhere, instead of teachers"),
-        ("--judge", "rule", "who decides what is right: rule (short answers are parsed), a checkpoint, or "
-         "model@url"),
-        ("--data", None, "questions to train on; default, for the toy student: the toy world"),
-        ("--sft-data", None, "examples to fine-tune on first; default, for the toy student: --data"),
-        ("--eval-data", None, "held-out questions, or a benchmark as eval.py takes it"),
-        ("--skip-bad", False, "leave out examples whose image cannot be read, and those that a model cannot "
-         "be asked"),
-        ("--out", "runs/toy", "folder of the run; what is finished in it is not done again"),
-        ("--from", None, "folder of a run that differs in its loop alone: what it made before, is copied")),
-    "SFT": (
-        ("--sft-steps", 0, 600, "steps of SFT; 0 for a student that has had it"),
-        ("--sft-lr", 1e-5, 1e-3, "learning rate of SFT, decays linearly to a tenth"),
-        ("--sft-batch-size", 64, 32, "examples per step of SFT"),
-        ("--teacher-steps", 0, 500, "steps of SFT of each teacher of the toy world")),
-    "collection": (
-        ("--collect", 16, 8, "responses of each teacher to each question; and N of D's pre-training"),),
-    "discriminator": (                                 # the first two serve the loop too
-        ("--num-samples", 4, "G, responses of the student, and as many of teachers, a question"),
-        ("--batch-size", 144, 64, "questions per step"),
-        ("--discriminator-steps", 1111, 60, "steps of discriminator pre-training"),
-        ("--pretrain-lr", 1e-5, 1e-3, "learning rate of that, decays linearly to a tenth")),
-    "loop": (
-        ("--algorithm", ("ril", "rl"), "rl: Algorithm 1, no teachers and no D"),
-        ("--loss", tuple(LOSSES), "grpo divides by std and by length"),
-        ("--similarity", tuple(SIMILARITIES), "how finely the similarity reward is graded"),
-        ("--freeze-discriminator", False, "skip lines 7-9: D stays as pre-trained"),
-        ("--teacher-rollouts", True, "train the policy on teachers' responses too, and not D alone"),
-        ("--push-teachers-down", True, False, "follow negative advantages of teachers' responses; where the "
-         "student hardly says such things, that has no bound, and breaks a small one's language"),
-        ("--freeze", None, "regular expression: weights that the loop leaves as they are, by name: 'visual' "
-         "the vision tower, 'lm_head' the vocabulary head, 'self_attn', 'mlp', 'norm' (Table 5c)"),
-        ("--mu", 1, "updates of D and of the policy per step"),
-        ("--beta", 0.01, 0.15, "weight of the KL to the reference"),
-        ("--eps", 0.2, "the ratio is clipped to 1 - eps .. 1 + eps"),
-        ("--lr", 1e-6, 3e-4, "learning rate of the student"),
-        ("--warmup", 0, 20, "steps in which the student's learning rate rises from nothing"),
-        ("--discriminator-lr", 1e-6, 5e-5, "learning rate of D")),
-    "machine": (
-        ("--steps", 1000, 100, "steps of the loop; a finished run can be given more"),
-        ("--device", None, "cuda, mps or cpu; default: the best there is"),
-        ("--token-budget", 8192, 16384, "tokens per micro-batch: fewer need less memory"),
-        ("--rollout-batch", 16, 64, "questions sampled at a time: fewer need less memory"),
-        ("--gradient-checkpointing", False, "compute layers twice, keep only their inputs"),
-        ("--offload", False, "optimizer states live and work on the CPU; D and the reference wait there"),
-        ("--eval-every", 100, 20, "steps between held-out accuracies"),
-        ("--log-every", 10, "steps between printed samples"),
-        ("--save-every", "15m", "20", "steps between checkpoints of the loop, or minutes as 15m")),
-    "every stage": (
-        ("--seed", 0, "of all that is drawn"),
-        ("--dtype", (None, "float32", "bfloat16"), "default: bfloat16 on a GPU, float32 on the CPU")),
+    "models and data": [                               # of inputs, what they hold is recorded
+        Option("--student", "toy", "checkpoint folder or hub id, or toy: a tiny one, from scratch"),
+        Option("--teachers", [], "fill the collection: checkpoint folders, hub ids, or "
+               "model@http://server/v1 of an OpenAI-compatible server"),
+        Option("--collection", None, "JSONL of responses made elsewhere, instead of teachers"),
+        Option("--judge", "rule", "who decides what is right: rule (short answers are parsed), a "
+               "checkpoint, or model@url"),
+        Option("--data", None, "questions to train on; default, for the toy student: the toy world"),
+        Option("--sft-data", None, "examples to fine-tune on first; default, for the toy student: --data"),
+        Option("--eval-data", None, "held-out questions, or a benchmark as eval.py takes it"),
+        Option("--skip-bad", False, "leave out examples whose image cannot be read, and those that a model "
+               "cannot be asked"),
+        Option("--out", "runs/toy", "folder of the run; what is finished in it is not done again"),
+        Option("--from", None, "folder of a run that differs in its loop alone: what it made before, is "
+               "copied")],
+    "SFT": [
+        Option("--sft-steps", 0, "steps of SFT; 0 for a student that has had it", toy=600),
+        Option("--sft-lr", 1e-5, "learning rate of SFT, decays linearly to a tenth", toy=1e-3),
+        Option("--sft-batch-size", 64, "examples per step of SFT", toy=32),
+        Option("--teacher-steps", 0, "steps of SFT of each teacher of the toy world", toy=500)],
+    "collection": [
+        Option("--collect", 16, "responses of each teacher to each question; and N of D's pre-training",
+               toy=8)],
+    "discriminator": [                                 # the first two serve the loop too
+        Option("--num-samples", 4, "G, responses of the student, and as many of teachers, a question"),
+        Option("--batch-size", 144, "questions per step", toy=64),
+        Option("--discriminator-steps", 1111, "steps of discriminator pre-training", toy=60),
+        Option("--pretrain-lr", 1e-5, "learning rate of that, decays linearly to a tenth", toy=1e-3)],
+    "loop": [
+        Option("--algorithm", "ril", "rl: Algorithm 1, no teachers and no D", choices=("ril", "rl")),
+        Option("--loss", "dr_grpo", "grpo divides by std and by length", choices=tuple(LOSSES)),
+        Option("--similarity", "binary", "how finely the similarity reward is graded",
+               choices=tuple(SIMILARITIES)),
+        Option("--freeze-discriminator", False, "skip lines 7-9: D stays as pre-trained"),
+        Option("--teacher-rollouts", True, "train the policy on teachers' responses too, and not D alone"),
+        Option("--push-teachers-down", True, "follow negative advantages of teachers' responses; where the "
+               "student hardly says such things, that has no bound, and breaks a small one's language",
+               toy=False),
+        Option("--freeze", None, "regular expression: weights that the loop leaves as they are, by name: "
+               "'visual' the vision tower, 'lm_head' the vocabulary head, 'self_attn', 'mlp', 'norm' "
+               "(Table 5c)"),
+        Option("--mu", 1, "updates of D and of the policy per step"),
+        Option("--beta", 0.01, "weight of the KL to the reference", toy=0.15),
+        Option("--eps", 0.2, "the ratio is clipped to 1 - eps .. 1 + eps"),
+        Option("--lr", 1e-6, "learning rate of the student", toy=3e-4),
+        Option("--warmup", 0, "steps in which the student's learning rate rises from nothing", toy=20),
+        Option("--discriminator-lr", 1e-6, "learning rate of D", toy=5e-5)],
+    "machine": [
+        Option("--steps", 1000, "steps of the loop; a finished run can be given more", toy=100),
+        Option("--device", None, "cuda, mps or cpu; default: the best there is"),
+        Option("--token-budget", 8192, "tokens per micro-batch: fewer need less memory", toy=16384),
+        Option("--rollout-batch", 16, "questions sampled at a time: fewer need less memory", toy=64),
+        Option("--gradient-checkpointing", False, "compute layers twice, keep only their inputs"),
+        Option("--offload", False, "optimizer states live and work on the CPU; D and the reference wait "
+               "there"),
+        Option("--eval-every", 100, "steps between held-out accuracies", toy=20),
+        Option("--log-every", 10, "steps between printed samples"),
+        Option("--save-every", "15m", "steps between checkpoints of the loop, or minutes as 15m", toy="20")],
+    "every stage": [
+        Option("--seed", 0, "of all that is drawn"),
+        Option("--dtype", None, "default: bfloat16 on a GPU, float32 on the CPU",
+               choices=("float32", "bfloat16"))],
 }
 
 
@@ -1579,18 +1594,18 @@ def make_parser(student: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {title: parser.add_argument_group(title) for title in OPTIONS}
-    for title, rows in OPTIONS.items():
-        for option, default, *of_toy, what in rows:
-            settings = {"default": of_toy[0] if toy and of_toy else default}
-            if isinstance(default, bool):
+    for title, options in OPTIONS.items():
+        for option in options:
+            value = option.toy if toy and option.toy is not None else option.default
+            settings = {"default": value}
+            if isinstance(option.default, bool):
                 settings["action"] = argparse.BooleanOptionalAction
-            elif isinstance(default, tuple):
-                settings |= {"default": default[0], "choices": [choice for choice in default if choice]}
-            elif isinstance(default, list):
+            elif isinstance(option.default, list):
                 settings["nargs"] = "+"
             else:
-                settings["type"] = str if default is None else type(default)
-            groups[title].add_argument(option, **settings, help=f"{what} [{settings['default']}]")
+                settings["type"] = str if option.default is None else type(option.default)
+                settings["choices"] = option.choices or None
+            groups[title].add_argument(option.name, **settings, help=f"{option.what} [{value}]")
     groups["loop"].add_argument("--reward-weights", nargs="+", type=reward_weight, metavar="NAME=WEIGHT",
                                 default=REWARD_WEIGHTS | ({"similarity": 0.3} if toy else {}),
                                 help="answer=0: the judge is heard, but not rewarded")
