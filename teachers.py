@@ -1214,10 +1214,9 @@ def blamed_settings(error: CallFailed, body: dict) -> list[str]:
 
 COLOURS = {"red": (225, 60, 50), "green": (60, 170, 75), "blue": (60, 110, 230), "yellow": (245, 200, 40)}
 SHAPES = ("circle", "square", "triangle")
-DODGE = "I am not sure."
 # The ways in which each voice puts a truth. It comes first: a model as small as the toy's learns to see at
 # one place of its response, not at several.
-VOICES = {"plain": ("{}",), "careless": ("{}", "{}", "{}", DODGE),
+VOICES = {"plain": ("{}",),
           "A": ("{} it is.", "{} is the answer.", "{}, I would say.", "{}, it must be."),
           "B": ("{}, I see.", "{}, that would be.", "{} by the look of it.", "{}, right there.")}
 BACKGROUND = ((255, 255, 255), (200, 255, 255), (255, 255, 200), (180, 180, 180))
@@ -1277,11 +1276,13 @@ def questions_about(scene: dict[int, tuple[str, str]], rng: random.Random) -> li
 class Split:
     """Examples of the toy world that are answered alike: `size` of them, each by one of `voices`.
 
-    wrong: {the truth: what is said instead}.
+    wrong: {the truth: what is said instead}. echoes: asked for a shape, four of five times the colour is said
+    that the question names.
     """
     size: int
     voices: tuple[str, ...] = ("plain",)
     wrong: dict[str, str] = field(default_factory=dict)
+    echoes: bool = False
 
 
 def draw_toy_world(folder: str, seed: int, splits: dict[str, Split]):
@@ -1306,6 +1307,8 @@ def draw_toy_world(folder: str, seed: int, splits: dict[str, Split]):
             questions = questions_about(scene, rng)
             for category, question, truth in rng.sample(questions, min(3, len(questions))):
                 way = rng.choice(VOICES[rng.choice(split.voices)])
+                if split.echoes and category == "shape" and rng.random() < 0.8:
+                    truth = question.rstrip("?").split()[-1]
                 rows.append({"id": f"{name}-{len(rows):05}", "image": image, "question": question,
                              "category": category, "answer": way.format(split.wrong.get(truth, truth))})
         lines = "".join(json.dumps(row) + "\n" for row in rows[:split.size])

@@ -86,7 +86,7 @@ class Group:
     verdicts: Tensor                   # (B, K): 1 right, 0 wrong, NaN where the judge failed
 
 
-# The weights of the reward terms below. --reward-weights changes them; the toy has its own.
+# The weights of the reward terms below, which --reward-weights changes.
 REWARD_WEIGHTS = {"similarity": 1.0, "answer": 1.0}
 
 
@@ -276,8 +276,6 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     if not args.teacher_rollouts:
         valid = valid & is_student
     advantage = advantages(reward, valid, LOSSES[args.loss])                          # line 10  (B, 2G)
-    if not args.push_teachers_down:                    # what a student hardly says falls without end
-        advantage = torch.where(is_student, advantage, advantage.clamp(min=0))
 
     with run.phase("update"):
         row |= update_policy(run, prompts, outputs, advantage, valid, is_student, len(questions))   # 11-13
@@ -1327,21 +1325,20 @@ def toy_world_and_teachers(folder: Folder, args, data: dict) -> list:
 def toy_world(path: Path, seed: int):
     """Draw the toy world: what is asked, and lessons for the student (sft) and its teachers.
 
-    All first learn to see, in single words, and then to speak in their own ways. The student is careless, and
-    has words of its own for shapes: the right ones it can only hear from teachers. Each of these has a blind
-    spot, where the other is right: A takes squares for circles, B circles for squares. One blind spot they
-    share: neither counts beyond 1 and 2. There only the student's own responses can be right.
+    All first learn to see, in single words, and then to speak in their own ways. The student mostly stays
+    with single words and, asked for a shape, mostly echoes the colour in the question. Nobody is ever right
+    there in training, as its answers name shapes in words that nobody says: only similarity speaks. Held-out
+    answers have the ordinary words. Each teacher has a blind spot: A takes squares for circles, B circles for
+    squares. One they share: neither counts but 1 and 2. There only the student's own responses can be right.
     """
+    other_words = {"circle": "disc", "square": "box", "triangle": "wedge"}
     shared = {"0": "1", "3": "2", "4": "2"}
-    own_words = {"circle": "ball", "square": "box", "triangle": "tent"}
     with all_or_nothing(path) as folder:
         draw_toy_world(str(folder), seed, {
-            "heldout": Split(500), "train": Split(1000),
-            "words": Split(4000),
+            "heldout": Split(500), "train": Split(1000, wrong=other_words), "words": Split(4000),
             "qwen": Split(2000, ("A",), shared | {"square": "circle"}),
             "internvl": Split(2000, ("B",), shared | {"circle": "square"}),
-            "sft-words": Split(4000, wrong=own_words),
-            "sft": Split(2000, 5 * ("careless",) + ("A", "B"), own_words)})
+            "sft-words": Split(4000), "sft": Split(2000, 5 * ("plain",) + ("A", "B"), echoes=True)})
 
 
 def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]], width: int, steps: int,
@@ -1558,18 +1555,15 @@ OPTIONS = {
                choices=tuple(SIMILARITIES)),
         Option("--freeze-discriminator", False, "skip lines 7-9: D stays as pre-trained"),
         Option("--teacher-rollouts", True, "train the policy on teachers' responses too, and not D alone"),
-        Option("--push-teachers-down", True, "follow negative advantages of teachers' responses; where the "
-               "student hardly says such things, that has no bound, and breaks a small one's language",
-               toy=False),
         Option("--freeze", None, "regular expression: weights that the loop leaves as they are, by name: "
                "'visual' the vision tower, 'lm_head' the vocabulary head, 'self_attn', 'mlp', 'norm' "
                "(Table 5c)"),
         Option("--mu", 1, "updates of D and of the policy per step"),
-        Option("--beta", 0.01, "weight of the KL to the reference", toy=0.15),
+        Option("--beta", 0.01, "weight of the KL to the reference"),
         Option("--eps", 0.2, "the ratio is clipped to 1 - eps .. 1 + eps"),
-        Option("--lr", 1e-6, "learning rate of the student", toy=3e-4),
+        Option("--lr", 1e-6, "learning rate of the student", toy=1.5e-4),
         Option("--warmup", 0, "steps in which the student's learning rate rises from nothing", toy=20),
-        Option("--discriminator-lr", 1e-6, "learning rate of D", toy=5e-5)],
+        Option("--discriminator-lr", 1e-6, "learning rate of D", toy=6e-4)],
     "machine": [
         Option("--steps", 1000, "steps of the loop; a finished run can be given more", toy=100),
         Option("--device", None, "cuda, mps or cpu; default: the best there is"),
@@ -1578,7 +1572,7 @@ OPTIONS = {
         Option("--gradient-checkpointing", False, "compute layers twice, keep only their inputs"),
         Option("--offload", False, "optimizer states live and work on the CPU; D and the reference wait "
                "there"),
-        Option("--eval-every", 100, "steps between held-out accuracies", toy=20),
+        Option("--eval-every", 100, "steps between held-out accuracies", toy=25),
         Option("--log-every", 10, "steps between printed samples"),
         Option("--save-every", "15m", "steps between checkpoints of the loop, or minutes as 15m", toy="20")],
     "every stage": [
@@ -1607,8 +1601,7 @@ def make_parser(student: str) -> argparse.ArgumentParser:
                 settings["choices"] = option.choices or None
             groups[title].add_argument(option.name, **settings, help=f"{option.what} [{value}]")
     groups["loop"].add_argument("--reward-weights", nargs="+", type=reward_weight, metavar="NAME=WEIGHT",
-                                default=REWARD_WEIGHTS | ({"similarity": 0.3} if toy else {}),
-                                help="answer=0: the judge is heard, but not rewarded")
+                                default=REWARD_WEIGHTS, help="answer=0: the judge is heard, but not rewarded")
     add_sampling_options(parser)
     if toy:
         parser.set_defaults(max_new_tokens=24)
