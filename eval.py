@@ -562,7 +562,7 @@ def normalize_vqa(text: str) -> str:
 
 def vqa_accuracy(prediction: str, truths: list[str]) -> float:
     """min(1, truths that agree / 3), averaged over leaving each truth out, normalised (VLMEvalKit's VizWiz).
-    With one truth it is always 0, with two at most 1/3: tasks_of refuses data with fewer than four."""
+    With one truth it is always 0, with two at most 1/3: task_of refuses data with fewer than four."""
     said = normalize_vqa(prediction)
     agrees = [normalize_vqa(truth) == said for truth in truths]
     return sum(min(1.0, (sum(agrees) - own) / 3) for own in agrees) / len(agrees)
@@ -702,12 +702,6 @@ def mmmu_score(e: Example, text: str) -> float | None:
     return float(any(is_right(truth.strip(" $")) for truth in e.truths or (e.truth,)))
 
 
-def foil_score(wanted: str, text: str) -> float:
-    """FOIL: the response is the wanted word, in singular or plural: quoted, or give or take a frame."""
-    quoted = re.search(r"[\"“'‘*](\w[\w ]*?)[\"”'’*]", text)
-    return float(is_framed(normalise(wanted).removesuffix("s"), normalise(quoted[1] if quoted else text)))
-
-
 def yes_no_score(e: Example, text: str) -> float | None:
     """Yes or no. "**Yes**" and "yes:", which `yes_no` leaves out as upstream does, count here."""
     said = yes_no(text) or yes_no(re.sub(r"[*:]", " ", text))
@@ -720,8 +714,6 @@ SCORES = {
     "mmmu": mmmu_score,
     "mathvista": mcq_score,                                        # and what has no options is judged
     "foil": yes_no_score,
-    "foil_word": lambda e, text: foil_score(e.truths[0], text),
-    "foil_fix": lambda e, text: foil_score(e.truths[1], text),
     "relaxed": lambda e, text: float(any(relaxed_accuracy(text, truth) for truth in e.truths or (e.truth,))),
     "vqa": lambda e, text: vqa_accuracy(text, list(e.truths)),
     "yes_no": yes_no_score,
@@ -750,10 +742,6 @@ STEPS = ("The last line of your response should be of the following format: 'Ans
 SHORT = "{question}\nAnswer the question using a single word or phrase."
 CAPTION = "Provide a one-sentence caption for the provided image."
 FOIL = 'Caption: "{question}"\nDoes this caption match the image? Answer yes or no.'
-FOIL_WORD = ('Caption: "{question}"\nOne word of this caption is wrong for the image. Which? '
-             "Answer with that word alone.")
-FOIL_FIX = ('Caption: "{question}"\nThe word "{wrong}" is wrong for the image. What should it be? '
-            "Answer with one word.")
 KIT_MCQ = "VLMEvalKit image_mcq.py, multiple_choice.py"
 KIT_CIRCULAR = "VLMEvalKit multiple_choice.py"
 KIT_PRO = "VLMEvalKit image_mcq.py; MMMU-Pro evaluate.py"
@@ -761,11 +749,9 @@ OF_FOIL = "Shekhar et al. 2017; prompts are ours"
 NOCAPS = "prompt of lmms-eval's nocaps"
 OUR_JUDGE = "the judge's prompt is ours"
 
-# The first row whose pattern is found counts, and with it all rows of the same pattern.
+# The first row whose pattern is found counts.
 BENCHMARKS = (
     Benchmark("FOIL", ": foils", "foil", FOIL, OF_FOIL),
-    Benchmark("FOIL word", ": foils", "foil_word", FOIL_WORD, OF_FOIL),
-    Benchmark("FOIL correction", ": foils", "foil_fix", FOIL_FIX, OF_FOIL),
     Benchmark("NoCaps", ": captions of domains", "cider", CAPTION, f"pycocoevalcap; {NOCAPS}"),
     Benchmark("VizWiz captions", ": captions of VizWiz", "cider", CAPTION, f"vizwiz-caption; {NOCAPS}"),
     Benchmark("captions", ": captions", "cider", CAPTION, "pycocoevalcap"),
@@ -830,16 +816,16 @@ class Task:
             return e
         head, options, tail = self.prompt.partition("{options}")
         hint = f"Hint: {e.hint}\n" if e.hint else ""
-        question = head.format(hint=hint, question=e.question, wrong="".join(e.truths[:1]))
+        question = head.format(hint=hint, question=e.question)
         if options and e.letters and "(A)" not in e.question:      # some of MathVista's questions list them
             lines = [f"{letter}. {option}\n" for letter, option in e.letters.items()]
             question += "Options:\n" + "".join(lines) + tail
         return replace(e, question=question, options=(), hint="")
 
 
-def tasks_of(path: str, metric: str | None = None, skip_bad: bool = False,
-             limit: int | None = None, checks: Iterable[Check] = ()) -> list[Task]:
-    """The tasks of a data file: one, or FOIL's three. It is recognised by its name, or else by its content.
+def task_of(path: str, metric: str | None = None, skip_bad: bool = False,
+            limit: int | None = None, checks: Iterable[Check] = ()) -> Task:
+    """The task of a data file, which is recognised by its name, or else by its content.
 
     metric: score the data so instead. limit: only so many questions, or groups of what is scored together.
     checks: as in load_examples; a group is left out as a whole, and rule_check is for what a judge is asked.
@@ -847,32 +833,27 @@ def tasks_of(path: str, metric: str | None = None, skip_bad: bool = False,
     """
     examples = load_examples(path, skip_bad)
     content = f"{Path(path).name}: {content_of(examples)}"
-    first = next(b for b in BENCHMARKS if re.search(b.pattern, content, re.IGNORECASE))
-    rows = [b for b in BENCHMARKS if b.pattern == first.pattern and metric in (None, b.metric)]
-    if not rows:                                                   # told by content: its prompt changes too
-        same = next(b for b in BENCHMARKS if b.metric == metric)
-        rows = [first._replace(metric=metric, prompt=first.prompt if first.name else same.prompt)]
-    tasks = []
-    for row in rows:
-        asked = grouped(row, examples, path)
-        groups = set(list(dict.fromkeys(e.group for e in asked))[:limit])
-        asked = [e for e in asked if e.group in groups]
-        task = Task(row.name or Path(path).stem, row.metric, row.prompt, asked)
-        used = [check for check in checks if check is not rule_check or row.metric in JUDGED]
-        good = {e.id for e in check_prompts([task.asked(e) for e in task.examples], path, skip_bad, used)}
-        refused = {e.group for e in task.examples if e.id not in good}
-        task = replace(task, examples=[e for e in task.examples if e.group not in refused])
-        if not task.examples:
-            raise UserError(f"{path}: of every group, a model cannot be asked some question")
-        check_task(task, path)
-        tasks.append(task)
-    return tasks
+    found = next(b for b in BENCHMARKS if re.search(b.pattern, content, re.IGNORECASE))
+    if metric and metric != found.metric:
+        found = found._replace(metric=metric)
+        if not found.name:                                         # told by content: its prompt changes too
+            found = found._replace(prompt=next(b for b in BENCHMARKS if b.metric == metric).prompt)
+    examples = grouped(found, examples, path)
+    chosen = set(list(dict.fromkeys(e.group for e in examples))[:limit])
+    examples = [e for e in examples if e.group in chosen]
+    task = Task(found.name or Path(path).stem, found.metric, found.prompt, examples)
+    used = [check for check in checks if check is not rule_check or task.metric in JUDGED]
+    good = {e.id for e in check_prompts([task.asked(e) for e in examples], path, skip_bad, used)}
+    refused = {e.group for e in examples if e.id not in good}
+    task = replace(task, examples=[e for e in examples if e.group not in refused])
+    if not task.examples:
+        raise UserError(f"{path}: of every group, a model cannot be asked some question")
+    check_task(task, path)
+    return task
 
 
 def grouped(benchmark: Benchmark, examples: list[Example], path: str) -> list[Example]:
     """The examples that a benchmark asks, each with a group: what is counted and resampled together."""
-    if benchmark.metric in ("foil_word", "foil_fix"):
-        examples = [e for e in examples if e.truth != "Yes"]       # a true caption has no wrong word
     if benchmark.name == "MMMU" and len({e.split for e in examples}) > 1:
         examples = [e for e in examples if e.split == "validation"]
         print(f"{path}: of its splits, only the {len(examples)} questions of validation are asked")
@@ -881,7 +862,7 @@ def grouped(benchmark: Benchmark, examples: list[Example], path: str) -> list[Ex
             for e in examples]
 
 
-TRUTHS_NEEDED = {"vqa": 4, "foil_word": 2, "foil_fix": 2, "cider": 1}
+TRUTHS_NEEDED = {"vqa": 4, "cider": 1}
 
 
 def check_task(task: Task, path: str):
@@ -1107,13 +1088,6 @@ def breakdown(task: Task, texts: list[str], values: list[float | None]) -> dict[
     return result
 
 
-def evaluate(tasks: list[Task], texts: list[list[str]], judge: Judge) -> dict:
-    """A response to every example, scored: {"accuracy": mean over tasks, 0 to 1; "tasks": see
-    score_responses}."""
-    scores = [score_responses(task, responses, judge) for task, responses in zip(tasks, texts, strict=True)]
-    return {"accuracy": float(np.mean([score["score"] for score in scores])) / 100, "tasks": scores}
-
-
 def mean_and_interval(totals: list[float], counts: list[int]) -> tuple[float, float, float]:
     """sum(totals) / sum(counts) in percent, and its 95% interval: percentiles over 2,000 resamples."""
     totals, counts = np.asarray(totals, dtype=float), np.asarray(counts, dtype=float)
@@ -1266,12 +1240,10 @@ td { overflow-wrap: anywhere }
 """
 
 
-def write_report(folder: Path, settings: dict, results: dict[str, list[dict]], rollouts: list[dict],
-                 greedy: list[dict]):
+def write_report(folder: Path, settings: dict, results: dict[str, list[dict]], rollouts: list[dict]):
     """report.html of a training run or of an evaluation: one file, without scripts or requests to anywhere.
-    It has curves.png if the folder does; the scores, results being as results_table takes them; the rows of
-    greedy.jsonl and rollouts.jsonl; examples, first those on which the last model differs from the first;
-    settings."""
+    It has curves.png if the folder does; the scores, results being as results_table takes them; rollouts, the
+    rows of rollouts.jsonl; examples, first those on which the last model differs from the first; settings."""
     curves, title = folder / "curves.png", html.escape(f"RIL: {folder.name}")
     page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>",
             f"<meta name=viewport content='width=device-width'><style>{STYLE}</style><h1>{title}</h1>"]
@@ -1279,10 +1251,6 @@ def write_report(folder: Path, settings: dict, results: dict[str, list[dict]], r
         page.append(f'<img class=curves alt="Curves" src="{data_url(curves.read_bytes(), "png")}">')
     if results:
         page.append(f"<h2>Scores</h2><pre>{html.escape(results_table(results))}</pre>")
-    if greedy:
-        page.append("<h2>Held-out questions over the run</h2><p>Greedy responses, and D's probability that "
-                    "the student wrote them.</p>")
-        page += greedy_cards(greedy)
     if rollouts:
         page.append("<h2>What was rewarded</h2><p>Newest first. The advantage is the reward less the mean of "
                     "its group: green is made likelier, red less likely, whoever wrote it.</p>")
@@ -1331,19 +1299,6 @@ def rollout_cards(rollouts: list[dict], most: int = 24) -> list[str]:
         lines = [table_row([row["source"], row["text"], row["p_student"], *map(row["rewards"].get, terms),
                             row["reward"], row["advantage"]], row["advantage"] or 0) for row in group]
         cards.append(card(f"step {group[0]['step'] + 1}", group[0], header, lines))
-    return cards
-
-
-def greedy_cards(greedy: list[dict]) -> list[str]:
-    """A card for each question in greedy.jsonl, with a line for each step."""
-    questions = defaultdict(list)
-    for row in greedy:
-        questions[row["id"]].append(row)
-    cards = []
-    for name, rows in questions.items():
-        lines = [table_row([str(row["step"] + 1), row["text"], row["p_student"], row["verdict"]],
-                           (row["verdict"] or 0) - 0.49) for row in rows]
-        cards.append(card(name, rows[0], ["step", "response", "p student", "score"], lines))
     return cards
 
 
@@ -1408,8 +1363,7 @@ def main():
     checks = prompt_checks(models, args.max_new_tokens)
     if args.judge == "rule":
         checks.append(rule_check)
-    tasks = [task for path in args.data
-             for task in tasks_of(path, args.metric, args.skip_bad, args.limit, checks)]
+    tasks = [task_of(path, args.metric, args.skip_bad, args.limit, checks) for path in args.data]
     names = ", ".join(task.name for task in tasks)
     if args.predictions and len(args.predictions) != len(tasks):
         raise UserError(f"{len(args.predictions)} files of --predictions for {len(tasks)} tasks: {names}")
@@ -1432,7 +1386,7 @@ def main():
                for label, given in responses.items()}
     print(results_table(results))
     write_atomic(out / "scores.json", json.dumps(results, ensure_ascii=False))
-    write_report(out, vars(args), results, [], [])
+    write_report(out, vars(args), results, [])
     print(f"Responses, scores and report.html are in {out}")
 
 

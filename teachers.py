@@ -30,7 +30,6 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from email.utils import parsedate_to_datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Protocol
@@ -70,7 +69,7 @@ class Example:
     where: str = ""                                # "file:line", for error messages
     history: tuple[tuple[str, str], ...] = ()      # earlier (question, reply) turns
     hint: str = ""
-    truths: tuple[str, ...] = ()                   # VQA's ten, a caption's references, FOIL's two words
+    truths: tuple[str, ...] = ()                   # VQA's ten, a caption's references
     group: str = ""                                # is scored together, as a caption and its foils
     split: str = ""
     kind: str = ""                                 # "dialogue", "caption", "foil", "picture", an answer_type
@@ -890,8 +889,8 @@ def coco_examples(path: str, where: str, rows: list[dict]) -> list[Example]:
     group = str(rows[0]["id"])
     return [Example(
         id=f"{group}-{k}", images=files, question=row["caption"], truth="No" if row["foil"] else "Yes",
-        category="foil" if row["foil"] else "original", group=group, kind="foil",
-        truths=(str(row["foil_word"]), str(row["target_word"]))) for k, row in enumerate(rows)]
+        category="foil" if row["foil"] else "original", group=group, kind="foil")
+        for k, row in enumerate(rows)]
 
 
 # -------------------------------------------------------------------------------- checks before any work
@@ -1077,22 +1076,13 @@ def attempt(endpoint: Endpoint, path: str, body: dict | None = None) -> dict | l
             contents = response.read().strip()
         status, text = response.status, contents[:2000].decode("utf-8", "replace")
         if status in (408, 409, 425, 429) or status >= 500:
-            raise CallFailed(text, status, wait=retry_after(response.headers))
+            asked = response.headers.get("Retry-After", "")        # in seconds; or a date, which is not read
+            raise CallFailed(text, status, wait=float(asked) if asked.isdigit() else 0)
         if status >= 300 or contents and contents[:1] not in b"{[":          # or it is a page, or events
             raise CallFailed(text, status)
         return json.loads(contents)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise CallFailed(getattr(error, "reason", error), wait=0) from error
-
-
-def retry_after(headers) -> float:
-    """The seconds that a server asks to be left alone: it gives their number, or a date."""
-    after = headers.get("Retry-After", "")
-    if after.isdigit():
-        return float(after)
-    with suppress(ValueError, TypeError, OverflowError):           # of what is neither
-        return max(0, parsedate_to_datetime(after).timestamp() - time.time())
-    return 0
 
 
 def check_endpoint(endpoint: Endpoint):

@@ -63,8 +63,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import discriminator as eq1
 from discriminator import SIMILARITIES, Discriminator
-from eval import (Task, check_judge, draw_curves, evaluate, make_judge, opened_thought, predict,
-                  results_table, rule_check, tasks_of, without_thoughts, write_report)
+from eval import (Task, check_judge, draw_curves, make_judge, opened_thought, predict, results_table,
+                  rule_check, score_responses, task_of, without_thoughts, write_report)
 from model import (VLM, Outputs, UserError, all_or_nothing, check_packing, checkpoint_layers,
                    encode_responses, generate, image_tokens, join, load_processor, load_vlm, micro_batches,
                    naming, packed_sizes, pick_device, remove, save_vlm, score, write_atomic)
@@ -282,7 +282,7 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     return row, rollouts_of(run.step, group, terms, reward, valid, advantage)
 
 
-def ril(run, collection: Collection | None, judge, held_out: list[Task]):
+def ril(run, collection: Collection | None, judge, held_out: Task | None):
     """Algorithm 2; or Algorithm 1, where there is neither a collection nor a D. Trains run.policy."""
     for step in run.steps():                           # resumes, saves, warns and stops
         questions = next(run.batches)                                                 # line 3
@@ -484,27 +484,26 @@ class Run:
                 self.warned[warning] = self.step
 
 
-def held_out_accuracy(run: Run, held_out: list[Task], judge) -> tuple[dict[str, float], list[dict]]:
+def held_out_accuracy(run: Run, held_out: Task, judge) -> tuple[dict[str, float], list[dict]]:
     """The held-out accuracy as metrics; and of the first questions, the greedy responses and what D makes of
     them, as rows of greedy.jsonl. Each process answers its part, and rank 0 has all of it judged; a judge
     that is down does not end the run."""
-    texts, row, greedy = [], {}, []
+    row, greedy, p_student = {}, [], []
     with run.sampler() as policy:
-        for task in held_out:
-            part = replace(task, examples=run.world.mine(task.examples))
-            texts.append(predict(policy, part, run.args.max_new_tokens, run.args.rollout_batch))
-    texts = [run.world.gather(responses) for responses in texts]
-    shown, p_student = texts[0][:FOLLOWED], []
+        part = replace(held_out, examples=run.world.mine(held_out.examples))
+        texts = predict(policy, part, run.args.max_new_tokens, run.args.rollout_batch)
+    texts = run.world.gather(texts)
     if run.D:
+        followed = [e.text for e in held_out.examples[:FOLLOWED]]
         with run.using(run.D):
-            responses = run.D.encode([e.text for e in held_out[0].examples[:FOLLOWED]], [[t] for t in shown])
+            responses = run.D.encode(followed, [[text] for text in texts[:FOLLOWED]])
             p_student = run.D.p_student(responses, run.args.token_budget, run.world)[:, 0].tolist()
     if run.world.rank == 0:
         try:
-            result = evaluate(held_out, texts, judge)
-            row["heldout_accuracy"] = result["accuracy"]
-            followed = zip_longest(result["tasks"][0]["rows"][:FOLLOWED], p_student)
-            greedy = [about | {"step": run.step, "source": "greedy", "p_student": p} for about, p in followed]
+            result = score_responses(held_out, texts, judge)
+            row["heldout_accuracy"] = result["score"] / 100
+            greedy = [about | {"step": run.step, "p_student": p}
+                      for about, p in zip_longest(result["rows"][:FOLLOWED], p_student)]
         except UserError as error:
             tqdm.write(str(error))
     run.world.wait()                                               # longer than an hour, if the judge is slow
@@ -1259,7 +1258,7 @@ def check_inputs(args, folder: Folder) -> dict[str, list]:
     for name, load, models, response, checks in (
             ("data", load_examples, asked, args.max_new_tokens, judged),
             ("sft_data", load_examples, student, None, []),
-            ("eval_data", tasks_of, student, args.max_new_tokens, judged)):
+            ("eval_data", task_of, student, args.max_new_tokens, judged)):
         if path := getattr(args, name):
             given[name] = load(path, skip_bad=args.skip_bad, checks=prompt_checks(models, response) + checks)
     if not collected:
@@ -1312,7 +1311,7 @@ def toy_world_and_teachers(folder: Folder, args, data: dict) -> list:
         if not args.sft_data:
             data["sft_words"] = load_examples(str(world / "sft-words.jsonl"))
         for option, name, load in (("data", "train", load_examples), ("sft_data", "sft", load_examples),
-                                   ("eval_data", "heldout", tasks_of)):
+                                   ("eval_data", "heldout", task_of)):
             if not getattr(args, option):
                 setattr(args, option, str(world / f"{name}.jsonl"))
                 data[option] = load(getattr(args, option))
@@ -1453,7 +1452,7 @@ def trained_student(folder: Folder, args, world: World, data: dict, collection: 
     run = Run(args, world, folder.out, policy, data["data"], D)
     if D:
         run.d_optimizer.load(named(tensors, "optimizer "))
-    ril(run, collection, judge(), data.get("eval_data", []))
+    ril(run, collection, judge(), data.get("eval_data"))
     if world.rank == 0:
         remove(folder.out / "evaluation-after.json")               # of a student that had fewer steps
     save_student(run, start, path)
@@ -1486,17 +1485,17 @@ def save_student(run: Run, start: str, path: Path):
 
 def report(folder: Folder, args, data: dict, judge, start: str):
     """Held-out scores before and after; curves.png and report.html of the run."""
-    results, out, held_out = {}, folder.out, data.get("eval_data", [])
+    results, out, held_out = {}, folder.out, data.get("eval_data")
     for name, checkpoint in (("before", start), ("after", str(out / "student"))):
         def make(path):
             vlm = load_vlm(checkpoint, args.device, args.dtype)
-            texts = [predict(vlm, task, args.max_new_tokens, args.rollout_batch) for task in held_out]
-            write_atomic(path, json.dumps(evaluate(held_out, texts, judge()), ensure_ascii=False))
+            texts = predict(vlm, held_out, args.max_new_tokens, args.rollout_batch)
+            write_atomic(path, json.dumps(score_responses(held_out, texts, judge()), ensure_ascii=False))
         if held_out:
-            results[name] = read_json(folder.stage(f"evaluation-{name}.json", make))["tasks"]
+            results[name] = [read_json(folder.stage(f"evaluation-{name}.json", make))]
     logs = {name: [row for _, row in read_jsonl(out / f"{name}.jsonl")] for name in LOGS}
     draw_curves(logs["metrics"], logs["greedy"], str(out / "curves.png"))
-    write_report(out, vars(args), results, logs["rollouts"], logs["greedy"])
+    write_report(out, vars(args), results, logs["rollouts"])
     if results:
         print(results_table(results))
     print(f"The trained student is {out / 'student'}; open {out / 'report.html'}")

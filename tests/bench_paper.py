@@ -164,7 +164,7 @@ def run_arm(arm, seed, out):
 def accuracy(folder, when="after"):
     """Held-out accuracy in percent; None where the arm has not been run."""
     path = folder / f"evaluation-{when}.json"
-    return 100 * json.loads(path.read_text())["accuracy"] if path.exists() else None
+    return json.loads(path.read_text())["score"] if path.exists() else None
 
 
 def accuracies(out, seeds):

@@ -189,9 +189,7 @@ CASES = {
     "vizwiz": (vizwiz, [{0: "dog", 1: "Unanswerable"}], {"VizWiz": 80}),
     "vizwiz_captions": (vizwiz_captions, [{0: "a red can of soup on a table", 1: ""}],
                         {"VizWiz captions": 500}),
-    "foil": (foil, [{"5-0": "Yes.", "5-1": "No", "6-0": "yes", "6-1": "yes"},
-                    {"5-1": "cats", "6-1": "the bus"}, {"5-1": "It should be 'dog'.", "6-1": "bus"}],
-             {"FOIL": 75, "FOIL word": 50, "FOIL correction": 100}),
+    "foil": (foil, [{"5-0": "Yes.", "5-1": "No", "6-0": "yes", "6-1": "yes"}], {"FOIL": 75}),
 }
 
 
@@ -214,7 +212,7 @@ def test_a_file_of_each_benchmark_is_scored_as_by_hand(name, tmp_path):
 def test_breakdowns(tmp_path):
     """A category, a split, a domain or a pair counted in the wrong place."""
     def by(make, texts):
-        task = e.tasks_of(str(make(tmp_path)))[0]
+        task = e.task_of(str(make(tmp_path)))
         return e.score_responses(task, [texts[x.id] for x in task.examples], e.rule_judge)["by"]
     assert by(CASES["AI2D_TEST"][0], {"0": "A", "1": "C", "2": "C"}) == {"c0": 100, "c1": 0}
     assert by(chartqa, {"0": "10", "1": "1", "2": "yes"}) == {"test_human": 50, "test_augmented": 100}
@@ -230,9 +228,9 @@ def test_breakdowns(tmp_path):
 
 def test_what_the_model_is_shown(tmp_path):
     """Prompts are part of a benchmark: options, hints, images where the tags are, and not the truth."""
-    def shown(path, i=0, task=0):
-        t = e.tasks_of(str(path))[task]
-        return t.asked(t.examples[i])
+    def shown(path, i=0):
+        task = e.task_of(str(path))
+        return task.asked(task.examples[i])
     assert shown(choices("AI2D_TEST", tmp_path, hint="Look.")).text == (
         "Hint: Look.\nQuestion: What is\nit?\nOptions:\nA. red\nB. a green dog\nC. blue\nD. 10\n"
         "Please select the correct answer from the options above. \n")
@@ -243,12 +241,10 @@ def test_what_the_model_is_shown(tmp_path):
     assert asked.text.startswith("Question: How long is <image>?") and "Options" not in asked.text
     assert shown(mmvet(tmp_path)).text == "What is there?"
     assert "Which?" not in shown(pro(tmp_path, "MMMU_Pro_V")).text
-    assert shown(foil(tmp_path), 0, 2).text.startswith('Caption: "a cat runs"\nThe word "cat" is wrong')
+    assert shown(foil(tmp_path)).text.startswith('Caption: "a dog runs"\nDoes this caption match')
     bench = shown(mmbench(tmp_path), 1)
     assert "A. no\nB. yes" in bench.text
     assert open_image(bench.images[0], "").tobytes() == noise_image(32, 32, 0).tobytes()
-    of_words = e.tasks_of(str(foil(tmp_path)))[1]
-    assert [x.id for x in of_words.examples] == ["5-1", "6-1"]     # only foils have a wrong word
 
 
 def test_the_command_line_with_checkpoints(checkpoints, tmp_path):
@@ -259,12 +255,12 @@ def test_the_command_line_with_checkpoints(checkpoints, tmp_path):
     done = run("eval.py", *options)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert list(results) == ["internvl", "qwen2_5_vl"] and len(results["internvl"]) == len(CASES) + 2
+    assert list(results) == ["internvl", "qwen2_5_vl"] and len(results["internvl"]) == len(CASES)
     assert "difference" in done.stdout and "not comparable with published numbers" in done.stdout
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script" not in page and "http" not in page and "data:image/jpeg" in page
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*/*.jsonl")}
-    assert len(before) == 2 * (len(CASES) + 2)
+    assert len(before) == 2 * len(CASES)
     rows = [json.loads(line) for text in before.values() for line in text.splitlines()[1:]]
     assert {row["finished"] for row in rows} == {False}            # these models never stop
     again = call("eval.py", *options[:4], "--data", *data, "--max-new-tokens", 4, "--out", tmp_path / "out")
@@ -340,14 +336,14 @@ def test_files_that_have_no_known_name_are_told_by_content(tmp_path):
         path = tmp_path / name
         lines = [json.dumps({"id": i, "question": "?"} | row) + "\n" for i, row in enumerate(rows)]
         path.write_text("".join(lines))
-        (task,) = e.tasks_of(str(path))
+        task = e.task_of(str(path))
         return task.name, task.metric, task.asked(task.examples[0]).text
     assert metric("mine.jsonl", {"answer": "B", "options": ["x", "y"]})[:2] == ("mine", "mcq")
     assert metric("mine.jsonl", {"answer": "y", "options": ["x", "y"]}) == ("mine", "judge", "?\nA. x\nB. y")
     assert metric("mine.jsonl", {"answer": "3"}, {"answer": "Yes"}) == ("mine", "judge", "?")
     assert metric("mine.jsonl", {"answer": "Yes"}, {"answer": "No"})[1] == "yes_no"
     assert metric("mine.jsonl", {"answers": ["a"] * 10})[1] == "vqa"
-    assert e.tasks_of(str(choices("mine", tmp_path)))[0].metric == "mcq"
+    assert e.task_of(str(choices("mine", tmp_path))).metric == "mcq"
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -423,7 +419,7 @@ def test_predictions_are_read_or_refused(name, text, says, tmp_path):
     """Missing, repeated or foreign responses, or rows in another form, scored as if they fitted."""
     if text:
         (tmp_path / name).write_text(text)
-    task = e.tasks_of(str(choices("AI2D_TEST", tmp_path)))[0]
+    task = e.task_of(str(choices("AI2D_TEST", tmp_path)))
     if not says:
         assert e.read_predictions(str(tmp_path / name), task) == ["A", "B", "C"]
         return
@@ -434,15 +430,15 @@ def test_predictions_are_read_or_refused(name, text, says, tmp_path):
 def test_a_metric_that_the_data_cannot_have(tmp_path):
     """A traceback, or an empty table, for a --metric that needs more than the data have."""
     mine = dump(tmp_path / "mine.json", [{"question": "?", "answer": "2"}])
-    for path, metric, needed in ((choices("AI2D_TEST", tmp_path), "foil_word", 2), (mine, "cider", 1)):
-        with pytest.raises(UserError, match=f"at least {needed} answers, found {needed - 1}"):
-            e.tasks_of(str(path), metric)
+    for path, metric, needed, found in ((choices("AI2D_TEST", tmp_path), "vqa", 4, 1), (mine, "cider", 1, 0)):
+        with pytest.raises(UserError, match=f"at least {needed} answers, found {found}"):
+            e.task_of(str(path), metric)
 
 
 def test_skip_bad_and_limit(tmp_path):
     """A question left out that should not be; half a circular group asked."""
     def ids(path, **options):
-        return [x.id for x in e.tasks_of(str(path), **options)[0].examples]
+        return [x.id for x in e.task_of(str(path), **options).examples]
     bad = stars(tmp_path, row(index=0, image="x" * 80), row(), row(index=2))
     assert ids(bad, skip_bad=True) == ["1", "2"]
     assert ids(mmbench(tmp_path), limit=1) == ["0", "1000000"]
@@ -629,10 +625,6 @@ def about(truth, *truths, options=()):
     ("mmmu", about("$6$"), "The answer is 6.", 1),
     ("mmmu", about("1e3"), "1000 m", 1),
     ("mmmu", about("1e3"), "The answer is 1", 0),
-    ("foil_word", about("No", "horse", "bike"), "horses", 1),
-    ("foil_word", about("No", "horse", "bike"), "The wrong word is horse.", 1),
-    ("foil_word", about("No", "horse", "bike"), "a man rides a big horse", 0),
-    ("foil_fix", about("No", "horse", "bike"), 'It should be "bike"', 1),
     ("mcq", about("B", options=tuple("abcdefghij")), "Perhaps A.\nAnswer: B", 1),
     ("yes_no", about("Yes"), "**Yes**, it is", 1),                  # upstream leaves that out
 ])
@@ -675,7 +667,7 @@ def test_a_graded_judge(tmp_path, monkeypatch):
     monkeypatch.setattr(e.LLMJudge, "__call__", verdicts)
     judge = e.LLMJudge.__new__(e.LLMJudge)
     judge.name = "big"
-    score = e.score_responses(e.tasks_of(str(mmvet(tmp_path)))[0], ["a cat", "12"], judge)
+    score = e.score_responses(e.task_of(str(mmvet(tmp_path))), ["a cat", "12"], judge)
     assert score["metric"] == "graded, big" and score["score"] == 50 and score["failed"] == 1
     [(triples, graded)] = asked
     assert graded and triples[0] == ("What is there?", "cat and dog", "a cat")

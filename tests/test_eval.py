@@ -11,7 +11,7 @@ from PIL import Image
 import eval
 from conftest import call, noise_image
 from eval import (draw_curves, greedy, most_changed, opened_thought, parse_verdict, rule_check, rule_judge,
-                  rule_verdict, tasks_of, without_thoughts, write_report)
+                  rule_verdict, task_of, without_thoughts, write_report)
 from model import UserError, encode
 from teachers import Example, load_examples
 
@@ -137,7 +137,7 @@ def test_truths_are_checked_before_any_work(checkpoints, tmp_path):
     assert [row["id"] for row in score["rows"]] == ["0"]
     assert len(load_examples(str(mine), checks=[rule_check], skip_bad=True)) == 1
     answers = data("vqa.jsonl", {"id": "0", "answers": ["$7"] * 4})
-    assert tasks_of(str(answers), checks=[rule_check])[0].metric == "vqa"
+    assert task_of(str(answers), checks=[rule_check]).metric == "vqa"
 
 
 @pytest.mark.parametrize("response, rest", [
@@ -214,11 +214,10 @@ def test_the_report_cannot_run_what_a_model_wrote(tmp_path):
                 "interval": [0, 100], "by": {evil: 1.0}, "units": {"a": [value, 1], "b": [1.0, 1]},
                 "rows": [row | {"text": "same", "verdict": 1.0}, row | {"text": "changed", "verdict": value}]}
     draw_curves([], [], str(tmp_path / "curves.png"))
-    write_report(tmp_path, {"data": evil}, {"base": [score(0.0)], "new" + evil: [score(1.0)]}, [rollout],
-                 [rollout | {"verdict": 1.0}])
+    write_report(tmp_path, {"data": evil}, {"base": [score(0.0)], "new" + evil: [score(1.0)]}, [rollout])
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "<img src=x" not in page and page.count("&lt;script&gt;") >= 12
-    assert "http://" not in page and "https://" not in page and page.count("<img") == 1 + 4
+    assert "http://" not in page and "https://" not in page and page.count("<img") == 1 + 3
     assert page.index("changed") < page.index("same")              # what differs comes first
 
 
@@ -229,7 +228,7 @@ def test_the_report_has_a_column_for_each_reward_term(tmp_path):
                       "rewards": {"similarity": 1.0, "answer": 1.0, "length": -3.5}},
             common | {"source": "qwen", "text": "2!", "p_student": None, "advantage": 0.5,
                       "rewards": {"similarity": 1.0, "answer": None, "length": -3.5}}]
-    write_report(tmp_path, {}, {}, rows, [])
+    write_report(tmp_path, {}, {}, rows)
     page = (tmp_path / "report.html").read_text()
     table = re.findall(r"<tr.*?</tr>", page)
     cells = [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in table]

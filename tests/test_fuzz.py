@@ -102,11 +102,11 @@ def test_mutated_benchmark_files(name, tmp_path):
     path = made.CASES[name][0](tmp_path)
 
     def work():
-        for task in e.tasks_of(str(path)):
-            for x in task.examples:
-                task.asked(x)
-            e.results_table({"a": [e.score_responses(task, ["A, because 3.5 dogs"] * len(task.examples),
-                                                     e.rule_judge)]})
+        task = e.task_of(str(path))
+        for x in task.examples:
+            task.asked(x)
+        e.results_table({"a": [e.score_responses(task, ["A, because 3.5 dogs"] * len(task.examples),
+                                                 e.rule_judge)]})
     fuzz(path, work, random.Random(name), COUNT // 15)
 
 
@@ -145,7 +145,7 @@ def test_mutated_collections(tmp_path):
 
 
 def test_mutated_predictions(tmp_path):
-    task = e.tasks_of(str(made.choices("AI2D_TEST", tmp_path)))[0]
+    task = e.task_of(str(made.choices("AI2D_TEST", tmp_path)))
     lines = "".join(json.dumps({"id": i, "text": "A"}) + "\n" for i in range(3))
     for name, contents in (("p.jsonl", lines), ("p.tsv", "index\tprediction\n0\tA\n1\tA\n2\tA\n")):
         (tmp_path / name).write_text(contents)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from conftest import call, lamp_files, noise_image
-from eval import rule_verdict, tasks_of
+from eval import rule_verdict, task_of
 from model import Sampling, UserError, chat_turns, encode_responses, image_tokens
 from teachers import (SHAPES, VOICES, Collection, Example, Split, draw_scene, draw_toy_world, drop_torn_line,
                       fill_collection, load_examples, make_teacher, open_image, prompt_checks,
@@ -380,11 +380,11 @@ def test_what_a_model_cannot_be_asked_is_skipped_and_counted(tmp_path, checkpoin
     path, checks = write(tmp_path / "d.jsonl", *rows), prompt_checks([checkpoints["qwen2_5_vl"]], 24)
     assert [e.id for e in load_examples(path, True, checks)] == ["good"]
     assert f"3 of 4 examples skipped, the first: {path}:1" in capsys.readouterr().out
-    assert [e.id for task in tasks_of(path, skip_bad=True, checks=checks) for e in task.examples] == ["good"]
+    assert [e.id for e in task_of(path, skip_bad=True, checks=checks).examples] == ["good"]
     pair = [replace(e, group="g", options=("2", "3"), truth="A") for e in load_examples(path)[2:]]
     monkeypatch.setattr("eval.load_examples", lambda *_: pair)
     with pytest.raises(UserError, match="of every group"):         # half a group is no group
-        tasks_of(path, "mcq", True, checks=checks)
+        task_of(path, "mcq", True, checks=checks)
     path = write(tmp_path / "none.jsonl", *rows[:3])
     with pytest.raises(UserError, match="none.jsonl:[1-3]"):       # none is left
         load_examples(path, True, checks)

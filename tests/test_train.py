@@ -51,7 +51,7 @@ def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
         by_hand = (row["p_student"] < 0.5) + row["rewards"]["answer"]
         assert row["reward"] == pytest.approx(by_hand) or abs(row["p_student"] - 0.5) < 1e-3
     followed = [row for row in rows_of(out / "greedy.jsonl") if row["step"] == 0]
-    after = json.loads((out / "evaluation-after.json").read_text())["tasks"][0]["rows"]
+    after = json.loads((out / "evaluation-after.json").read_text())["rows"]
     assert [row["id"] for row in followed] == [row["id"] for row in after[:8]]
     assert all(0 < row["p_student"] < 1 and row["verdict"] in (0, 1) for row in followed)
     group = rollouts[:4]
