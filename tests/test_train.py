@@ -1,5 +1,6 @@
 """The real command line, end to end, by subprocess: what a user does, and what a user does wrong."""
 import json
+import re
 import shutil
 
 import pytest
@@ -64,15 +65,16 @@ def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
     AutoModelForImageTextToText.from_pretrained(out / "student")
 
 
-def test_the_right_words_for_shapes_are_heard_from_teachers_alone(finished):
-    """A student that was taught them, so that teachers are not needed; teachers with the same blind spot."""
+def test_no_answer_reward_can_teach_the_toy_shapes(finished):
+    """A training truth that somebody says, which would give that response an answer reward."""
     def said(name):
         rows = [row for row in rows_of(finished[0] / "data" / f"{name}.jsonl") if row["category"] == "shape"]
         assert len(rows) > 100
-        return {shape for shape in SHAPES for row in rows if shape in row["answer"]}
-    assert said("sft-words") == said("sft") == set()
-    assert said("qwen") == {"circle", "triangle"} and said("internvl") == {"square", "triangle"}
-    assert said("train") == said("heldout") == set(SHAPES)
+        return {word for row in rows for word in re.findall(r"\w+", row["answer"])}
+    known = {"disc", "box", "wedge"}
+    assert said("train") == known and said("heldout") == set(SHAPES) == said("words") == said("sft-words")
+    assert not known & (said("sft") | said("qwen") | said("internvl"))
+    assert "square" not in said("qwen") and "circle" not in said("internvl")       # their blind spots
 
 
 def test_a_second_run_repeats_nothing_and_other_settings_are_refused(finished):
