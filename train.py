@@ -598,10 +598,11 @@ def falls(values: np.ndarray, ends: int) -> bool:
     return values[:ends].mean() - values[-ends:].mean() > max(0.1, 4 * noise)
 
 
-def swings(values: np.ndarray) -> bool:
-    """Whether a reward that is between 0 and 1 both rises and falls by more than a half."""
-    rise = (values - np.minimum.accumulate(values)).max(initial=0)             # most above an earlier step
-    fall = (np.maximum.accumulate(values) - values).max(initial=0)             # most below one
+def swings(values: np.ndarray, width: int) -> bool:
+    """Whether a reward between 0 and 1, its means of `width` steps, both rises and falls by over a half."""
+    means = np.convolve(values, np.full(width, 1 / width), "valid")
+    rise = (means - np.minimum.accumulate(means)).max(initial=0)               # most above an earlier one
+    fall = (np.maximum.accumulate(means) - means).max(initial=0)               # most below one
     return min(rise, fall) > 0.5 and values.min() >= 0 and values.max() <= 1
 
 
@@ -622,8 +623,9 @@ def warnings(rows: list[dict]) -> list[str]:
          "`grad_norm` is ten times what it was: the updates are no longer small; lower --lr"),
         (sudden and falls(answer, ends),
          "`reward/answer/student` falls: the student gets worse; lower --lr and --discriminator-lr"),
-        (sudden and swings(similarity),
-         "`reward/similarity/student` swings: D and the student chase each other; lower --discriminator-lr"),
+        (sudden and swings(similarity, ends),
+         "`reward/similarity/student` swings: D and the student chase each other; lower --lr, so that D "
+         "learns faster than the student changes"),
         (slow and d_accuracy.mean() > 0.98,
          "`d_accuracy` is near 1: D always knows the student, who earns no `reward/similarity/`; lower "
          "--discriminator-lr, or first fine-tune the student on answers in the teachers' ways"),
