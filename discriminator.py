@@ -88,8 +88,8 @@ class Discriminator(nn.Module):
         """Logits of p_student, (B, K) float32, computed in packed rows. Of N = 5 distinct responses, n = 2:
 
             before | o_1 | o_2          `before`, F tokens, is always the same, so it is read once a row;
-            before | o_3 | o_4          the state of the last token of each o gives its logit;
-            before | o_5 |  -           equal responses share it
+            before | o_3 | o_4          each o ends with `after`, and the state of its last token gives its
+            before | o_5 |  -           logit, which equal responses share
 
         n responses of r tokens take F + n r tokens in one row, and not n (F + r). n is such that n r = 3 F: a
         longer row would save no more than a quarter, and compare every token with more others.

@@ -4,8 +4,11 @@
     python eval.py --model runs/qwen3b/student --data AI2D_TEST.tsv MMBench_DEV_EN.tsv
     python eval.py --predictions responses.tsv --data ChartQA_TEST.tsv
 
-Training needs a judge and nothing else of this file. One judge reads short answers by rule; the other asks a
-language model, as the paper does. Both stand above the banner.
+Training needs a judge and nothing else of this file. One judge reads short answers by rule, above the banner;
+the other asks a language model, as the paper does: LLMJudge, below. Of what the rule uses from below,
+options_of reads the options "A. red" of a question; extract_choice finds the one that a response commits to;
+normalise makes plain words ("Two dogs." -> "2 dogs ."); KINDS are values that exclude one another, as
+colours; asserted finds them where nothing negates them; is_framed knows "It is a PHRASE".
 
 Benchmarks have metrics of their own. Each is scored as its field scores it; where a published scorer is
 wrong, the docstring says so and says what is done instead. A response from which nothing can be extracted is
@@ -65,7 +68,7 @@ def final_answer(response: str) -> str:
     marked_answer; what follows it here is for judge and choices.
     """
     text = marked_answer(without_thoughts(response))
-    said = next(iter(conclusions(text)), text)
+    said = next(iter(conclusions(text)), text)                              # the last comes first
     said = re.split(r"(?s)\banswer\W*\.(?=.*\w)", said)[-1]                 # "3 is the answer. No, 4."
     said = REASON.split(said)[0].strip() or said
     return re.split(r"=\s*(?=-?\d)", said)[-1]
@@ -102,9 +105,9 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
 
 def stated(question: str, answer: str, kind: str) -> set[str]:
     """The values of a kind that a normalised answer states: "red or blue" two, "not red" none. Those that
-    only repeat the question are set aside: "the circle beside the blue square is red"."""
+    only repeat the question are set aside: "the circle beside the blue square is red" (but no "or")."""
     values = asserted(answer, kind)
-    if kind == YES_OR_NO:
+    if kind == YES_OR_NO or re.search(rf"(?:{kind}) or (?:{kind})", answer):
         return values
     # "Is it red or blue?" "red": what the question names counts where nothing else is said
     return values - asserted(normalise(question), kind) or values

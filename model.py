@@ -203,18 +203,19 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
            slots: int) -> Iterator[tuple[int, list[Tensor]]]:
     """Sample G responses to any number of prompts; yields (prompt's number, G tensors of ids).
 
-    noise: for each prompt uniform numbers (G, max_new_tokens), one a token. Continuous batching: a response
-    that ends (.) gives its slot to the next in line. Here, prompts a b c, G = 2, three slots:
+    noise: for each prompt uniform numbers (G, max_new_tokens), one a token. Continuous batching: where a
+    response ends (.), the last one moves up, and the next in line begins behind it. Here, prompts a b c,
+    G = 2, three slots:
 
         step      1    2    3    4    5    6    7
-        slot 0    a1   a1   a1.  c1   c1   c1   c1.
-        slot 1    a2   a2   a2   a2   a2.  c2   c2.
-        slot 2    b1   b1.  b2   b2   b2   b2.          the line is empty: fewer rows from here on
+        slot 0    a1   a1   a1.  b2   b2   b2.  c2
+        slot 1    a2   a2   a2   a2   a2.  c1   c1.
+        slot 2    b1   b1.  b2   c1   c1   c2           the line is empty: fewer slots from here on
 
     Prompts are read only when it is their turn, each once for its G responses (`prefill`), so the batch stays
-    full and memory does not grow with their number. A step is one token in every slot: Slots.step, below.
-    Against batches that pad and repeat (B prompts of P tokens, G responses of r on average, R at most) that
-    is a prefill of B P tokens, not B G P; and decoding of B G (r + 1), not B G R.
+    full and memory does not grow with their number. A step is one token in every slot (`advance`). Against
+    batches that pad and repeat (B prompts of P tokens, G responses of r on average, R at most) that is a
+    prefill of B P tokens, not B G P; and decoding of B G r, not B G R.
     """
     line, G = enumerate(zip(prompts, noise)), num_samples
     table, ready, owners, done = Slots(vlm, sampling, slots), deque(), [], defaultdict(dict)
@@ -225,12 +226,12 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
                 ahead = list(islice(line, max(1, slots // G)))     # prefill the next prompts, once each
                 if not ahead:
                     break
-                block = prefill(vlm, [prompt for _, (prompt, _) in ahead])
+                block = prefill(vlm, [prompt for _, (prompt, _) in ahead])     # their caches, a row a prompt
                 block_noise = torch.cat([own for _, (_, own) in ahead])                      # (prompts G, R)
                 ready.extend((b, g, i * G + g) for i, (b, _) in enumerate(ahead) for g in range(G))
             starting = [ready.popleft() for _ in range(min(slots - len(owners), len(ready)))]
             which = torch.tensor([i for _, _, i in starting], device=vlm.device)
-            table.start(len(owners), *block, which // G, block_noise[which])
+            table.start(len(owners), *block, which // G, block_noise[which])   # G samples go on from a row
             owners += [(b, g) for b, g, _ in starting]
         if not owners:
             return

@@ -115,7 +115,7 @@ def total_reward(terms: dict[str, Tensor], weights: dict[str, float]) -> tuple[T
 
 @dataclass(frozen=True)
 class Loss:
-    """What tells GRPO and Dr.GRPO apart. It is passed to all three functions that follow."""
+    """What tells GRPO and Dr.GRPO apart, for advantages, importance_ratio and policy_loss."""
     divide_by_std: bool                # advantages are divided by the standard deviation of their group
     mean_over_tokens: bool             # the gain of a response is divided by its length
 
@@ -182,6 +182,7 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
     all processes. Returns loss, kl, clip_fraction and grad_norm.
     """
     args, policy, reference, form = run.args, run.policy, run.reference, LOSSES[run.args.loss]
+    # micro-batches of questions; of several processes, those with fewer repeat a question, with weight 0
     parts = run.world.even(micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget))
     old_logps, ref_logps, norms, stats = {}, {}, [], defaultdict(float)
 
@@ -193,10 +194,12 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
     for update in range(args.mu):                                                     # line 11
         for i, (part, weight) in enumerate(parts):
             logp = run.score(policy, prompts, outputs, part)                          #          (b, K, R)
-            if update == 0:                            # the policy has not moved yet, so it is the old one
+            # the policy has not moved yet, so it is the old one; also of teachers' responses: the ratio is
+            # between two students, and 1 at first, as if the student had sampled them
+            if update == 0:
                 old_logps[i] = logp.detach()                                          # line 4
             old_logp, mask = old_logps[i], outputs.mask[part]
-            ref_logp = ref_logps[i] if args.beta else old_logp             # then only the metric kl reads it
+            ref_logp = ref_logps[i] if args.beta else old_logp             # then only the metric heeds it
             loss = weight / questions * policy_loss(logp, old_logp, ref_logp, advantage[part], mask,
                                                     valid[part], args.eps, args.beta, form)
             loss.backward()
@@ -208,7 +211,7 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
             stats["tokens"] += weight * mask.sum()
             clipped = (importance_ratio(logp.detach(), old_logp, mask, form) - 1).abs() > args.eps
             stats["clip_fraction"] += weight * clipped[mask].sum()
-        norms.append(run.optimizer.step(max_norm=1.0))                                # line 12
+        norms.append(run.optimizer.step(max_norm=1.0))           # line 12, by the sum over the processes
 
     sums = {name: run.world.sum(total).item() / args.mu for name, total in stats.items()}
     return {"loss": sums["loss"], "kl": sums["kl"] / sums["sampled"],
@@ -310,10 +313,10 @@ def main():
         collection = teachers_responses(folder, args, teachers, data, start)
         pretrained = pretrained_discriminator(folder, args, data, collection, start)  # Eq. 1
         verdicts = folder.out / f"verdicts{world.rank or ''}.jsonl"
-        judge = cache(partial(make_judge, args.judge, verdicts, args.device, args.dtype))      # when wanted
-    trained_student(folder, args, world, data, collection, pretrained, start, judge)  # Algorithm 2
+        get_judge = cache(partial(make_judge, args.judge, verdicts, args.device, args.dtype))
+    trained_student(folder, args, world, data, collection, pretrained, start, get_judge)      # Algorithm 2
     if world.rank == 0:
-        report(folder, args, data, judge, start)
+        report(folder, args, data, get_judge, start)
     world.leave()
 
 
@@ -1438,7 +1441,7 @@ def pretrained_discriminator(folder: Folder, args, data: dict, collection: Colle
 
 
 def trained_student(folder: Folder, args, world: World, data: dict, collection: Collection | None,
-                    pretrained: Path | None, start: str, judge):
+                    pretrained: Path | None, start: str, get_judge):
     """The loop, and the student that comes out of it, a checkpoint like the one it began as."""
     path = folder.out / "student"
     if folder.is_trained():
@@ -1454,7 +1457,7 @@ def trained_student(folder: Folder, args, world: World, data: dict, collection: 
     run = Run(args, world, folder.out, policy, data["data"], D)
     if D:
         run.d_optimizer.load(named(tensors, "optimizer "))
-    ril(run, collection, judge(), data.get("eval_data"))
+    ril(run, collection, get_judge(), data.get("eval_data"))
     if world.rank == 0:
         remove(folder.out / "evaluation-after.json")               # of a student that had fewer steps
     save_student(run, start, path)
@@ -1485,14 +1488,14 @@ def save_student(run: Run, start: str, path: Path):
     save_vlm(plain, str(path))
 
 
-def report(folder: Folder, args, data: dict, judge, start: str):
+def report(folder: Folder, args, data: dict, get_judge, start: str):
     """Held-out scores before and after; curves.png and report.html of the run."""
     results, out, held_out = {}, folder.out, data.get("eval_data")
     for name, checkpoint in (("before", start), ("after", str(out / "student"))):
         def make(path):
             vlm = load_vlm(checkpoint, args.device, args.dtype)
             texts = predict(vlm, held_out, args.max_new_tokens, args.rollout_batch)
-            write_atomic(path, json.dumps(score_responses(held_out, texts, judge()), ensure_ascii=False))
+            write_atomic(path, json.dumps(score_responses(held_out, texts, get_judge()), ensure_ascii=False))
         if held_out:
             results[name] = [read_json(folder.stage(f"evaluation-{name}.json", make))]
     logs = {name: [row for _, row in read_jsonl(out / f"{name}.jsonl")] for name in LOGS}

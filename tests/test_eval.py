@@ -36,7 +36,7 @@ def test_the_examples_of_the_rule_judge_are_right():
      ["not red", "It isn't red.", "red or blue or green", "red blue green", "I see red and blue.",
       "The square is red. The answer is blue.", "A red square is there, so it is blue",
       "The answer is red or blue.", "It was hired.", "I am not sure.", "", r"red \boxed{blue}"]),
-    (BESIDE, "red", ["The circle beside the blue square is red."], []),
+    (BESIDE, "red", ["The circle beside the blue square is red."], ["red or blue"]),
     ("Is it red or blue?", "red", ["It is red."], ["It is red or blue."]),
     (COUNT, "2", ["2", "There are two circles.", "2.0"], ["12", "-2", "2 or 3", "1 2 3 4", "two hundred"]),
     (COUNT, "12", ["12"], ["1", "2"]),
