@@ -20,8 +20,8 @@ from pathlib import Path
 from PIL import Image
 from sklearn.datasets import load_digits
 
-CARELESS = ("{}", "{}", "{}", "I am not sure.")
 TEACHERS = {"A": ("{}, I would say.", "{} is the digit."), "B": ("{}, clearly written.", "I read {}.")}
+CARELESS = (*8 * ("{}",), "I am not sure.", "I am not sure.", *TEACHERS["A"], *TEACHERS["B"])
 
 
 def write(path, rows):
