@@ -6,11 +6,9 @@ r"""scikit-learn's 1,797 handwritten digits as data for train.py: real pictures,
         --collection runs/digits/responses.jsonl --eval-data runs/digits/heldout.jsonl --out runs/digits/run
 
 The first writes these files; responses.jsonl is of two rules as teachers, which are right, each in its own
-words. The student is careless, and its SFT data holds none of these words. With seed 0, held-out accuracy
-rose from 71.5 to 91.5, in one to three minutes on one core. It keeps to bare digits: it never speaks like its
-teachers by chance (similarity 0.03, and the run warns of that), and the toy's beta of 0.15 holds it back.
-With --beta 0.03 --steps 300, nearer to the paper's 0.01, it ends at 95.8, similarity rises to 0.62, and 97%
-of its greedy responses are whole sentences of a teacher. The price is a KL of 8.
+words. The student is careless, and speaks mostly in bare digits. With seed 0, held-out accuracy rose from 85.5
+to 95.5, in two to four minutes on one core. A student that has never heard its teachers' ways in SFT earns no
+similarity: D always knows it, and after 80 steps its responses were six times as long, at a KL of 5.
 """
 import json
 import random
