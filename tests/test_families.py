@@ -199,8 +199,8 @@ def test_a_response_that_sees_its_sibling_is_noticed_in_bfloat16(vlm, prompts, f
     """A tolerance so wide, for the rounding of bfloat16, that every wrong mask passes."""
     plain = model.packed_mask
 
-    def leaky(trunk, question, owner, place, tokens):
-        return plain(trunk, question, owner.clamp(max=1), place, tokens)
+    def leaky(trunk, rows):
+        return plain(trunk, replace(rows, owner=rows.owner.clamp(max=1)))
     family = vlm.model.config.model_type
     half = load_vlm(folders[family], "cpu", "bfloat16")
     check_packing(half, prompts[0])
