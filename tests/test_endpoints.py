@@ -423,8 +423,7 @@ def test_a_fifth_of_garbage_changes_no_other_reward(tmp_path):
     server = Hostile(reply)
     command = ["train.py", "--student", "toy", "--data", data, "--eval-data", data, "--collection", responses,
                "--judge", f"m@{server.url}", "--out", tmp_path / "out", "--sft-steps", 1, "--steps", 2,
-               "--batch-size", 4, "--discriminator-steps", 1, "--collect", 2,
-               "--push-teachers-down"]
+               "--batch-size", 4, "--discriminator-steps", 1, "--collect", 2]
     done = call(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     server.shutdown()

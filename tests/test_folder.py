@@ -179,8 +179,8 @@ def test_a_result_that_other_code_made_is_said(copied, tmp_path, capsys):
 def test_an_option_that_a_fork_adds_is_part_of_the_record(copied, tmp_path):
     """--eps-high 0.28, then 0.9 into the same folder: the first result again."""
     out, options = copied
-    code = edited(tmp_path, "train.py", '        ("--eps", 0.2,',
-                  '        ("--eps-high", 0.28, "?"),\n        ("--eps", 0.2,')
+    code = edited(tmp_path, "train.py", '        Option("--eps", 0.2,',
+                  '        Option("--eps-high", 0.28, "?"),\n        Option("--eps", 0.2,')
     command = ["train.py", *map(str, options), "--steps", "4", "--out", str(out)]
     run_code(code, command)                                        # an older record had the default
     with pytest.raises(Exception, match="--eps-high 0.28 there, 0.9 here"):
