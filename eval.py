@@ -105,7 +105,8 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
 
 def stated(question: str, answer: str, kind: str) -> set[str]:
     """The values of a kind that a normalised answer states: "red or blue" two, "not red" none. Those that
-    only repeat the question are set aside: "the circle beside the blue square is red" (but no "or")."""
+    only repeat the question are set aside, as in "the circle beside the blue square is red"; not where an
+    "or" joins two: that is a hedge."""
     values = asserted(answer, kind)
     if kind == YES_OR_NO or re.search(rf"(?:{kind}) or (?:{kind})", answer):
         return values
@@ -1183,7 +1184,7 @@ def question_panel(rows: list[dict]) -> Image.Image:
     for path in rows[0]["image"][:1]:
         picture = open_image(path, path)
         scale = min(120 / picture.width, 120 / picture.height)
-        size = round(picture.width * scale), round(picture.height * scale)
+        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
         image.paste(picture.resize(size, Image.Resampling.NEAREST), (LEFT, TOP))
     pen.text((LEFT + 140, TOP), f"truth: {shortened(rows[0]['truth'], 40)}", fill="black", font=small)
     shown = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, 6).round().astype(int))]

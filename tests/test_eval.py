@@ -264,7 +264,7 @@ def test_curves_are_drawn_where_the_numbers_are(tmp_path):
 
 def test_a_question_that_became_right_is_shown_over_the_run(tmp_path):
     """A picture of a question that was right all along; a verdict that failed, drawn as wrong."""
-    noise_image(8, 8).save(tmp_path / "i.png")
+    noise_image(1, 400).save(tmp_path / "i.png")                    # and one that is a line when scaled
     greedy = [{"id": name, "step": step, "verdict": verdict, "text": "two", "p_student": 0.5, "truth": "2",
                "question": "How many?", "image": [str(tmp_path / "i.png")]}
               for step, verdicts in ((0, (1.0, 0.0, 0.0)), (24, (1.0, None, 0.0)), (49, (1.0, 1.0, 1.0)))
