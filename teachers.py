@@ -1247,9 +1247,6 @@ def questions_about(scene: dict[int, tuple[str, str]], rng: random.Random) -> li
                                (shape, shapes.count(shape))])
     questions.append(("count", f"How many {asked}s are there?", str(count)))
 
-    wanted = rng.choice(things) if rng.random() < 0.5 else (colour, shape)
-    questions.append(("existence", f"Is there a {' '.join(wanted)}?", "yes" if wanted in things else "no"))
-
     alone = [(c, s) for c, s in things if shapes.count(s) == 1]
     if alone:
         c, s = rng.choice(alone)
@@ -1294,8 +1291,7 @@ def draw_toy_world(folder: str, seed: int, splits: dict[str, Split]):
             drawn.add(key)
             image = f"images/{name}-{len(rows):05}.png"
             draw_scene(scene).save(Path(folder) / image)
-            questions = questions_about(scene, rng)
-            for category, question, truth in rng.sample(questions, min(3, len(questions))):
+            for category, question, truth in questions_about(scene, rng):
                 way = rng.choice(VOICES[rng.choice(split.voices)])
                 if split.echoes and category == "shape" and rng.random() < 0.8:
                     truth = question.rstrip("?").split()[-1]

@@ -1314,7 +1314,7 @@ def toy_world_and_teachers(folder: Folder, args, data: dict) -> list:
                     tiny_vlm_from_scratch(path, family, lessons, 96, args.teacher_steps, args)
                 folder.stage(f"teachers/{name}", make)
         if not args.sft_data:
-            data["sft_words"] = load_examples(str(world / "sft-words.jsonl"))
+            data["sft_words"] = load_examples(str(world / "words.jsonl"))
         for option, name, load in (("data", "train", load_examples), ("sft_data", "sft", load_examples),
                                    ("eval_data", "heldout", task_of)):
             if not getattr(args, option):
@@ -1333,16 +1333,17 @@ def toy_world(path: Path, seed: int):
     with single words and, asked for a shape, mostly echoes the colour in the question. Nobody is ever right
     there in training, as its answers name shapes in words that nobody says: only similarity speaks. Held-out
     answers have the ordinary words. Each teacher has a blind spot: A takes squares for circles, B circles for
-    squares. One they share: neither counts but 1 and 2. There only the student's own responses can be right.
+    squares. One they share: both take one for two, and two for one. There only the student's own responses
+    can be right.
     """
     other_words = {"circle": "disc", "square": "box", "triangle": "wedge"}
-    shared = {"0": "1", "3": "2", "4": "2"}
+    shared = {"1": "2", "2": "1"}
     with all_or_nothing(path) as folder:
         draw_toy_world(str(folder), seed, {
-            "heldout": Split(500), "train": Split(1000, wrong=other_words), "words": Split(4000),
-            "qwen": Split(2000, ("A",), shared | {"square": "circle"}),
-            "internvl": Split(2000, ("B",), shared | {"circle": "square"}),
-            "sft-words": Split(4000), "sft": Split(2000, 5 * ("plain",) + ("A", "B"), echoes=True)})
+            "heldout": Split(500), "train": Split(1000, wrong=other_words), "words": Split(3000),
+            "qwen": Split(1500, ("A",), shared | {"square": "circle"}),
+            "internvl": Split(1500, ("B",), shared | {"circle": "square"}),
+            "sft": Split(2000, 5 * ("plain",) + ("A", "B"), echoes=True)})
 
 
 def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]], width: int, steps: int,
@@ -1540,10 +1541,10 @@ OPTIONS = {
         Option("--from", None, "folder of a run that differs in its loop alone: what it made before, is "
                "copied")],
     "SFT": [
-        Option("--sft-steps", 0, "steps of SFT; 0 for a student that has had it", toy=600),
+        Option("--sft-steps", 0, "steps of SFT; 0 for a student that has had it", toy=500),
         Option("--sft-lr", 1e-5, "learning rate of SFT, decays linearly to a tenth", toy=1e-3),
         Option("--sft-batch-size", 64, "examples per step of SFT", toy=32),
-        Option("--teacher-steps", 0, "steps of SFT of each teacher of the toy world", toy=500)],
+        Option("--teacher-steps", 0, "steps of SFT of each teacher of the toy world", toy=400)],
     "collection": [
         Option("--collect", 16, "responses of each teacher to each question; and N of D's pre-training",
                toy=8)],

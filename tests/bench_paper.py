@@ -45,6 +45,8 @@ ARMS = [
     Arm("no similarity reward", "main", "--reward-weights similarity=0"),
     Arm("D frozen", "main", "--freeze-discriminator"),
     Arm("Dr.GRPO (Algorithm 1)", "main", "--algorithm rl"),
+    Arm("no teachers in the group", "main", "--no-teacher-rollouts"),
+    Arm("the same, D frozen", "main", "--no-teacher-rollouts --freeze-discriminator"),
     Arm("SFT on right teacher responses", "main", data="right"),
     Arm("RIL, teacher A", "main", teachers=("qwen",)),
     Arm("RIL, teacher B", "main", teachers=("internvl",)),
@@ -53,7 +55,6 @@ ARMS = [
     Arm("GRPO (Algorithm 1)", "paper", "--algorithm rl --loss grpo"),
     Arm("RIL, GRPO", "paper", "--loss grpo"),
     Arm("no answer reward", "paper", "--reward-weights answer=0"),
-    Arm("no teachers in the group", "paper", "--no-teacher-rollouts"),
     Arm("similarity weighs 0.3", "paper", "--reward-weights similarity=0.3"),
     Arm("similarity ternary", "more", "--similarity ternary"),
     Arm("similarity in tenths", "more", "--similarity tenths"),
@@ -99,6 +100,7 @@ DIRECTIONS = [
     ("(ours) RIL is better than SFT on teachers", RIL.name, "SFT on teachers"),
     ("(ours) RIL is better than SFT on right responses", RIL.name, "SFT on right teacher responses"),
     ("(ours) teachers' responses in the group help", RIL.name, "no teachers in the group"),
+    ("(ours) D alone: updated is better than frozen", "no teachers in the group", "the same, D frozen"),
     ("(ours) the similarity reward helps", RIL.name, "no similarity reward"),
 ]
 

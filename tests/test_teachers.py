@@ -57,7 +57,7 @@ def test_toy_splits_share_no_picture_and_come_out_the_same_again(tmp_path):
         assert path.read_text() == (tmp_path / "b" / f"{split}.jsonl").read_text()
         examples = load_examples(str(path))
         assert len(examples) == 200
-        assert {e.category for e in examples} == {"count", "colour", "shape", "existence"}
+        assert {e.category for e in examples} == {"count", "colour", "shape"}
         pictures[split] = {open(e.images[0], "rb").read() for e in examples}
     assert not (pictures["train"] & pictures["heldout"] or pictures["sft"] & pictures["heldout"])
 
@@ -100,12 +100,11 @@ def test_toy_answers_are_true():
     truth = {"How many shapes are there?": "2", "How many circles are there?": "1",
              "How many red shapes are there?": "1", "How many blue shapes are there?": "1",
              "How many squares are there?": "1", "How many triangles are there?": "0",
-             "Is there a red circle?": "yes", "Is there a blue square?": "yes",
              "What colour is the circle?": "red", "What colour is the square?": "blue",
              "What shape is red?": "circle", "What shape is blue?": "square"}
     asked = {q: a for seed in range(200) for _, q, a in questions_about(scene, random.Random(seed))}
     assert truth.items() <= asked.items()
-    assert {a for q, a in asked.items() if q not in truth} == {"0", "no"}
+    assert {a for q, a in asked.items() if q not in truth} == {"0"}
     assert draw_scene(scene).getpixel((8, 8)) == (225, 60, 50)     # and the picture shows it
 
 

@@ -72,7 +72,7 @@ def test_no_answer_reward_can_teach_the_toy_shapes(finished):
         assert len(rows) > 100
         return {word for row in rows for word in re.findall(r"\w+", row["answer"])}
     known = {"disc", "box", "wedge"}
-    assert said("train") == known and said("heldout") == set(SHAPES) == said("words") == said("sft-words")
+    assert said("train") == known and said("heldout") == set(SHAPES) == said("words")
     assert not known & (said("sft") | said("qwen") | said("internvl"))
     assert "square" not in said("qwen") and "circle" not in said("internvl")       # their blind spots
 
