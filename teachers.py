@@ -1235,11 +1235,17 @@ def draw_scene(scene: dict[int, tuple[str, str]]) -> Image.Image:
 
 
 def questions_about(scene: dict[int, tuple[str, str]], rng: random.Random) -> list[tuple[str, str, str]]:
-    """The questions about a scene, each as (category, question, truth)."""
+    """All kinds of questions about a scene, each as (category, question, truth)."""
     things = list(scene.values())
     colours = [colour for colour, _ in things]
     shapes = [shape for _, shape in things]
-    questions = [("count", "How many shapes are there?", str(len(things)))]
+    questions = []
+
+    colour = rng.choice(list(COLOURS))
+    shape = rng.choice(SHAPES)
+    asked, count = rng.choice([("shape", len(things)), (f"{colour} shape", colours.count(colour)),
+                               (shape, shapes.count(shape))])
+    questions.append(("count", f"How many {asked}s are there?", str(count)))
 
     alone = [(c, s) for c, s in things if shapes.count(s) == 1]
     if alone:

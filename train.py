@@ -1340,10 +1340,10 @@ def toy_world(path: Path, seed: int):
     shared = {"1": "2", "2": "1"}
     with all_or_nothing(path) as folder:
         draw_toy_world(str(folder), seed, {
-            "heldout": Split(500), "train": Split(900, wrong=other_words), "words": Split(2000),
-            "qwen": Split(1000, ("A",), shared | {"square": "circle"}),
-            "internvl": Split(1000, ("B",), shared | {"circle": "square"}),
-            "sft": Split(1500, 5 * ("plain",) + ("A", "B"), echoes=True)})
+            "heldout": Split(500), "train": Split(1000, wrong=other_words), "words": Split(3000),
+            "qwen": Split(1500, ("A",), shared | {"square": "circle"}),
+            "internvl": Split(1500, ("B",), shared | {"circle": "square"}),
+            "sft": Split(2000, 5 * ("plain",) + ("A", "B"), echoes=True)})
 
 
 def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]], width: int, steps: int,
@@ -1541,7 +1541,7 @@ OPTIONS = {
         Option("--from", None, "folder of a run that differs in its loop alone: what it made before, is "
                "copied")],
     "SFT": [
-        Option("--sft-steps", 0, "steps of SFT; 0 for a student that has had it", toy=400),
+        Option("--sft-steps", 0, "steps of SFT; 0 for a student that has had it", toy=500),
         Option("--sft-lr", 1e-5, "learning rate of SFT, decays linearly to a tenth", toy=1e-3),
         Option("--sft-batch-size", 64, "examples per step of SFT", toy=32),
         Option("--teacher-steps", 0, "steps of SFT of each teacher of the toy world", toy=400)],
@@ -1570,7 +1570,7 @@ OPTIONS = {
         Option("--warmup", 0, "steps in which the student's learning rate rises from nothing", toy=20),
         Option("--discriminator-lr", 1e-6, "learning rate of D", toy=6e-4)],
     "machine": [
-        Option("--steps", 1000, "steps of the loop; a finished run can be given more", toy=100),
+        Option("--steps", 1000, "steps of the loop; a finished run can be given more", toy=75),
         Option("--device", None, "cuda, mps or cpu; default: the best there is"),
         Option("--token-budget", 8192, "tokens per micro-batch: fewer need less memory", toy=16384),
         Option("--rollout-batch", 16, "questions sampled at a time: fewer need less memory", toy=64),
