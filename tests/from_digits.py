@@ -3,7 +3,8 @@ r"""scikit-learn's 1,797 handwritten digits as data for train.py: real pictures,
     pip install scikit-learn
     python tests/from_digits.py runs/digits
     python train.py --data runs/digits/train.jsonl --sft-data runs/digits/sft.jsonl \
-        --collection runs/digits/responses.jsonl --eval-data runs/digits/heldout.jsonl --out runs/digits/run
+        --collection runs/digits/responses.jsonl --eval-data runs/digits/heldout.jsonl --out runs/digits/run \
+        --sft-steps 600 --steps 100
 
 The first writes these files; responses.jsonl is of two rules as teachers, which are right, each in its own
 words. The student is careless, and speaks mostly in bare digits. With seed 0, held-out accuracy rose from

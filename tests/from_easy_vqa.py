@@ -4,7 +4,7 @@ r"""easy-vqa as data for train.py: 5,000 drawn pictures of one shape each, and q
     python tests/from_easy_vqa.py runs/easy-vqa
     python train.py --data runs/easy-vqa/train.jsonl --sft-data runs/easy-vqa/sft.jsonl \
         --collection runs/easy-vqa/responses.jsonl --eval-data runs/easy-vqa/heldout.jsonl \
-        --out runs/easy-vqa/run
+        --out runs/easy-vqa/run --sft-steps 600 --steps 100
 
 The first writes these files; responses.jsonl is of two rules as teachers. Each speaks in its own way and has
 a blind spot. The student is careless, and never answers what shape it is. With seed 0, held-out accuracy
