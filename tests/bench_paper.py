@@ -1,6 +1,6 @@
 """The paper's tables 1, 2 and 5 in small, on the toy world: every arm on several seeds, with intervals.
 
-    python tests/bench_paper.py --out runs/paper --seeds 61 62 63 64 65 --jobs 2        two and a half hours on 2 cores
+    python tests/bench_paper.py --out runs/paper --seeds 61 62 63 64 65 --jobs 2        three hours on 2 cores
     python tests/bench_paper.py --out runs/paper --arms main                            the most telling ones
 
 Every arm of a seed starts from the same student after SFT, and is judged on the same held-out questions.

@@ -3,12 +3,11 @@ r"""scikit-learn's 1,797 handwritten digits as data for train.py: real pictures,
     pip install scikit-learn
     python tests/from_digits.py runs/digits
     python train.py --data runs/digits/train.jsonl --sft-data runs/digits/sft.jsonl \
-        --collection runs/digits/responses.jsonl --eval-data runs/digits/heldout.jsonl --out runs/digits/run \
-        --sft-steps 600 --steps 100
+        --collection runs/digits/responses.jsonl --eval-data runs/digits/heldout.jsonl --out runs/digits/run
 
 The first writes these files; responses.jsonl is of two rules as teachers, which are right, each in its own
 words. The student is careless, and speaks mostly in bare digits. With seed 0, held-out accuracy rose from
-85.5 to 95.5, in two to four minutes on one core. A student that has never heard its teachers' ways in SFT
+85.8 to 96.2, in two and a half minutes on one core. A student that has never heard its teachers' ways in SFT
 earns no similarity: D always knows it, and after 80 steps its responses were six times as long, at a KL of 5.
 """
 import json
