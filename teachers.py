@@ -118,7 +118,7 @@ def load_examples(path: str, skip_bad: bool = False, checks: Iterable["Check"] =
 def encode_example(vlm: VLM, example: Example) -> Prompt:
     """The example as a prompt of this model; UserError, naming file and line, where it cannot be one.
 
-    The first 512 MB are kept: 3.4 ms for each picture of the toy would make its SFT four times as long.
+    The first 512 MB are kept: 3.4 ms for each picture of the toy would make its SFT twice as long.
     """
     if example in vlm.prompts:
         return vlm.prompts[example]
