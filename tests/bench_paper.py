@@ -24,19 +24,25 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from eval import rule_verdict  # noqa: E402
 from shapes import table  # noqa: E402
+from train import OPTIONS  # noqa: E402
 
 # Student's t of a 95% interval, by degrees of freedom
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
+# What the toy has in place of the paper's settings, for a student that has had its SFT.
+TOY_LOOP = [part for group, options in OPTIONS.items() if group != "SFT" for option in options
+            if option.toy is not None for part in (option.name, option.toy)]
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. data: for SFT, "sft", "teachers" or "right"; teachers: of the two, which."""
+    """One way to train. data: for SFT, "sft", "teachers" or "right"; teacher: of the two, which one."""
     name: str
     group: str
     options: str = ""
     data: str = ""
-    teachers: tuple[str, ...] = ()
+    teacher: str = ""
 
 
 RIL = Arm("RIL, both teachers", "main")
@@ -48,8 +54,8 @@ ARMS = [
     Arm("no teachers in the group", "main", "--no-teacher-rollouts"),
     Arm("the same, D frozen", "main", "--no-teacher-rollouts --freeze-discriminator"),
     Arm("SFT on right teacher responses", "main", data="right"),
-    Arm("RIL, teacher A", "main", teachers=("qwen",)),
-    Arm("RIL, teacher B", "main", teachers=("internvl",)),
+    Arm("RIL, teacher A", "main", teacher="qwen"),
+    Arm("RIL, teacher B", "main", teacher="internvl"),
     Arm("SFT on teachers", "main", data="teachers"),
     Arm("SFT continued", "main", data="sft"),
     Arm("GRPO (Algorithm 1)", "paper", "--algorithm rl --loss grpo"),
@@ -138,6 +144,20 @@ def distilled(ril, right):
     return path
 
 
+def responses_of(teacher, ril):
+    """What one teacher said in RIL's collection, as a collection. The path of the file."""
+    path = ril.parent / f"{teacher}.jsonl"
+    rows = [row for row in rows_of(ril / "collection.jsonl") if row["teacher"] == teacher]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def same_student(ril):
+    """Options for the student that RIL began with, and RIL's questions."""
+    return ("--student", ril / "sft", "--data", ril / "data" / "train.jsonl",
+            "--eval-data", ril / "data" / "heldout.jsonl", "--max-new-tokens", 24)
+
+
 def run_arm(arm, seed, out):
     """Train one arm on one seed, from the folder of RIL on that seed."""
     ril, folder = out / f"seed{seed}" / slug(RIL.name), out / f"seed{seed}" / slug(arm.name)
@@ -146,15 +166,14 @@ def run_arm(arm, seed, out):
             train(ril, "--seed", seed)
         elif arm.data:
             data = ril / "data" / "sft.jsonl" if arm.data == "sft" else distilled(ril, arm.data == "right")
-            train(folder, "--seed", seed, "--student", ril / "sft", "--algorithm", "rl", "--steps", 0,
-                  "--sft-data", data, "--sft-steps", len(rows_of(ril / "metrics.jsonl")), "--sft-lr", 1e-3,
-                  "--data", ril / "data" / "train.jsonl", "--eval-data", ril / "data" / "heldout.jsonl",
-                  "--max-new-tokens", 24)
+            train(folder, "--seed", seed, *same_student(ril), "--algorithm", "rl", "--steps", 0,
+                  "--sft-data", data, "--sft-steps", len(rows_of(ril / "metrics.jsonl")), "--sft-lr", 1e-3)
+        elif arm.teacher:
+            train(folder, "--seed", seed, *same_student(ril), *TOY_LOOP, "--collection",
+                  responses_of(arm.teacher, ril))
         else:
             options = arm.options.split()
-            if arm.teachers:
-                options += ["--teachers", *(ril / "teachers" / name for name in arm.teachers)]
-            elif "--collect" not in options:                       # only the loop differs
+            if "--collect" not in options:                         # only the loop differs
                 options += ["--from", ril]
             train(folder, "--seed", seed, *options)
     except subprocess.CalledProcessError as error:
