@@ -63,12 +63,13 @@ def test_toy_splits_share_no_picture_and_come_out_the_same_again(tmp_path):
 
 
 def test_toy_teachers_err_in_their_blind_spots_and_nowhere_else(tmp_path):
-    """A blind spot that is in the truth too, and so is none; or a teacher that errs elsewhere."""
-    for name, wrong in (("a", {"square": "circle"}), ("b", {})):
+    """A blind spot that is in the truth too, and so is none; a teacher that errs elsewhere; a swap of two
+    words that is made twice, and so is none."""
+    for name, wrong in (("a", {"square": "circle", "1": "2", "2": "1"}), ("b", {})):
         draw_toy_world(str(tmp_path / name), 3, {"x": Split(300, wrong=wrong)})
     blind, sighted = (load_examples(str(tmp_path / name / "x.jsonl")) for name in "ab")
     said = {(right.truth, e.truth) for e, right in zip(blind, sighted, strict=True) if e.truth != right.truth}
-    assert said == {("square", "circle")}
+    assert said == {("square", "circle"), ("1", "2"), ("2", "1")}
 
 
 def test_a_toy_student_echoes_the_colour_when_asked_for_a_shape(tmp_path):
