@@ -1,7 +1,7 @@
 """The paper's tables 1, 2 and 5 in small, on the toy world: every arm on several seeds, with intervals.
 
-    python tests/bench_paper.py --out runs/paper --arms main --jobs 2       the README's table, an hour on 2 cores
-    python tests/bench_paper.py --out runs/paper --jobs 2                   every arm, hours
+    python tests/bench_paper.py --out runs/paper --arms main --jobs 2   the README's table, an hour on 2 cores
+    python tests/bench_paper.py --out runs/paper --jobs 2               every arm, hours
 
 Every arm of a seed starts from the same student after SFT, and is judged on the same held-out questions.
 Differences are paired by seed; an interval is Student's t, 95%. What is finished is not done again, so the
