@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import VLM, Outputs, Prompt, as_outputs, micro_batches, needs_bos, packed_states, render
+from model import (VLM, Outputs, Prompt, as_outputs, micro_batches, needs_bos, opened_thought, packed_states,
+                   render, without_thoughts)
 
 SYSTEM = ("You are a discriminator. Inside a <response> tag stands a response to a question about an image. "
           "It was "
@@ -66,14 +67,17 @@ class Discriminator(nn.Module):
         bos = needs_bos(self.tokenizer, before)
         self.before = self.tokenizer(before, add_special_tokens=bos).input_ids
         self.after = self.tokenizer(after, add_special_tokens=False).input_ids
+        self.thinks = bool(opened_thought(student.processor))
 
     def encode(self, questions: list[str], texts: list[list[str]]) -> Outputs:
         """B lists of K responses as tokens, with the text after each. (The B questions are not read: the
         paper's D sees the response alone. GAD's reads both, see tests/forks/gad.diff.)
 
+        Of a student whose prompts open a thought, D reads what comes after it: teachers' texts have none.
         Responses are read as plain text: none can spell a special token and so leave its place in the prompt.
         """
         every = [text for row in texts for text in row]
+        every = [without_thoughts(text) for text in every] if self.thinks else every
         rows = self.tokenizer(every, add_special_tokens=False, split_special_tokens=True).input_ids
         device = self.head.weight.device
         return as_outputs(texts, [torch.tensor(row + self.after, device=device) for row in rows])

@@ -41,7 +41,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import (VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, load_processor, load_vlm,
-                   render, run, stream, write_atomic)
+                   opened_thought, pick_dtype, run, stamp, stream, without_thoughts, write_atomic)
 from teachers import (CallFailed, Check, Example, chat, check_endpoint, check_prompts, drop_torn_line,
                       encode_example, endpoint_of, load_examples, messages_of, open_image, prompt_checks,
                       question_hash, read_jsonl, read_tsv, shortened)
@@ -61,57 +61,99 @@ def make_judge(name: str, cache: Path | None = None, device: str | None = None,
 
 
 def final_answer(response: str) -> str:
-    """What a response finally says: what it marks as its answer, else its last conclusion, else all of it.
+    """What a response finally says: what it marks as its answer; else its last conclusion, from the beginning
+    of that clause on; else all of it.
 
-    A mark is a box or an answer tag. A conclusion follows "the answer is", "so" or the like; no reason for it
-    counts, and of a calculation only its result. Thoughts are no part of a response. Every metric begins with
-    marked_answer; what follows it here is for judge and choices.
+    A mark is a box or an answer tag. A conclusion has "the answer is", "so" or the like; no reason for it
+    counts, and of a calculation only its result. Thoughts are no part of a response.
     """
     text = marked_answer(without_thoughts(response))
-    said = next(iter(conclusions(text)), text)                              # the last comes first
-    said = re.split(r"(?s)\banswer\W*\.(?=.*\w)", said)[-1]                 # "3 is the answer. No, 4."
-    said = REASON.split(said)[0].strip() or said
-    return re.split(r"=\s*(?=-?\d)", said)[-1]
+    found = [match for match in CONCLUSION.finditer(text) if re.search(r"\w", text[match.end():])]
+    if found:
+        word = re.search(r"\w|\Z", found[-1][0])                   # ", so" begins its clause at "so"
+        before = text[:found[-1].start() + word.start()]
+        text = text[len(before) - len(re.split(r"[.,;:!?\n]", before)[-1]):]
+    text = REASON.split(text)[0].strip() or text
+    return re.split(r"=\s*(?=-?\s*\.?\d)", text)[-1]
 
 
 def rule_verdict(question: str, truth: str, response: str) -> int:
     """1 where a response finally says the truth and nothing else, otherwise 0. For truths as in rule_check.
 
-    A letter, or the text of an option: the only option that the response commits to. A number, or a value in
-    KINDS: the only such value that is stated. Any other phrase: the whole answer, but for a frame.
+    From the final answer the truth is taken off, then what is HARMLESS, then words of the question. If
+    anything is left, the response is wrong: how answers are denied, hedged or bounded need not be known.
+    Where the question names the truth, its words stay: in "red or blue?" they are the rivals. Of yes, no and
+    letters it is enough that one is the first clause, and that no other of them follows.
 
-    >>> rule_verdict("Which?\\nA. red\\nB. blue", "B", "It is dark, so B, as A is light.")
+    >>> rule_verdict("How many dogs are there?", "2", "There are two dogs, I see.")
     1
-    >>> rule_verdict("How many dogs?", "2", "I see one brown dog and one black dog, so 2.")
-    1
-    >>> rule_verdict("How many dogs?", "2", "2 or 3")
+    >>> rule_verdict("How many dogs are there?", "2", "There are up to two dogs.")     # "up to" is left
     0
-    >>> rule_verdict("What is it?", "a stop sign", "It is a stop sign.")
+    >>> rule_verdict("Is there a dog?", "yes", "Yes, it lies under the table.")
+    1
+    >>> rule_verdict("Which?\\nA. red\\nB. blue", "B", "It is dark, so B, as A is light.")
     1
     >>> rule_verdict("What is it?", "a stop sign", "It is a stop sign beside a car.")
     0
     """
-    options, letter = options_of(question, truth)
+    options, letter, question = options_of(question, truth)
+    answer, truths, leading, rivals = final_answer(response), [normalise(truth)], [], set()
     if letter:
-        said, truth = extract_choice(response, options), options[letter]
-        if said or not is_phrase(truth):
-            return int(said == letter)
-    answer, wanted = normalise(final_answer(response)), normalise(truth).strip(" .")
-    kind = next((kind for kind in KINDS if re.fullmatch(kind, wanted)), None)
-    if kind:
-        return int(stated(question, answer, kind) == {wanted})
-    return int(is_framed(wanted, answer))
+        leading = [f"{own.lower()}@" for own, option in options.items()
+                   if own == letter or option and option == options[letter]]
+        rivals = {f"{own.lower()}@" for own in options} - {*leading}
+        truths, answer = [normalise(mark_letters(options[letter])), *leading], mark_letters(answer)
+    elif truths[0] in ("yes", "no"):
+        leading, rivals = truths, {"yes", "no"} - {*truths}
+    elif truths == ["0"]:
+        truths.append("no")                                        # "There are no dogs."
+    said = normalise(answer)
+    rest = take_off(truths, said)
+    if rest is None or not rivals.isdisjoint(rest.split()):
+        return 0
+    if said.split(" .")[0] in leading:
+        return 1
+    left = {word.rstrip("s") for word in HARMLESS.sub("", rest).split()} - {"."}
+    return int(left <= words_to_repeat(question, truths))
 
 
-def stated(question: str, answer: str, kind: str) -> set[str]:
-    """The values of a kind that a normalised answer states: "red or blue" two, "not red" none. Those that
-    only repeat the question are set aside, as in "the circle beside the blue square is red"; not where an
-    "or" joins two: that is a hedge."""
-    values = asserted(answer, kind)
-    if kind == YES_OR_NO or re.search(rf"(?:{kind}) or (?:{kind})", answer):
-        return values
-    # "Is it red or blue?" "red": what the question names counts where nothing else is said
-    return values - asserted(normalise(question), kind) or values
+def take_off(truths: list[str], text: str) -> str | None:
+    """A normalised text with "." in the place of each of the truths; None where none of them is in it."""
+    rest, found = f" {text} ", 0
+    for truth in filter(None, truths):
+        truth = re.sub(r"^(?:an?|the) (?=.)", "", truth)
+        plural = "(?:e?s)?" if truth[-1].isalpha() else ""
+        rest, times = re.subn(rf"(?<= ){re.escape(truth)}{plural}(?= )", ".", rest)
+        found += times
+    return rest if found else None
+
+
+def words_to_repeat(question: str, truths: list[str]) -> set[str]:
+    """The words of a question, without the s of a plural, that an answer may repeat: none of two letters, as
+    "or" and "no", and none of NEVER_HARMLESS; none at all, where the question names one of the truths."""
+    asked = normalise(question.replace("?", " "))
+    if take_off(truths, asked) is not None:
+        return set()
+    words = {word for word in asked.split() if len(word) != 2 or word.isdigit()} - NEVER_HARMLESS
+    return {word.rstrip("s") for word in words}
+
+
+def normalise(text: str) -> str:
+    """The words of a text in one spelling, with " . " between clauses, and numbers by value. What is grown
+    onto a number makes it another word.
+
+    >>> normalise("Two gray dogs, - 4.0; 1,000 and .5, 3% of 5²")
+    '2 grey dogs . -4 . 1000 and 0.5 . 3% of 5²'
+    """
+    text = unicodedata.normalize("NFC", text).translate(ONE_FORM).lower()
+    text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", ""), text)
+    text = re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", text)                               # twenty-one
+    text = NUMBER_WORD.sub(lambda match: str(NUMBERS[match[0]]), text)
+    text = re.sub(r"(?:(?<![\w.)%'])-|\b(?:minus|negative)\b)\s*(?=\.?\d)", " -", text)
+    text = re.sub(r"(?<=\w)'(s|re|d|ll)\b", r" '\1", SEPARATOR.sub(" . ", text))        # it's -> it 's
+    words = [f"{float(word) + 0:.15g}" if re.fullmatch(DECIMAL, word) else SPELLINGS.get(word, word)
+             for word in text.split()]
+    return re.sub(r"^(?:\. ?)+|(?: \.)+$", "", " ".join(words))
 
 
 def rule_judge(triples: list[Triple]) -> list[float | None]:
@@ -122,11 +164,20 @@ def rule_judge(triples: list[Triple]) -> list[float | None]:
 def rule_check(example: Example):
     """UserError, naming file and line, for a truth that the rule judge could be wrong about.
 
-    It knows numbers, yes and no, letters, the texts of listed options, and English phrases of up to 5 words.
+    It knows numbers, yes and no, English phrases of up to 5 words, and one of several options, by its letter
+    or text; not where options read as letters of others, or cannot be found.
     """
-    _, letter = options_of(example.dialogue, example.truth)
-    if not letter and not is_phrase(example.truth):
-        raise UserError(f"{example.where}: a rule cannot judge the answer {shortened(example.truth)!r}; give "
+    question, truth = example.dialogue, example.truth
+    options, letter, _ = options_of(question, truth)
+    listed = "".join(options) or "ABCDEFGH"
+    several = re.fullmatch(rf"([{listed}])(?:[ ,;&]*(?:and )?([{listed}]))+", truth)
+    if letter:
+        unclear = any(own != option and option in options for own, option in options.items())
+        unclear |= not any(options.values()) and re.search(r"(?i)\b(option|choice)s\b", question) is not None
+    else:
+        unclear = not PHRASE.fullmatch(normalise(truth)) or NOT_ENGLISH.search(question) is not None
+    if unclear or several and several[1] < several[2]:
+        raise UserError(f"{example.where}: a rule cannot judge the answer {shortened(truth)!r}; give "
                         "--judge MODEL, or leave it out by --skip-bad")
 
 
@@ -140,7 +191,6 @@ def rule_check(example: Example):
 
 # -------------------------------------------------------------------------------- final answers
 
-THOUGHT_BEGINS, THOUGHT_ENDS = "<think(?:ing)?>|◁think▷", "</think(?:ing)?>|◁/think▷"
 MARKS = (re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"),
          re.compile(r"(?is)<answer>((?:(?!<answer>).)*?)</answer>"),
          re.compile(r"<\|begin_of_box\|>(.*?)<\|end_of_box\|>", re.DOTALL))             # GLM's
@@ -152,21 +202,6 @@ CONCLUSION = re.compile(r"""
   | 答案[是为]?\s*:? | (?<![不错])选(?:择|项(?=[是为:]))?[是为]?\s*:?(?=\W*[A-Z])""",
                         re.VERBOSE | re.IGNORECASE | re.MULTILINE)
 REASON = re.compile(r"[,;]?\s(?:because|since)\b|[,;(]\s*as\b", re.IGNORECASE)
-
-
-def without_thoughts(response: str) -> str:
-    """A response without its thoughts. One that never ends hides all that follows; the end of one without its
-    beginning ends one that the prompt opened. Whoever calls a judge passes its responses through this."""
-    response = re.sub(rf"(?is)(?:{THOUGHT_BEGINS}).*?(?:{THOUGHT_ENDS}|\Z)", "", response)
-    return re.split(rf"(?i){THOUGHT_ENDS}", response)[-1].strip()
-
-
-def opened_thought(processor) -> str:
-    """The mark of a thought that the chat template opens before a response, or "". Put before a response, it
-    hides a thought that was cut off."""
-    prompt = render(processor, chat_turns("?", 0), add_generation_prompt=True)
-    match = re.search(rf"(?i)({THOUGHT_BEGINS})\s*\Z", prompt)
-    return match[1] if match else ""
 
 
 def marked_answer(text: str) -> str:
@@ -185,6 +220,23 @@ def conclusions(text: str) -> list[str]:
 
 # -------------------------------------------------------------------------------- words of the rule judge
 
+# What may stand beside a truth: the longer first. No word of it hedges, denies, joins or bounds.
+HARMLESS = re.compile("(?<= )(?:" + "|".join(r"""
+(?:it|this|that|there|these|those|they|he|she) (?:is|are|was|were|'s|'re|has|have|says?|shows?)
+(?:it|this|that|they|there) (?:must|would|will) be|is correct
+(?:the|my) (?:final |correct |right |best )?(?:answer|choice|option)|(?<=^ )(?:answer|choice|option|letter)
+i (?:can )?(?:see|think|believe|guess|count)(?: that)?|i (?:would|'d) (?:say|go with)(?: that)?
+we (?:can )?(?:see|count|have)|the (?:image|picture|photo) shows
+in (?:the|this) (?:image|picture|photo|scene)|in total|in all|to the|of (?:them|these|those)
+by the look of it|right there|looking at it|of course|(?:most )?(?:probably|likely)
+(?:it |they |he |she )?(?:looks?|appears?|seems?)(?: like| to be)?
+says|reads|called|named|shows|has|have|shown|visible
+so|thus|hence|then|therefore|yes|well|sure|certainly|clearly|surely|plainly|definitely|exactly
+is|are|was|were|'s|a|an|the|his|her|its|their|at|in|on|of|lying|sitting|standing|hanging|wearing
+选|答案是?""".strip().split("\n")) + ")(?= )")
+# These are not harmless, though a question has them.
+NEVER_HARMLESS = set("""not don't isn't aren't nor never neither none without but except instead hardly than
+more most less least fewer about either whether cannot""".split())
 COUNTS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
 sixteen seventeen eighteen nineteen""".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -193,74 +245,25 @@ NUMBERS |= {word: 10 * i for i, word in enumerate(TENS, 2)}
 NUMBERS |= {f"{tens} {ones}": 10 * i + k for i, tens in enumerate(TENS, 2)
             for k, ones in enumerate(COUNTS[1:10], 1)}
 NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(sorted(NUMBERS, key=len, reverse=True))})(?![\w'])")
-SPELLINGS = {"gray": "grey", "center": "centre", "middle": "centre", "upper": "top", "lower": "bottom"}
-DASHES = str.maketrans("−‐‑‒–’", "-----'")
-DECIMAL = r"-?\d+(?:\.\d+)?"
-YES_OR_NO = "yes|no"
-# Values of one kind exclude one another; of two that begin alike, the longer stands first.
-KINDS = (
-    YES_OR_NO,
-    "red|green|blue|yellow|orange|purple|pink|brown|black|white|grey",
-    "circle|square|triangle|rectangle|star|cross|hexagon|diamond",
-    "top left|top right|bottom left|bottom right|top|bottom|left|right|centre",
-    rf"{DECIMAL}(?! (?:hundred|thousand|million|billion)\b)",
-)
-# up to two words before a value
-NEGATION = re.compile(r"(?:n't|\b(?:not?|never|neither|nor|without|unlike|rather than|instead of))"
-                      r"(?: \w+){0,2} ?$")
+SPELLINGS = {"gray": "grey", "center": "centre", "middle": "centre", "upper": "top", "lower": "bottom",
+             "color": "colour"}
+# one form of dashes and apostrophes, and of full-width characters
+ONE_FORM = str.maketrans("−‐‑‒–—’\u3000", "------' ") | {i + 0xFEE0: i for i in range(33, 127)}
+DECIMAL = r"-?(?:\d+(?:\.\d+)?|\.\d+)"
+SEPARATOR = re.compile(r"[,;:!\"“”()\[\]{}*_`…。，、]|\.(?!\d)|#+(?= )|(?<!\w)'|'(?!\w)|(?<!\S)-+(?!\S)")
 WORD = r"[a-zà-öø-ÿ\d]+(?:['.][a-z\d]+)?"
-PHRASE = re.compile(rf"{DECIMAL}|{WORD}(?:[ -]{WORD}){{0,4}}")
-# What may stand before and after a phrase that is an answer, in a normalised text.
-FRAME = r"""
-    (?:(?:yes|so|sure|certainly|well|probably|looking\ \w+(?:\ it)?
-          |in\ (?:the|this)\ (?:image|picture|photo))\ (?:\.\ )?)?
-    (?:(?:(?!(?:not?|nor|or|never|neither|nothing|nobody|without|cannot|hardly|doubt|wrong\ to|if|whether
-             |\w+n't)\b)[\w']+\ ){0,8}?
-       (?:is|are|was|were|be|\w+'s|\w+'re|says?|reads?|shows?|see|think|believe|guess|like|called|named)
-       \ (?:(?:(?:most\ )?(?:probably|likely|clearly|surely)|that|\.)\ )?)?
-    (?:an?\ |the\ )?
-    PHRASE(?:e?s)?(?:\ \.)?
-    (?:\ (?:it\ is|is\ (?:the|my)\ answer|i\ (?:think|believe|guess|see|would\ say)|surely|plainly
-       |(?:it\ must|that\ would)\ be|by\ the\ look\ of\ it|right\ there
-       |(?:is\ )?(?:shown\ )?in\ (?:the|this)\ (?:image|picture|photo)))?"""
+PHRASE = re.compile(rf"{DECIMAL}|{WORD}(?: '?{WORD}){{0,4}}")
+NOT_ENGLISH = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")                 # Japanese to Korean
+# a capital that names an option: no article, no pronoun, no grade
+OPTION = re.compile(r"(?<![A-Za-z\d'])([B-HJ-Z]|[AI](?! (?!(?:is|or|and|was|as)\b)[a-z]))"
+                    r"(?![A-Za-z\d'+#-])")
 
 
-def plain(text: str) -> str:
-    """Lower case, and one form of each character: full-width letters, dashes, numbers without separators."""
-    text = unicodedata.normalize("NFKC", text).translate(DASHES).lower()
-    return re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", ""), text)
-
-
-def is_phrase(truth: str) -> bool:
-    """Whether a truth is a number, or one to five English words without any sign."""
-    return bool(PHRASE.fullmatch(plain(truth).strip(" .\"'")))
-
-
-def normalise(text: str) -> str:
-    """Plain words, in one spelling, with spaces between. Punctuation becomes " . ", a boundary of clauses."""
-    def spelt(word):
-        if re.fullmatch(DECIMAL, word):
-            return f"{float(word):.15g}"                           # "2.0" is "2"
-        return SPELLINGS.get(word, word) if re.match(r"\w", word) else "."
-    text = re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", plain(text))                        # twenty-one
-    words = " ".join(map(spelt, re.findall(rf"{DECIMAL}|\w+(?:'\w+)?|[^\w\s]", text)))
-    return NUMBER_WORD.sub(lambda match: str(NUMBERS[match[0]]), words)
-
-
-def asserted(text: str, kind: str) -> set[str]:
-    """Which values of a kind a normalised text asserts and does not negate. "circles" asserts "circle"."""
-    values = set()
-    for match in re.finditer(rf"(?<![\w-])({kind})(?:e?s)?(?!\w)", text):
-        near = text[max(0, match.start() - 100):match.start()]     # a bound, as a long list would take long
-        if kind == YES_OR_NO or not NEGATION.search(near.rsplit(".", 1)[-1]):
-            values.add(match[1])
-    return values
-
-
-def is_framed(phrase: str, text: str) -> bool:
-    """Whether a normalised text is a phrase, give or take an article and a frame."""
-    phrase = re.sub(r"^(?:an?|the) (?=.)", "", phrase)
-    return bool(re.fullmatch(FRAME.replace("PHRASE", re.escape(phrase)), text.strip(" ."), re.VERBOSE))
+def mark_letters(answer: str) -> str:
+    """An answer whose letters of options cannot be taken for words: "A dog, so B" -> "A dog, so b@"."""
+    answer = unicodedata.normalize("NFC", answer).translate(ONE_FORM)
+    answer = answer.upper() if re.fullmatch(r"\W*[a-z]\W*", answer) else answer
+    return OPTION.sub(lambda match: f" {match[1].lower()}@ ", answer)
 
 
 # -------------------------------------------------------------------------------- the LLM judge
@@ -308,15 +311,14 @@ class LLMJudge:
         self.sampling = Sampling(0, 1, 0, 1, max_new_tokens)       # greedy, without filters or penalty
         self.known = {}                                            # hash of a prompt -> verdict
         self.has_shown = False                                     # a reply without a verdict
-        self.weights = weights_stamp(model)
         self.endpoint = endpoint_of(model)
         self.remote = self.endpoint is not None
         if self.endpoint:
             check_endpoint(self.endpoint)
-            self.name = self.endpoint.model                        # without the address, which may change
+            self.name = self.made_from = self.endpoint.model       # without the address, which may change
         else:
             self.llm = load_vlm(model, device, dtype, text_only=True)
-            self.name = model
+            self.name, self.made_from = model, f"{stamp(model)} {pick_dtype(device, dtype)}"
         if cache and cache.exists():
             drop_torn_line(cache)
             self.known = {row["key"]: row["verdict"] for _, row in read_jsonl(cache)}
@@ -330,7 +332,7 @@ class LLMJudge:
         template = GRADED_PROMPT if graded else JUDGE_PROMPT
         safe = [[TAGS.sub("&lt;", text) for text in triple] for triple in triples]
         prompts = [template.format(question=q, truth=a, response=o) for q, a, o in safe]
-        texts = [f"{self.name} {self.weights}\n{prompt}" for prompt in prompts]
+        texts = [f"{self.made_from}\n{prompt}" for prompt in prompts]
         keys = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts]
         texts = [[text.strip().removesuffix(".").casefold() for text in triple[1:]] for triple in triples]
         same = {key: 1.0 for key, (truth, response) in zip(keys, texts) if truth == response}
@@ -378,13 +380,6 @@ class LLMJudge:
             tqdm.write(f"judge: {failed} of {len(keys)} calls failed; the last: {failures[-1]}")
 
 
-def weights_stamp(model: str) -> list:
-    """What tells whether the weights in a folder are those that were there: a model that was trained again
-    under its name is another one. Nothing for a name of the hub."""
-    files = [path.stat() for path in sorted(Path(model).glob("*.safetensors"))]
-    return [[file.st_size, file.st_mtime_ns] for file in files]
-
-
 def check_judge(name: str):
     """UserError where the judge cannot be had. It is loaded only after all responses are there."""
     if endpoint := endpoint_of(name):
@@ -408,22 +403,35 @@ WRAPPING = " \t\r\n.,:;!*#\"'`$<>()[]{}\\/_-（）。，、：；“”‘’【
 WRAPPED = WRAPPING.replace("#", "").replace("-", "")
 
 
-def options_of(question: str, truth: str) -> tuple[dict[str, str], str | None]:
-    """(options by letter, the letter that a truth means), for "B", "(B)", "blue" or "B. blue".
+# the label of an option: "A." where a line begins, or before a space within one; "(A)" anywhere
+LABEL = re.compile(r"(?m)(?:^\W*([A-Z])\W*[.):]|(?<!\S)([A-Z])[.):](?=\s)"
+                   r"|\(([A-Z])\)(?=\s*[^\s?!.,;:)]))\s*")
 
-    Options are the lines "A. red" or "(A) red" of a question. Where the truth is a letter that none of them
-    has, they are A to at least E, without texts. The letter is None where the truth means no option.
+
+def options_of(question: str, truth: str) -> tuple[dict[str, str], str | None, str]:
+    """(options by letter, the letter that a truth means, the question without them), for a truth as "B",
+    "(B)", "blue" or "B. blue".
+
+    Options are labelled in the order of the alphabet, on lines of their own or in one line; of several such
+    lists the last counts. Where the truth is a letter that none of them has, they are A to at least E,
+    without texts. The letter is None where the truth means no option.
     """
-    options = dict(re.findall(r"^\W*([A-Z])\W*[.):]\s*(.+?)\s*$", question, re.MULTILINE))
-    truth = plain(truth).strip(" .")
-    letter = truth.strip("()").upper()
+    options, start = {}, len(question)
+    labels = list(LABEL.finditer(question))
+    for label, end in zip(labels, [*(label.start() for label in labels[1:]), len(question)]):
+        letter = label[1] or label[2] or label[3]
+        if letter <= max(options, default="Z"):
+            options, start = {}, label.start()
+        options[letter] = question[label.end():end].split("\n")[0].strip(" ,;")
+    if len(options) < 2:
+        options, start = {}, len(question)
+    letter, wanted = truth.translate(ONE_FORM).strip(" .()").upper(), normalise(truth)
     if re.fullmatch("[A-Z]", letter) and letter not in options:
         options = dict.fromkeys(map(chr, range(ord("A"), max(ord("E"), ord(letter)) + 1)), "")
-    if letter in options:
-        return options, letter
-    same = [letter for letter, option in options.items()
-            if re.fullmatch(rf"(\W*{letter.lower()}\W+)?{re.escape(plain(option).strip(' .'))}", truth)]
-    return options, same[0] if len(same) == 1 else None
+    if letter not in options:
+        letter = next((own for own, option in options.items() if option and re.fullmatch(
+            rf"({own.lower()} (\. )?)?{re.escape(normalise(option))}", wanted)), None)
+    return options, letter, question[:start]
 
 
 def extract_choice(text: str, options: dict[str, str]) -> str | None:
@@ -683,8 +691,13 @@ def mcq_score(e: Example, text: str) -> float | None:
     if not e.options and not re.fullmatch("[A-E]", e.truth):
         said, truth = (x.strip().rstrip(".").lower() for x in (text, e.truth))
         return float(said == truth)
-    letter = extract_choice(text, e.letters or dict.fromkeys("ABCDE", ""))
-    return None if letter is None else float(letter == e.truth)
+    letters = e.letters or dict.fromkeys("ABCDE", "")
+    first = {option: letter for letter, option in reversed(letters.items())}         # of two equal ones
+    letter = extract_choice(text, {letter: option * (first[option] == letter)
+                                   for letter, option in letters.items()})
+    if letter is None:
+        return None
+    return float(letter == e.truth or bool(letters[letter]) and letters[letter] == letters[e.truth])
 
 
 def mmmu_score(e: Example, text: str) -> float | None:
@@ -821,7 +834,9 @@ class Task:
         head, options, tail = self.prompt.partition("{options}")
         hint = f"Hint: {e.hint}\n" if e.hint else ""
         question = head.format(hint=hint, question=e.question)
-        if options and e.letters and "(A)" not in e.question:      # some of MathVista's questions list them
+        listed = all(re.search(rf"\b{letter}\W{{1,3}}{re.escape(option)}(?!\w)", e.question)
+                     for letter, option in e.letters.items())      # as in some of MathVista's questions
+        if options and e.letters and not listed:
             lines = [f"{letter}. {option}\n" for letter, option in e.letters.items()]
             question += "Options:\n" + "".join(lines) + tail
         return replace(e, question=question, options=(), hint="")
@@ -942,8 +957,8 @@ def respond(model: str, folder: Path, tasks: list[Task], args: argparse.Namespac
     vlm, responses = None, []
     for task in tasks:
         path = folder / f"{task.name}.jsonl"
-        settings = {"model": model, "weights": weights_stamp(model), "prompt": task.prompt,
-                    "max_new_tokens": args.max_new_tokens}
+        settings = {"model": model, "files": stamp(model), "dtype": pick_dtype(args.device, args.dtype),
+                    "prompt": task.prompt, "max_new_tokens": args.max_new_tokens}
         asked = {e.id: question_hash(task.asked(e)) for e in task.examples}
         with open(path, "a", encoding="utf-8") as file:
             def write(**row):
@@ -1313,7 +1328,8 @@ def example_cards(results: dict[str, list[dict]], most: int = 100) -> list[str]:
         questions = list(zip(*(score["rows"] for score in scores)))
         questions.sort(key=lambda rows: rows[0]["verdict"] == rows[-1]["verdict"])
         for rows in questions[:max(1, most // len(tasks))]:
-            lines = [table_row([model, row["text"], row["verdict"]], (row["verdict"] or 0) - 0.49)
+            lines = [table_row([model, row["text"], row["verdict"]],
+                               0 if row["verdict"] is None else row["verdict"] - 0.49)
                      for model, row in zip(results, rows)]
             about = f"{scores[0]['task']} {rows[0]['id']}"
             cards.append(card(about, rows[0], ["model", "response", "score"], lines))

@@ -13,6 +13,7 @@ once per question and not K times.
 Notation, here and in every file: B questions, G samples of each side, K responses per question (K = 2G in
 RIL: students first, then teachers), P prompt tokens, R response tokens, V vocabulary, d width.
 """
+import hashlib
 import inspect
 import json
 import os
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Iterable, Iterator
 
 import torch
@@ -60,6 +62,7 @@ class VLM:
     banned_ids: list[int]
     prompts: dict = field(default_factory=dict)                  # prompts encoded before, while there is room
     room: int = 2 ** 29                                            # bytes
+    lock: Lock = field(default_factory=Lock)                     # prompts are encoded in threads
     capture: bool = True                                         # decoding as a CUDA graph has not failed yet
 
     @property
@@ -126,16 +129,16 @@ def encode(vlm: VLM, question: str, images: list[Image.Image],
 
 
 def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
-    """Responses that came as text (a teacher's, a truth) as tokens: text, then the stop token.
-
-    A text that spells a stop or a banned token is read as plain letters (split_special_tokens), so no
-    response can place an image or end its own turn; of others, <think> and its like are one token.
-    """
+    """Responses that came as text (a teacher's, a truth) as tokens: text, then the stop token. A thought that
+    the chat template opens is closed before. A text that spells a stop or a banned token is read as plain
+    letters (split_special_tokens), so no response can place an image or end its own turn."""
     every, forbidden = sum(texts, []), {*vlm.stop_ids, *vlm.banned_ids}
+    before = vlm.tokenizer(end_of_thought(vlm.processor), add_special_tokens=False).input_ids
     rows = vlm.tokenizer(every, add_special_tokens=False).input_ids
     plain = vlm.tokenizer(every, add_special_tokens=False, split_special_tokens=True).input_ids
     rows = [row if forbidden.isdisjoint(row) else letters for row, letters in zip(rows, plain)]
-    return as_outputs(texts, [torch.tensor(row + vlm.stop_ids[:1], device=vlm.device) for row in rows])
+    rows = [torch.tensor(before + row + vlm.stop_ids[:1], device=vlm.device) for row in rows]
+    return as_outputs(texts, rows)
 
 
 def decode(vlm: VLM, responses: list[Tensor]) -> list[str]:
@@ -185,7 +188,8 @@ def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampli
              slots: int | None = None, noise: Iterable[Tensor] | None = None) -> Outputs:
     """Sample num_samples = G responses to each prompt: text, ids (B, G, R), mask (B, G, R).
 
-    A response that reaches max_new_tokens ends there, without a stop token. `generator`: a torch.Generator on
+    A response that reaches max_new_tokens ends there, without a stop token. The mark of a thought that the
+    prompt opened is a part of the text, but none of its tokens. `generator`: a torch.Generator on
     the device of the model, or None for the global one; or else `noise`, drawn elsewhere, as `stream` takes
     it. `slots`: responses in progress at a time, None for all at once; what comes out does not depend on it.
     """
@@ -194,8 +198,9 @@ def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampli
         noise = (torch.rand(shape, device=vlm.device, generator=generator) for _ in prompts)
     slots = slots or len(prompts) * num_samples
     done = dict(stream(vlm, prompts, noise, num_samples, sampling, slots))
-    rows = [done[b] for b in range(len(prompts))]
-    return as_outputs([decode(vlm, row) for row in rows], [ids for row in rows for ids in row])
+    rows, opened = [done[b] for b in range(len(prompts))], opened_thought(vlm.processor)
+    texts = [[opened + text for text in decode(vlm, row)] for row in rows]
+    return as_outputs(texts, [ids for row in rows for ids in row])
 
 
 @torch.no_grad()
@@ -342,7 +347,8 @@ def run(main):
         if not re.search("No space left|Read-only|Disk quota|Permission", str(error)):
             raise
         name = getattr(error, "filename", None) or "a checkpoint"
-        print(f"error: {name} cannot be written ({error}); nothing that was there is lost", file=sys.stderr)
+        done = "opened" if isinstance(error, PermissionError) else "written"
+        print(f"error: {name} cannot be {done} ({error}); nothing that was there is lost", file=sys.stderr)
         sys.exit(2)
 
 
@@ -375,6 +381,28 @@ def remove(path: Path):
         path.unlink(missing_ok=True)
 
 
+def stamp(path: str | Path) -> str:
+    """A hash of what a file or the files of a folder hold; of a checkpoint on the hub, its commit. By it an
+    edited checkpoint, template or data file is told from what it was, here and in copies.
+
+    Of files above 64 MB, 64 pieces are read and not all: a checkpoint of 15 GB takes a moment.
+    """
+    path = Path(path)
+    if not path.exists():
+        with naming(str(path)):
+            return str(getattr(AutoConfig.from_pretrained(str(path)), "_commit_hash", path))
+    hashed, piece = hashlib.blake2b(digest_size=8), 2 ** 20
+    for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        hashed.update(f"{file.name if path.is_dir() else '.'} {size}".encode())
+        step = piece if size <= 64 * piece else (size - piece) // 63
+        with open(file, "rb") as contents:
+            for start in range(0, size, step):
+                contents.seek(start)
+                hashed.update(contents.read(piece))
+    return hashed.hexdigest()
+
+
 def write_atomic(path: str | Path, contents: str | bytes):
     """Write a file, all of it or nothing."""
     with all_or_nothing(path) as unfinished:
@@ -387,14 +415,18 @@ def pick_device(device: str | None = None) -> torch.device:
     return torch.device(device or best)
 
 
+def pick_dtype(device: str | None, dtype: str | None) -> str:
+    """The dtype asked for, else bfloat16, and float32 on the CPU, which is slow with the other."""
+    return dtype or ("float32" if pick_device(device).type == "cpu" else "bfloat16")
+
+
 def load_vlm(path: str, device: str | None = None, dtype: str | None = None, text_only: bool = False) -> VLM:
     """Load any image-text-to-text checkpoint, a folder or a hub id; in bfloat16 on a GPU, else float32.
 
     text_only: or a language model without a vision tower (for a judge). Raises UserError where it is neither.
     """
     processor, device = load_processor(path, text_only), pick_device(device)
-    if dtype is None:
-        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = pick_dtype(device, dtype)
     kind = AutoModelForImageTextToText if hasattr(processor, "image_processor") else AutoModelForCausalLM
     with naming(path):
         config = AutoConfig.from_pretrained(path)
@@ -426,6 +458,10 @@ def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
     if not tokenizer("?", add_special_tokens=False).input_ids:
         raise UserError(f"{path}: its tokenizer knows no text; is a file missing, as tokenizer.json?")
     plain, shown = (render(processor, chat_turns("?", images)) for images in (0, int(not text_only)))
+    if tokenizer(plain, add_special_tokens=needs_bos(tokenizer, plain)).input_ids[-1] != tokenizer(
+            plain, add_special_tokens=False).input_ids[-1]:
+        raise UserError(f"{path}: its tokenizer appends a token to each prompt, behind which no response "
+                        f'begins; write "add_eos_token": false in its tokenizer_config.json')
     if not text_only and (shown == plain or "'type'" in shown):    # the second is how a list is printed
         raise UserError(f"{path}: its chat template has no place for images")
     return processor
@@ -572,7 +608,7 @@ def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list
 
 def needs_bos(tokenizer, text: str) -> bool:
     """Whether the tokenizer should put its beginning-of-text token first: some templates have."""
-    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    return not (tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token))
 
 
 def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: bool = False) -> str:
@@ -587,6 +623,34 @@ def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: 
     except (chat_template_utils.jinja2.TemplateError, TypeError) as error:
         raise UserError(f"the chat template of {tokenizer.name_or_path} refuses such turns "
                         f"({reason(error)})") from error
+
+
+# The marks at the beginning and the end of what a model thinks before it answers, by family.
+THOUGHTS = {"<think>": "</think>", "<thinking>": "</thinking>", "<thought>": "</thought>",
+            "<reason>": "</reason>", "<reasoning>": "</reasoning>", "[THINK]": "[/THINK]",
+            "<seed:think>": "</seed:think>", "<mm:think>": "</mm:think>", "◁think▷": "◁/think▷",
+            "<|channel>thought": "<channel|>",
+            "<|channel|>analysis<|message|>": "<|channel|>final<|message|>"}
+OPENED, CLOSED = ("|".join(map(re.escape, marks)) for marks in (THOUGHTS, THOUGHTS.values()))
+
+
+def without_thoughts(response: str) -> str:
+    """A response without its thoughts. One that never ends hides all that follows; the end of one without its
+    beginning ends one that the prompt opened. Whoever calls a judge passes its responses through this."""
+    response = re.sub(rf"(?is)(?:{OPENED}).*?(?:{CLOSED}|\Z)", "", response)
+    return re.split(rf"(?i){CLOSED}", response)[-1].strip()
+
+
+def opened_thought(processor: ProcessorMixin) -> str:
+    """The mark of a thought that the chat template opens before a response, or "". Put before a response, it
+    hides a thought that was cut off."""
+    prompt = render(processor, chat_turns("?", 0), add_generation_prompt=True).rstrip()
+    return next((mark for mark in THOUGHTS if prompt.endswith(mark)), "")
+
+
+def end_of_thought(processor: ProcessorMixin) -> str:
+    """What closes the thought that the chat template opens, or ""."""
+    return f"\n{THOUGHTS[opened]}\n\n" if (opened := opened_thought(processor)) else ""
 
 
 MARK = "<image>"                                                   # where in a question an image stands

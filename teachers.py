@@ -47,8 +47,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from model import (MARK, VLM, Prompt, Sampling, UserError, chat_turns, context_of, decode, encode,
-                   encode_responses, load_processor, load_vlm, process, prompt_text, run, score, stream,
-                   tokens_of_image, write_atomic)
+                   encode_responses, load_processor, load_vlm, pick_dtype, process, prompt_text, run, score,
+                   stamp, stream, tokens_of_image, write_atomic)
 
 # -------------------------------------------------------------------------------- examples
 
@@ -74,6 +74,7 @@ class Example:
     split: str = ""
     kind: str = ""                                 # "dialogue", "caption", "foil", "picture", an answer_type
     sizes: tuple[tuple[int, int], ...] = ()        # (width, height) of each image
+    pictures: tuple[int, ...] = ()                 # a hash of the bytes of each image
 
     @property
     def letters(self) -> dict[str, str]:
@@ -127,9 +128,10 @@ def encode_example(vlm: VLM, example: Example) -> Prompt:
         prompt = encode(vlm, example.text, images, example.history)
     except UserError as error:
         raise UserError(f"{example.where}: {error}") from error
-    vlm.room -= prompt.ids.nbytes + sum(x.nbytes for x in prompt.images.values())
-    if vlm.room > 0:
-        vlm.prompts[example] = prompt
+    with vlm.lock:
+        vlm.room -= prompt.ids.nbytes + sum(x.nbytes for x in prompt.images.values())
+        if vlm.room > 0:
+            vlm.prompts[example] = prompt
     return prompt
 
 
@@ -146,7 +148,7 @@ def encode_examples(vlm: VLM, examples: list[Example]) -> list[Prompt]:
 
 class Teacher(Protocol):
     """What fill_collection needs; CheckpointTeacher and ServerTeacher, below, have it. What is at the `path`
-    of a teacher that has one is recorded with its responses."""
+    of a teacher that has one, and its `dtype`, are recorded with its responses."""
     name: str                                      # what the collection and the logs call it
 
     def check(self):
@@ -224,14 +226,16 @@ def fill_collection(path: str, teachers: list[Teacher], examples: list[Example],
     interrupted fill resumes where it stopped, with the same responses, if a server honours seeds. Returns
     whether nothing lacks: what a server failed on is asked by another call. Raises UserError when two
     teachers have one name or one is called "student", when one cannot be asked, and when the file answers
-    another question under the id of one of these.
+    another question or picture under the id of one of these, or holds responses of an edited checkpoint.
     """
     names = [teacher.name for teacher in teachers]
     if len(set(names)) < len(names) or "student" in names:
         raise UserError(f"the teachers are called {', '.join(names)}; rename a folder, so that their "
                         "responses can be told apart, and from the student's")
     settings = asdict(sampling) | {"seed": seed}
-    have = count_responses(path, examples, settings)
+    made_by = {teacher.name: f"{stamp(teacher.path)} {getattr(teacher, 'dtype', '')}"
+               for teacher in teachers if hasattr(teacher, "path")}
+    have = count_responses(path, examples, settings, made_by)
     todo = {name: [(e, have[name, e.id]) for e in examples if have[name, e.id] < num] for name in names}
     teachers = [teacher for teacher in teachers if todo[teacher.name]]
     for teacher in teachers:                       # all, before the first does any work
@@ -239,7 +243,8 @@ def fill_collection(path: str, teachers: list[Teacher], examples: list[Example],
     lacking = 0
     for teacher in teachers:
         responses = teacher.ask(todo[teacher.name], num, sampling, seed)
-        lacking += append_responses(path, teacher.name, responses, todo[teacher.name], num, settings)
+        about = {"sampling": settings, "made_by": made_by.get(teacher.name)}
+        lacking += append_responses(path, teacher.name, responses, todo[teacher.name], num, about)
     if Path(path).exists():
         sort_collection(path, names, examples)
     return not lacking
@@ -258,9 +263,9 @@ def fill_collection(path: str, teachers: list[Teacher], examples: list[Example],
 class CheckpointTeacher:
     """A folder or hub id, with device and dtype as in load_vlm. slots: responses sampled at a time."""
     path: str
-    device: str | None = None
-    dtype: str | None = None
-    slots: int = 64
+    device: str | None
+    dtype: str
+    slots: int
     name = property(lambda self: Path(self.path).name)
 
     def check(self):
@@ -299,6 +304,7 @@ class ServerTeacher:
         """Asks endpoint.workers examples at a time. Calls that fail for good or bring no text are counted."""
         failures = []
         answered = set()
+        equal = []                                 # of each call for several: are all its responses equal?
 
         def call(example, have):
             if len(failures) >= self.endpoint.workers and not answered:
@@ -314,6 +320,8 @@ class ServerTeacher:
                 failures.append(error)
                 return []
             answered.add(example.id)
+            if len(replies) > 1 and sampling.temperature:
+                equal.append(len(set(replies)) == 1)
             return [(text, finished) for text, finished in replies if text]
 
         pool = ThreadPoolExecutor(self.endpoint.workers)
@@ -333,6 +341,9 @@ class ServerTeacher:
             raise UserError(f"{self.name}: not one of the first calls went well; the last: {failures[-1]}")
         if failures:
             tqdm.write(f"{self.name}: {len(failures)} calls failed; the last: {failures[-1]}")
+        if any(equal):
+            tqdm.write(f"{self.name}: in {sum(equal)} of {len(equal)} calls, {num} of {num} responses are "
+                       "equal: does the server heed n and temperature?")
 
 
 def make_teacher(name: str, device: str | None = None, dtype: str | None = None, slots: int = 64) -> Teacher:
@@ -340,7 +351,7 @@ def make_teacher(name: str, device: str | None = None, dtype: str | None = None,
     endpoint = endpoint_of(name)
     if endpoint:
         return ServerTeacher(endpoint)
-    return CheckpointTeacher(name, device, dtype, slots)
+    return CheckpointTeacher(name, device, pick_dtype(device, dtype), slots)
 
 
 def read_responses(path: str, forbidden: set[str]) -> Iterator[tuple[str, str, str, bool]]:
@@ -363,9 +374,10 @@ def response_length(tokenizer, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False).input_ids) + 1
 
 
-def count_responses(path: str, examples: list[Example], settings: dict) -> Counter:
+def count_responses(path: str, examples: list[Example], settings: dict, made_by: dict[str, str]) -> Counter:
     """How many responses the file holds by (teacher, example id), sampled with these settings. UserError for
-    one to a question that reads otherwise than the example of its id."""
+    one to a question that is not that of the example of its id, or of a teacher that was another checkpoint
+    than made_by says."""
     counts = Counter()
     if not Path(path).exists():
         return counts
@@ -376,19 +388,23 @@ def count_responses(path: str, examples: list[Example], settings: dict) -> Count
         if "asked" in row and row["asked"] != asked.get(name, row["asked"]):
             raise UserError(f"{where}: a response to another question than {name!r} is now; remove the lines "
                             f"of this id, or choose another --out")
-        counts[row.get("teacher"), name] += row.get("sampling") == settings
+        teacher = row.get("teacher")
+        if row.get("made_by") and row["made_by"] != made_by.get(teacher, row["made_by"]):
+            raise UserError(f"{where}: {teacher} was another checkpoint, or had another dtype, when it gave "
+                            f"this response; remove its lines, or choose another --out")
+        counts[teacher, name] += row.get("sampling") == settings
     return counts
 
 
 def question_hash(example: Example) -> int:
-    """A number that changes where what a model is asked reads otherwise."""
-    images = [Path(image).name for image in example.images]
-    return zlib.crc32(json.dumps([example.dialogue, images]).encode())
+    """A number that changes where what a model is asked reads or looks otherwise."""
+    return zlib.crc32(json.dumps([example.dialogue, example.pictures]).encode())
 
 
 def append_responses(path: str, name: str, responses: Iterable[tuple[Example, list[tuple[str, bool]]]],
-                     todo: list[tuple[Example, int]], num: int, settings: dict) -> int:
-    """Append a teacher's responses to the file as they come; returns how many questions still lack some."""
+                     todo: list[tuple[Example, int]], num: int, about: dict) -> int:
+    """Append a teacher's responses, and what is the same about all of them, to the file as they come; returns
+    how many questions still lack some."""
     lacking = Counter({example.id: num - have for example, have in todo})
     unusable = 0
     with (open(path, "a", encoding="utf-8") as file,
@@ -398,7 +414,7 @@ def append_responses(path: str, name: str, responses: Iterable[tuple[Example, li
                 finished = finished and bool(text.strip())
                 unusable += not finished
                 row = {"id": example.id, "teacher": name, "text": text, "finished": finished,
-                       "sampling": settings, "asked": question_hash(example)}
+                       "asked": question_hash(example)} | about
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()                           # on disk before the teacher is asked for more
             lacking[example.id] -= len(replies)
@@ -900,25 +916,26 @@ Check = Callable[[Example], None]                  # UserError where a model can
 
 
 def check_images(examples: list[Example], path: str, skip_bad: bool) -> list[Example]:
-    """Open every image once, in threads, and note the sizes in the examples; bad ones are as in
+    """Open every image once, in threads, and note sizes and contents in the examples; bad ones are as in
     check_prompts."""
     wheres = {image: e.where for e in reversed(examples) for image in e.images}      # the first that names it
 
     def look(image):
         try:
-            return open_image(image, wheres[image]).size
+            return open_image(image, wheres[image]).size, zlib.crc32(image_bytes(image))
         except UserError as error:
             return error
 
     def check(example):
         for image in example.images:
-            if isinstance(sizes[image], UserError):
-                raise sizes[image]
+            if isinstance(seen[image], UserError):
+                raise seen[image]
     with ThreadPoolExecutor(8) as pool:
         bar = tqdm(pool.map(look, wheres), f"images of {Path(path).name}", len(wheres), unit="image", delay=3)
-        sizes = dict(zip(wheres, bar))
+        seen = dict(zip(wheres, bar))
     examples = check_prompts(examples, path, skip_bad, [check])
-    return [replace(e, sizes=tuple(sizes[image] for image in e.images)) for e in examples]
+    return [replace(e, sizes=tuple(seen[image][0] for image in e.images),
+                    pictures=tuple(seen[image][1] for image in e.images)) for e in examples]
 
 
 def check_prompts(examples: list[Example], path: str, skip_bad: bool,
@@ -1010,8 +1027,8 @@ def open_image(path: str, where: str) -> Image.Image:
         return image.convert("RGB")
     except FileNotFoundError as error:
         raise UserError(f"{where}: image {shortened(path)} does not exist as a file") from error
-    except (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error,
-            Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, AttributeError, struct.error,
+            Image.DecompressionBombError) as error:                # TypeError: EXIF with a mistyped tag
         reason = f"{type(error).__name__}: {shortened(error)}"
         raise UserError(f"{where}: image {shortened(path)} cannot be read ({reason})") from error
 
@@ -1021,7 +1038,8 @@ def open_image(path: str, where: str) -> Image.Image:
 
 KEY = "OPENAI_API_KEY"                             # an API key is read from here alone, and never logged
 OPTIONAL = ("top_k", "top_p", "repetition_penalty", "seed", "n", "temperature")      # not all servers know
-CUT_OFF = ("length", "content_filter", "abort")    # finish reasons; servers have many others for an end
+# finish reasons of complete responses, or none; servers have many for what was cut off or went wrong
+ENDS = ("none", "", "stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "complete", "completed")
 
 
 @dataclass(frozen=True)
@@ -1034,6 +1052,7 @@ class Endpoint:
     pause: float = 1.0                             # seconds before the second attempt; doubles from then on
     workers: int = 16                              # calls at a time
     refused: set = field(default_factory=set, compare=False)       # settings that the server does not take
+    cut_off: set = field(default_factory=set, compare=False)       # finish reasons that were none of ENDS
 
 
 def endpoint_of(name: str) -> Endpoint | None:
@@ -1151,7 +1170,8 @@ def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling,
                 longest: sampling.max_new_tokens}
         body |= {name: value for name, value in settings.items() if name not in endpoint.refused}
         try:
-            replies = replies_of(attempt(endpoint, "/chat/completions", body))[:num]
+            completion = attempt(endpoint, "/chat/completions", body)
+            replies = replies_of(completion)[:num]
             break
         except CallFailed as error:
             if blamed := blamed_settings(error, body):
@@ -1164,6 +1184,10 @@ def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling,
                 raise CallFailed(f"{endpoint.url}: {error}") from error
             time.sleep(wait)
             pause *= 2
+    reasons = {str(choice.get("finish_reason")) for choice in completion["choices"]}
+    for reason in {reason for reason in reasons if reason.lower() not in ENDS} - endpoint.cut_off:
+        endpoint.cut_off.add(reason)
+        tqdm.write(f"{endpoint.model}: a response that ends by {reason!r} counts as cut off")
     if len(replies) < num and "n" not in endpoint.refused:
         endpoint.refused.add("n")
         tqdm.write(f"{endpoint.model}: the server ignores n; it is asked for one response at a time")
@@ -1181,7 +1205,7 @@ def replies_of(completion: dict | list) -> list[tuple[str, bool]]:
             if isinstance(text, list):             # in parts, beside which there may be thoughts
                 text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
             text = text.encode("utf-8", "replace").decode().strip()    # without halves of emoji
-            replies.append((text, bool(text) and choice.get("finish_reason") not in CUT_OFF))
+            replies.append((text, bool(text) and str(choice.get("finish_reason")).lower() in ENDS))
     except (LookupError, TypeError, AttributeError) as error:
         raise CallFailed(json.dumps(completion, ensure_ascii=False), 200) from error
     if not replies:
@@ -1193,10 +1217,14 @@ def blamed_settings(error: CallFailed, body: dict) -> list[str]:
     """The settings that the server complains about, of those in the body that it can do without."""
     if error.status not in (200, 400, 422) or error.wait is not None:
         return []                                  # 200: some send a complaint as if it were a reply
+    if re.search("(?i)context|too (long|large|many)|reduce", error.text):
+        return []                                  # the prompt is too long, whatever else is named
     candidates = list(OPTIONAL)
     if re.search("max_completion_tokens|unsupported|unrecognized", error.text, re.IGNORECASE):
         candidates.append("max_tokens")
-    return [name for name in candidates if name in body and re.search(rf"\b{name}\b", error.text)]
+    kind, verb = "(argument|parameter|field|property|setting)s?:? ", "(is|must|should|does|may|cannot|:|=)"
+    return [name for name in candidates if name in body and re.search(
+        rf"""(?i)["'`]{name}["'`]|\b{kind}{name}(?![\w.-])|(?<![\w.-]){name} ?{verb}""", error.text)]
 
 
 # -------------------------------------------------------------------------------- the toy world

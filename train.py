@@ -28,7 +28,6 @@ says nothing.
 """
 import argparse
 import copy
-import hashlib
 import json
 import os
 import random
@@ -37,6 +36,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -50,7 +50,6 @@ from typing import NamedTuple
 # before torch is imported: threads that wait sleep, as spinning beside a busy program is three times as slow
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -63,11 +62,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import discriminator as eq1
 from discriminator import SIMILARITIES, Discriminator
-from eval import (Task, check_judge, draw_curves, make_judge, opened_thought, predict, results_table,
-                  rule_check, score_responses, task_of, without_thoughts, write_report)
+from eval import (Task, check_judge, draw_curves, make_judge, predict, results_table, rule_check,
+                  score_responses, task_of, write_report)
 from model import (VLM, Outputs, UserError, all_or_nothing, check_packing, checkpoint_layers,
                    encode_responses, generate, image_tokens, join, load_processor, load_vlm, micro_batches,
-                   naming, packed_sizes, pick_device, remove, save_vlm, score, write_atomic)
+                   naming, packed_sizes, pick_device, pick_dtype, remove, save_vlm, score, stamp,
+                   without_thoughts, write_atomic)
 from model import run as run_main
 from teachers import (Collection, Example, Split, add_sampling_options, build_tiny_vlm, draw_toy_world,
                       encode_example, encode_examples, endpoint_of, fill_collection, load_examples,
@@ -219,16 +219,14 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
             "grad_norm": torch.stack(norms).mean().item()}
 
 
-def ask(run, judge, batch: list[Example], outputs: Outputs):
+def ask(judge, batch: list[Example], outputs: Outputs):
     """Asks for verdicts on B questions with K responses each; returns a function that waits for them.
 
     A judge on another machine works in a thread meanwhile; any other when that function is called. What it
     returns, (B, K) float32, is 1, 0, between them from a judge that grades, or NaN where it failed.
     """
-    opened = opened_thought(run.policy.processor)      # or what a cut-off thought says would be an answer
-    openings = [opened if k < run.args.num_samples else "" for k in range(outputs.mask.shape[1])]
-    triples = [(e.dialogue, e.truth, without_thoughts(opening + text))
-               for e, texts in zip(batch, outputs.text) for opening, text in zip(openings, texts)]
+    triples = [(e.dialogue, e.truth, without_thoughts(text))
+               for e, texts in zip(batch, outputs.text) for text in texts]
     answer = partial(judge, triples)
     if getattr(judge, "remote", False):
         answer = ThreadPoolExecutor(1).submit(judge, triples).result
@@ -259,7 +257,7 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
         sources = [own + [teacher for teacher, _ in pairs] for own, pairs in zip(sources, drawn)]
     B, K, _ = outputs.ids.shape
     is_student = torch.arange(K, device=policy.device).expand(B, K) < G
-    verdicts_of = ask(run, judge, batch, outputs)           # for line 10; a remote judge works while D learns
+    verdicts_of = ask(judge, batch, outputs)           # for line 10; a remote judge works while D learns
 
     row, p_student = {}, None
     if D:
@@ -307,7 +305,7 @@ def main():
     with world.rank_0_first():                         # torchrun: the others find what rank 0 has made
         folder = Folder(args, world.rank)
         data = check_inputs(args, folder)
-        folder.open()
+        folder.open(data)
         teachers = toy_world_and_teachers(folder, args, data)
         start = fine_tuned_student(folder, args, data)                                # SFT
         collection = teachers_responses(folder, args, teachers, data, start)
@@ -590,54 +588,21 @@ def print_step(row: dict, timing: dict, shown: list[list[dict]]):
                    f"{r['text'][:60]}")
 
 
-SHORT, WINDOW = 20, 50                            # steps in which signs of sudden and slow trouble are sought
-
-
-def falls(values: np.ndarray, ends: int) -> bool:
-    """Whether the mean of the last `ends` values is below that of the first, by far more than their noise."""
-    if len(values) < 2:
-        return False
-    noise = np.diff(values).std() / 2 ** 0.5 * (2 / ends) ** 0.5   # of the fall, if there were none
-    return values[:ends].mean() - values[-ends:].mean() > max(0.1, 4 * noise)
-
-
-def swings(values: np.ndarray, width: int) -> bool:
-    """Whether a reward between 0 and 1, its means of `width` steps, both rises and falls by over a half."""
-    means = np.convolve(values, np.full(width, 1 / width), "valid")
-    rise = (means - np.minimum.accumulate(means)).max(initial=0)               # most above an earlier one
-    fall = (np.maximum.accumulate(means) - means).max(initial=0)               # most below one
-    return min(rise, fall) > 0.5 and values.min() >= 0 and values.max() <= 1
+WINDOW = 50                                       # steps in which signs of trouble are sought
 
 
 def warnings(rows: list[dict]) -> list[str]:
     """What the metrics of the last steps, up to WINDOW, warn of, in sentences that name the metric."""
-    def column(name):
-        return np.array([row[name] for row in rows if row.get(name) is not None] or [np.nan])
-    kl, norm, answer, similarity = (column(name)[-SHORT:] for name in (
-        "kl", "grad_norm", "reward/answer/student", "reward/similarity/student"))
-    d_accuracy, same, length, cut_off, repeated = (column(name) for name in (
-        "d_accuracy", "flat/similarity", "length", "cut_off", "repeated"))
-    sudden, slow = len(rows) >= SHORT // 2, len(rows) == WINDOW    # are there enough steps to tell?
-    ends, fifth = SHORT // 4, WINDOW // 5                          # steps that are averaged at either end
+    def last(name, steps):
+        return mean(row.get(name) for row in rows[-steps:]) or 0
     table = [
-        (sudden and kl[-ends:].mean() > 5,
+        (len(rows) >= 10 and last("kl", 5) > 5,
          "`kl` is above 5: the student leaves the reference, and soon its language; lower --lr"),
-        (sudden and norm[-ends:].mean() > 10 * np.median(norm),
-         "`grad_norm` is ten times what it was: the updates are no longer small; lower --lr"),
-        (sudden and falls(answer, ends),
-         "`reward/answer/student` falls: the student gets worse; lower --lr and --discriminator-lr"),
-        (sudden and swings(similarity, ends),
-         "`reward/similarity/student` swings: D and the student chase each other; lower --lr, so that D "
-         "learns faster than the student changes"),
-        (slow and d_accuracy.mean() > 0.98,
+        (len(rows) == WINDOW and last("d_accuracy", WINDOW) > 0.98,
          "`d_accuracy` is near 1: D always knows the student, who earns no `reward/similarity/`; lower "
          "--discriminator-lr, or first fine-tune the student on answers in the teachers' ways"),
-        (slow and abs(d_accuracy.mean() - 0.5) < 0.05 and same.mean() > 0.9,
-         "`d_accuracy` is at chance and `flat/similarity` near 1: D has nothing left to say; stop here"),
-        (slow and length[-fifth:].mean() > 2 * length[:fifth].mean() and cut_off[-fifth:].mean() > 0.2,
-         "`length` has doubled and `cut_off` is high: the reward may be paid for words"),
-        (slow and repeated.mean() > 0.5,
-         "`repeated` is above a half: most responses are one and the same string; raise --beta")]
+        (last("skipped_updates", 1) > 0,
+         "`skipped_updates`: a gradient was not finite, and not followed; lower --lr if that goes on")]
     return [sentence for is_so, sentence in table if is_so]
 
 
@@ -1109,10 +1074,10 @@ class Folder:
         self.args, self.rank, self.out = args, rank, Path(args.out)
         self.clock, self.record = Meter(pick_device(args.device)), read_record(self.out)
 
-    def open(self):
+    def open(self, data: dict):
         """UserError where files in --out were made from something else, or nobody knows from what. Begins a
         new run's record; what is wrong with inputs must have been said before."""
-        wanted, donor = made_from(self.args), getattr(self.args, "from")
+        wanted, donor = made_from(self.args, data), getattr(self.args, "from")
         if self.record:
             self.compare(self.out, self.record, wanted, ("before the loop", "loop"))
             if self.record["steps"] > self.args.steps:
@@ -1180,26 +1145,30 @@ class Folder:
             raise UserError(f"--out {self.out} cannot be written ({error.strerror})") from error
 
 
-def made_from(args) -> dict[str, dict]:
-    """What a run is made from: every option but those of the machine, inputs by content, and code."""
+def made_from(args, data: dict) -> dict[str, dict]:
+    """What a run is made from: every option but those of the machine, inputs by content, and code. data: the
+    examples, or the task, of each option."""
     def chosen(*groups):
         names = [option.name.strip("-").replace("-", "_") for group in groups for option in OPTIONS[group]]
         return {name: getattr(args, name) for name in names}
 
-    def contents(*names):
-        return {name: digest(getattr(args, name)) for name in names if getattr(args, name)}
+    def contents(name):
+        pictures = [e.pictures for e in getattr(data.get(name), "examples", data.get(name, ()))]
+        pictures = zlib.crc32(json.dumps(pictures).encode())
+        return {name: f"{stamp(getattr(args, name))} {pictures}"} if getattr(args, name) else {}
     teachers, judge = [make_teacher(name) for name in args.teachers], args.judge
     if endpoint := endpoint_of(judge):
         judge = endpoint.model                         # its address may change
     elif judge != "rule":
-        judge = digest(judge)
+        judge = stamp(judge)
     before = chosen("SFT", "collection", "discriminator", "every stage") | asdict(sampling_of(args))
-    before |= {"student": "toy" if args.student == "toy" else digest(args.student),
+    before |= {"student": "toy" if args.student == "toy" else stamp(args.student), "skip_bad": args.skip_bad,
+               "dtype": pick_dtype(args.device, args.dtype),
                "teachers": [teacher.name for teacher in teachers],
-               "checkpoints": [digest(teacher.path) for teacher in teachers if hasattr(teacher, "path")]}
-    before |= contents("data", "sft_data", "collection")
+               "checkpoints": [stamp(teacher.path) for teacher in teachers if hasattr(teacher, "path")]}
+    before |= contents("data") | contents("sft_data") | contents("collection")
     loop = chosen("loop") | contents("eval_data") | {"reward_weights": args.reward_weights, "judge": judge}
-    code = {name: digest(Path(__file__).with_name(name)) for name in CODE}
+    code = {name: stamp(Path(__file__).with_name(name)) for name in CODE}
     return json.loads(json.dumps({"before the loop": before, "loop": loop,
                                   "code": {"before the loop": code, "loop": code}}))
 
@@ -1219,28 +1188,6 @@ def copy_into(source: Path, target: Path):
     copy_all = shutil.copytree if source.is_dir() else shutil.copyfile
     with all_or_nothing(target) as unfinished:
         copy_all(source, unfinished)
-
-
-def digest(path: str | Path) -> str:
-    """A hash of what a file or the files of a folder hold; of a checkpoint on the hub, its commit.
-
-    Of files above 64 MB, 64 pieces are read and not all: a checkpoint of 15 GB takes a moment. Images beside
-    a data file are not read.
-    """
-    path = Path(path)
-    if not path.exists():
-        with naming(str(path)):
-            return str(getattr(AutoConfig.from_pretrained(str(path)), "_commit_hash", path))
-    hashed, piece = hashlib.blake2b(digest_size=8), 2 ** 20
-    for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
-        size = file.stat().st_size
-        hashed.update(f"{file.name if path.is_dir() else '.'} {size}".encode())
-        step = piece if size <= 64 * piece else (size - piece) // 63
-        with open(file, "rb") as contents:
-            for start in range(0, size, step):
-                contents.seek(start)
-                hashed.update(contents.read(piece))
-    return hashed.hexdigest()
 
 
 # -------------------------------------------------------------------------------------------- stages of a run

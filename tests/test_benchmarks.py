@@ -279,9 +279,48 @@ def test_old_responses_are_not_taken_for_new_ones(checkpoints, tmp_path):
     assert call("eval.py", *options).returncode == 0 and len(file.read_text().splitlines()) == 4
     choices("AI2D_TEST", tmp_path, hint="Look.")
     assert call("eval.py", *options).returncode == 0 and len(file.read_text().splitlines()) == 7
-    os.utime(model / "model.safetensors")
+    noise_image(32, 32, 9).save(png := io.BytesIO(), "png")        # another picture under the same index
+    choices("AI2D_TEST", tmp_path, hint="Look.", image=base64.b64encode(png.getvalue()).decode())
+    assert call("eval.py", *options).returncode == 0 and len(file.read_text().splitlines()) == 10
+    assert "other settings" in call("eval.py", *options, "--dtype", "bfloat16").stderr
+    for name, old, new in (("preprocessor_config.json", '"longest_edge": 9216', '"longest_edge": 4096'),
+                           ("chat_template.jinja", "assistant", "model")):
+        text = (model / name).read_text()
+        assert old in text
+        (model / name).write_text(text.replace(old, new))
+        done = call("eval.py", *options)
+        assert done.returncode == 2 and "other settings" in done.stderr
+        (model / name).write_text(text)
+    assert call("eval.py", *options).returncode == 0
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
     done = call("eval.py", *options)
     assert done.returncode == 2 and "other settings" in done.stderr
+
+
+def test_a_label_in_a_question_is_no_list_of_options(tmp_path):
+    """"Which part is marked (A)?", asked without options; options asked twice where a question lists them."""
+    for question, many in (("Which part is marked (A)?", 1), ("(A) red (B) a green dog?", 1),
+                           ("Which?\n(A) red (B) a green dog (C) blue (D) 10", 0)):
+        task = e.task_of(str(choices("AI2D_TEST", tmp_path, question=question)))
+        assert task.asked(task.examples[0]).question.count("\nC. blue\n") == many
+
+
+def test_of_two_equal_choices_either_is_right():
+    """MathVista has questions with two choices 21: "D", "21" and "The answer is 21." counted as wrong."""
+    example = Example("0", (), "?", "A", ("21", "20", "3", "21"))
+    for text, score in (("A", 1), ("D", 1), ("21", 1), ("The answer is 21.", 1), ("B", 0), ("20", 0),
+                        ("?", None)):
+        assert e.mcq_score(example, text) == score
+
+
+def test_a_verdict_that_failed_is_not_shown_as_wrong(tmp_path):
+    """Red in the report, for a response that nobody has judged."""
+    row = {"id": "a", "image": [], "question": "?", "truth": "2", "text": "two", "verdict": None}
+    score = {"task": "t", "rows": [row]}
+    assert 'class="down"' not in "".join(e.example_cards({"m": [score]}))
+    assert 'class="down"' in "".join(e.example_cards({"m": [score | {"rows": [row | {"verdict": 0.0}]}]}))
 
 
 def test_an_interrupted_evaluation_resumes(checkpoints, tmp_path):

@@ -184,6 +184,15 @@ def test_settings_that_a_server_does_not_take_are_left_out_and_said(capsys, monk
     assert "top_k" not in server.bodies[1]
 
 
+def test_a_finish_reason_that_is_no_end_is_named_once(capsys, monkeypatch):
+    """Half a response as a whole one; or a collection that is empty, and nobody knows why."""
+    choice = {"message": {"content": "Y"}, "finish_reason": "repetition"}
+    monkeypatch.setitem(BODIES, "cut", json.dumps({"choices": [choice]}).encode())
+    endpoint = Endpoint("m", Hostile(lambda body: "Yes.", lambda number: "cut").url)
+    assert [chat(endpoint, ASK, 1, Sampling(), 0) for _ in "12"] == [[("Y", False)]] * 2
+    assert capsys.readouterr().out.count("'repetition' counts as cut off") == 1
+
+
 def test_a_server_that_is_down_for_good_is_given_up_in_bounded_time(tmp_path):
     data, _ = lamp_files(tmp_path, 40)
     server = Hostile(lambda body: "Yes.", lambda number: "500")
@@ -490,7 +499,9 @@ def test_a_judge_that_was_trained_again_is_asked_again(checkpoints, tmp_path, mo
     verdict.append(0)
     assert judged() == [1]
     (weights,) = (tmp_path / "judge").glob("*.safetensors")
-    os.utime(weights, (0, 0))
+    contents = bytearray(weights.read_bytes())
+    contents[-1] ^= 1
+    weights.write_bytes(contents)
     assert judged() == [0]
 
 

@@ -3,6 +3,7 @@ import copy
 import doctest
 import json
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,9 @@ COUNT = "How many circles are there?"
 YES = "Is there a red circle?"
 WHERE = "Where is it?"
 BESIDE = "What colour is the circle beside the blue square?"
-WHAT = "What is it?"
+WHAT = "What dog is it?"
+LIGHT = "Is the light red or green?"
+STATE = "Which state?\nOptions: (A) Ohio (B) New Mexico"
 
 
 def test_the_examples_of_the_rule_judge_are_right():
@@ -30,23 +33,41 @@ def test_the_examples_of_the_rule_judge_are_right():
 
 @pytest.mark.parametrize("question, truth, right, wrong", [
     (COLOUR, "red", ["red", "Red.", "The circle is red.", "The answer is red.", "The answer is: red",
-                     "Answer: red", "It is not blue, it is red.", "red, not blue",
-                     "It is red rather than blue.", "red is the answer:", "<answer>red</answer>",
-                     r"Blue? \boxed{red}", "ｒｅｄ"],
-     ["not red", "It isn't red.", "red or blue or green", "red blue green", "I see red and blue.",
+                     "Answer: red", "red is the answer:", "<answer>red</answer>", r"Blue? \boxed{red}", "ｒｅｄ",
+                     "The circle in the picture is red.", "It's red, as the light is red.", "I'd say red."],
+     ["I cannot tell if it is red.", "It is hardly red.", "anything but red", "It might be red.", "Red?",
+      "I doubt that the answer is red.", "Nobody says red.", "red/blue", "far from red", "either red",
+      "It is not blue, it is red.", "red, or maybe blue", "green, right must be.", "red, that would say.",
+      "not red", "It isn't red.", "red or blue or green", "red blue green", "I see red and blue.",
       "The square is red. The answer is blue.", "A red square is there, so it is blue",
       "The answer is red or blue.", "It was hired.", "I am not sure.", "", r"red \boxed{blue}"]),
     (BESIDE, "red", ["The circle beside the blue square is red."], ["red or blue"]),
-    ("Is it red or blue?", "red", ["It is red."], ["It is red or blue."]),
+    (LIGHT, "red", ["It is red.", "Red, I think."], ["It is red or green.", "red green", "not green, red"]),
     (COUNT, "2", ["2", "There are two circles.", "2.0"], ["12", "-2", "2 or 3", "1 2 3 4", "two hundred"]),
     (COUNT, "12", ["12"], ["1", "2"]),
     (COUNT, "0", ["none", "zero"], ["10"]),
     (COUNT, "1000", ["1,000", "1000"], ["1,0000", "1", "1,000 or 2,000", "1,000,000"]),
-    (COUNT, "21", ["twenty-one", "twenty one dogs"], ["twenty", "one"]),
+    (COUNT, "21", ["twenty-one", "twenty one circles"], ["twenty", "one", "21st", "21%", "at least 21"]),
+    (COUNT, "3", ["There are 3 circles.", "3 of them", "I count three.", "x = 3"],
+     ["I can't determine whether there are 3 circles.", "up to 3", "3k", "3%", "3rd", "3e3", "3+", "~3",
+      "3-4", "3/4", "3 million", "minus 3", "more than 3", "about 3", "3udeneac# would be.", "3,louhe, right."]),
+    (COUNT, "52", ["52"], ["5²"]),
+    (COUNT, "4", ["4"], ["minus 4", "- 4", "x = - 4", r"\boxed{- 4}"]),
+    (COUNT, "-4", ["minus 4", "- 4", "x = - 4", r"\boxed{- 4}", "negative four"], ["4"]),
+    (COUNT, "25", ["25."], [".25"]),
+    (COUNT, "0.25", [".25"], ["25"]),
+    (COUNT, "0", ["There are no circles."], ["I have no idea.", "There is no answer."]),
     (COUNT, "twenty", ["20", "Twenty."], ["2", "twenty-two", "twenty or thirty"]),
     (COUNT, "-5", ["-5", "−5", "It is –5."], ["5"]),
-    (YES, "yes", ["Yes, there is a red circle."], ["yes and no", "yesterday"]),
-    (YES, "no", ["No, there is no red circle."], ["There is not."]),
+    (YES, "yes", ["Yes, there is a red circle.", "Yes. A small one.", "I think yes."],
+     ["yes and no", "yesterday", "I cannot say yes.", "Yes? No.", "yes/no"]),
+    (YES, "no", ["No, there is no red circle.", "There is no red circle."],
+     ["There is not.", "I have no idea.", "There's no way to tell.", "No idea.", "No answer."]),
+    (STATE, "B", ["B", "New Mexico", "(B) New Mexico", "It is New Mexico."],
+     ["Ohio", "A or B", "Ohio or New Mexico", "I cannot tell if it is B.", "anything but B", "B, A"]),
+    ("Q?\nA. 21\nB. 20\nC. 21", "C", ["C", "A", "21", "A. 21"], ["B", "20", "A or B"]),
+    ("Which part is marked (A)?\nA. stem\nB. leaf", "B", ["leaf", "The part marked is the leaf."], ["A"]),
+    ("Which?\nA. vitamin A\nB. vitamin B", "B", ["B. vitamin B", "vitamin B"], ["vitamin A"]),
     (WHERE, "top left", ["At the top left."], ["top"]),
     (WHERE, "left", [], ["top left"]),
     (WHERE, "centre", ["In the center."], []),
@@ -93,8 +114,7 @@ def test_a_phrase_is_the_whole_answer(truth, right, wrong):
     ("How many?\nA. 1\nB. 3", "3", ["There are three of them.", "B"], ["A"]),
     ("Price?\nA. $5\nB. $7", "$7", ["B", "$7"], ["A", "$5"]),
     ("Language?\nA. C\nB. C++", "C++", ["B"], ["A"]),
-    ("哪个？\nA. 红色\nB. 蓝色", "蓝色", ["B", "选B", "蓝色", "这是蓝色的球"], ["A", "红色"]),
-    ("Grade?\nA. B\nB. A", "A", ["A"], ["B"]),
+    ("哪个？\nA. 红色\nB. 蓝色", "蓝色", ["B", "选B", "蓝色", "答案是B"], ["A", "红色"]),
 ])
 def test_the_rule_judge_reads_letters(question, truth, right, wrong):
     """An article taken for the letter A, or a letter refused because of words beside it."""
@@ -103,7 +123,8 @@ def test_the_rule_judge_reads_letters(question, truth, right, wrong):
 
 
 REFUSED = ["C++", "$7", "50%", "€1,000", "3/4", "10:30", "?", "K>0", r"\frac{63}{400}", "$6$", "红色", "三个",
-           "赤", "빨간색", "Ελλάδα", "red, blue", "cat<AND>dog", "There is a man on the left of it", "AT&T"]
+           "赤", "빨간색", "Ελλάδα", "red, blue", "cat<AND>dog", "There is a man on the left of it", "AT&T",
+           "AC", "A, C", "A C", "B and D"]
 
 
 @pytest.mark.parametrize("truth", REFUSED)
@@ -111,8 +132,26 @@ def test_a_truth_that_a_rule_cannot_judge_is_refused(truth):
     """A judge that is silently wrong about signs, scripts, LaTeX and sentences; an option's text is fine."""
     with pytest.raises(UserError, match="f.jsonl:3: a rule cannot judge the answer .* give --judge MODEL"):
         rule_check(Example("0", (), "?", truth, where="f.jsonl:3"))
-    if "\n" not in truth:
+    if not re.fullmatch("[A-D ,and]+", truth):
         rule_check(Example("0", (), "?", truth, ("x", truth)))     # the text of an option
+
+
+@pytest.mark.parametrize("question, truth", [
+    ("Grade?\nA. B\nB. A", "A"), ("Options: a) Ohio b) Utah", "b"), ("Q?\nA. x\nB. y\nC. z", "ABC"),
+    ("图里有几只猫？", "4")])
+def test_a_question_that_a_rule_cannot_judge_is_refused(question, truth):
+    """Options that read as letters of one another, or that cannot be found; characters that are not words."""
+    with pytest.raises(UserError, match="a rule cannot judge the answer"):
+        rule_check(Example("0", (), question, truth))
+
+
+def test_no_response_keeps_the_judge_busy():
+    """A policy's 100,000 characters that make a pattern try all ways: seconds for each verdict."""
+    start = time.monotonic()
+    for text in ("red ", "it is ", "1,", "- ", ". ", "the answer is ", "(A) ", "**", "so, ", "'", "minus "):
+        rule_verdict("Which?\nA. red\nB. blue", "B", 10 ** 5 // len(text) * text)
+        rule_verdict(10 ** 5 // len(text) * text, "3", "3 of them")
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize("truth", ["12", "-5", "1,000", "2.5", "Yes", "no.", "B", "(b)", "red", "Grey cat",
@@ -147,6 +186,10 @@ def test_truths_are_checked_before_any_work(checkpoints, tmp_path):
     ("I think it is red", "I think it is red"),
     ("<thinking>A?\n</thinking>\nB", "B"), ("◁think▷The answer is C.◁/think▷B", "B"), ("◁think▷So B", ""),
     ("The answer is A.</thinking>B", "B"), ("<Thinking>\\boxed{A}", ""),
+    ("[THINK]A?[/THINK]B", "B"), ("<thought>A", ""), ("<reason>A</reason>B", "B"), ("A</reasoning>B", "B"),
+    ("<seed:think>A</seed:think>B", "B"), ("<mm:think>A</mm:think>B", "B"),
+    ("<|channel>thought\nA<channel|>B", "B"),
+    ("<|channel|>analysis<|message|>A<|end|><|start|>assistant<|channel|>final<|message|>B", "B"),
 ])
 def test_thoughts_are_no_part_of_a_response(response, rest):
     """A verdict on what a model only considered."""
@@ -171,7 +214,7 @@ def test_a_thought_that_the_template_opened_hides_what_never_left_it(end, opened
     [(_, _, finished)] = greedy(replace(vlm, stop_ids=list(range(len(tokenizer)))), prompts, 2, 1)
     assert finished
     assert (without_thoughts(text) == "") == bool(opened)
-    assert rule_verdict(COUNT, "2", opened + "Is it 2") == int(not opened)
+    assert rule_verdict(COUNT, "2", opened + "It is 2") == int(not opened)
 
 
 @pytest.mark.parametrize("truth, text", [
@@ -185,8 +228,8 @@ def test_a_thought_that_the_template_opened_hides_what_never_left_it(end, opened
 ])
 def test_a_right_answer_after_a_calculation_or_before_its_reason(truth, text):
     """Numbers of the way there, counted as if they were answers too."""
-    assert rule_verdict("?", truth, text) == 1
-    assert rule_verdict("?", "5" if truth != "5" else "6", text) == 0
+    assert rule_verdict("How many apples?", truth, text) == 1
+    assert rule_verdict("How many apples?", "5" if truth != "5" else "6", text) == 0
 
 
 @pytest.mark.parametrize("reply, graded, verdict", [

@@ -8,7 +8,7 @@ import pytest
 
 import teachers
 import train
-from conftest import ROOT, call, lamp_files
+from conftest import ROOT, call, lamp_files, noise_image
 from test_forks import run_code
 
 LOOP = ["--device", "cpu", "--batch-size", 4, "--num-samples", 2, "--discriminator-steps", 2, "--collect", 2,
@@ -53,13 +53,18 @@ def test_data_may_move_but_not_change(copied):
     for changed in (rows[:-1], rows[::-1]):
         data.write_text("".join(changed))
         refused("was made with other settings (--data ", *options, "--steps", 4, "--out", out)
+    data.write_text("".join(rows))
+    noise_image(40, 33).save(out.parent / "0.jpg")                 # another picture in its place
+    refused("was made with other settings (--data ", *options, "--steps", 4, "--out", out)
 
 
 def test_every_option_belongs_to_a_run(copied, checkpoints):
     """A result that is shown again though another option, teacher or judge is asked for."""
     out, options = copied
     command = [*options, "--steps", 4, "--out", out]
+    refused("--skip-bad False there, True here", *command, "--skip-bad")
     for option, value, there in (("--temperature", 0.5, 1.0), ("--lr", 0.5, 1e-06),
+                                 ("--dtype", "bfloat16", "float32"),
                                  ("--loss", "grpo", "dr_grpo"),
                                  ("--reward-weights", "answer=2", {"similarity": 1.0, "answer": 1.0})):
         refused(f"{option} {there} there, ", *command, option, value)

@@ -1,5 +1,7 @@
 """generate and score against transformers' own code and against themselves, one response at a time."""
+import copy
 import inspect
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from transformers.generation.logits_process import (LogitsProcessorList, Repetit
 from conftest import noise_image
 from discriminator import Discriminator
 from model import (Sampling, Slots, UserError, decode, encode, encode_responses, generate, join, load_vlm,
-                   sample, save_vlm, score, stream)
+                   needs_bos, sample, save_vlm, score, stream, without_thoughts)
 from train import World
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=12)
@@ -24,6 +26,54 @@ def transformers_inputs(vlm, prompt, response=()):
     types = {"mm_token_type_ids", "token_type_ids"} & inspect.signature(vlm.model.forward).parameters.keys()
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids), **prompt.images,
                 **{name: (ids == vlm.model.config.image_token_id).int() for name in types})
+
+
+THINKS = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+
+
+def thinking(checkpoint, folder):
+    """A copy of a checkpoint whose chat template opens a thought before each response."""
+    shutil.copytree(checkpoint, folder)
+    template = folder / "chat_template.jinja"
+    text, end = template.read_text().split("{% if add_generation_prompt %}")
+    assert end.endswith("{% endif %}")
+    template.write_text(text + THINKS)
+    return load_vlm(str(folder), "cpu")
+
+
+def test_a_thought_that_the_template_opens_is_closed_before_texts(checkpoints, tmp_path):
+    """Truths and teachers' responses that are read as thoughts: SFT of them teaches to think, not to say."""
+    vlm = thinking(checkpoints["qwen2_5_vl"], tmp_path / "m")
+    prompt, outputs = encode(vlm, "How many?", []), encode_responses(vlm, [["two", "3"]])
+    ids = outputs.ids[0, 0][outputs.mask[0, 0]]
+    read = vlm.tokenizer.decode(torch.cat([prompt.ids, ids[:-1]]))
+    assert read.endswith("<think>\n\n</think>\n\ntwo")
+    assert without_thoughts(read).endswith("assistant\n\n\ntwo")
+    assert outputs.text == [["two", "3"]] and ids[-1] == vlm.stop_ids[0]
+    sampled = generate(vlm, [prompt], 2, replace(GREEDY, max_new_tokens=3))
+    assert all(text.startswith("<think>") and without_thoughts(text) == "" for text in sampled.text[0])
+    D = Discriminator(vlm)                                         # sees neither thoughts nor their marks
+    assert D.encode(["?"], [["<think>so</think>two", "two"]]).ids.unique(dim=1).shape[1] == 1
+
+
+def test_a_tokenizer_that_ends_each_prompt_is_refused(checkpoints, tmp_path):
+    """Prompts that end in the stop token: the model is asked what comes after a response."""
+    from tokenizers.processors import TemplateProcessing
+    vlm = load_vlm(checkpoints["qwen2_5_vl"], "cpu")
+    save_vlm(vlm, tmp_path / "m")
+    tokenizer = vlm.processor.tokenizer
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)])
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match="appends a token to each prompt"):
+        load_vlm(str(tmp_path / "m"), "cpu")
+
+
+def test_a_template_with_a_line_break_before_bos_gets_one_bos(qwen):
+    tokenizer = copy.deepcopy(qwen.tokenizer)
+    tokenizer.bos_token = "<|im_start|>"
+    assert [needs_bos(tokenizer, text) for text in ("<|im_start|>a", "\n<|im_start|>a")] == [False, False]
+    assert needs_bos(tokenizer, "a")
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])

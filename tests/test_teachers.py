@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import shutil
 import struct
 import zlib
 from contextlib import nullcontext
@@ -18,9 +19,9 @@ from PIL import Image
 from conftest import call, lamp_files, noise_image
 from eval import rule_verdict, task_of
 from model import Sampling, UserError, chat_turns, encode_responses, image_tokens
-from teachers import (SHAPES, VOICES, Collection, Example, Split, draw_scene, draw_toy_world, drop_torn_line,
-                      fill_collection, load_examples, make_teacher, open_image, prompt_checks,
-                      questions_about, replies_of, select, write_examples)
+from teachers import (SHAPES, VOICES, CallFailed, Collection, Example, Split, blamed_settings, draw_scene,
+                      draw_toy_world, drop_torn_line, fill_collection, load_examples, make_teacher,
+                      open_image, prompt_checks, questions_about, replies_of, select, write_examples)
 
 
 def write(path, *rows):
@@ -645,11 +646,76 @@ def test_only_some_finish_reasons_mean_unfinished():
     """Complete replies of other servers, all left out of training."""
     parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Ye"}, {"text": "s."}]
     for choice, reply in (
-            *(({"finish_reason": end}, ("Yes.", True)) for end in (None, "stop", "eos_token", "end_turn")),
-            *(({"finish_reason": end}, ("Yes.", False)) for end in ("length", "content_filter", "abort")),
+            *(({"finish_reason": end}, ("Yes.", True)) for end in (
+                None, "stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence")),
+            *(({"finish_reason": end}, ("Yes.", False)) for end in (
+                "length", "content_filter", "abort", "repetition", "error", "timeout", "cancelled", "SAFETY",
+                "model_length", "MAX_TOKENS", "sensitive", "tool_calls", "something new")),
             ({}, ("Yes.", True)), ({"message": {"content": None}}, ("", False)),
             ({"message": {"content": parts}}, ("Yes.", True))):
         assert replies_of({"choices": [{"message": {"content": "Yes."}} | choice]}) == [reply]
+
+
+@pytest.mark.parametrize("complaint, blamed", [
+    ("Unrecognized request argument: top_k", ["top_k"]), ("top_k is not supported", ["top_k"]),
+    ('{"detail": [{"type": "extra_forbidden", "loc": ["body", "top_p"]}]}', ["top_p"]),
+    ("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", ["max_tokens"]),
+    ("n must be 1", ["n"]), ("'temperature' does not support 0.7", ["temperature"]),
+    ("The model `seed-vl-1.5` does not exist", []), ("no such model: seed", []), ("model n-7 is down", []),
+    ("This model's maximum context length is 4096 tokens. However, you requested 5000 (n = 1, 'max_tokens' = "
+     "256). Please reduce the length of the messages.", []),
+    ("'max_tokens' is too large: 256 > 4096 - 4000", [])])
+def test_only_a_complaint_about_a_setting_counts(complaint, blamed):
+    """A model called seed-vl-1.5 for which the seed is dropped for good; a long prompt that costs n."""
+    names = ("n", "seed", "temperature", "top_p", "top_k", "repetition_penalty", "max_tokens")
+    body = dict.fromkeys(names, 1)
+    assert blamed_settings(CallFailed(complaint, 400), body) == blamed
+
+
+@pytest.mark.parametrize("tag", [0x0112, 0x011A, 0x8769, 0x9286])
+@pytest.mark.parametrize("kind", [1, 2, 3, 5, 7, 10, 12, 13])
+def test_exif_with_a_mistyped_tag_ends_in_a_sentence_at_most(tag, kind, tmp_path):
+    """TypeError and a traceback, also with --skip-bad, for one picture among thousands."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) * (tag != 0x0112) + struct.pack("<HHII", tag, kind, 1, 26)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries) // 12) + entries + bytes(4)
+    noise_image(32, 32).save(tmp_path / "i.jpg", exif=exif + b"\1\0\0\0" * 4)
+    (tmp_path / "d.jsonl").write_text('{"question": "?", "answer": "2", "image": "i.jpg"}\n'
+                                      '{"question": "?", "answer": "2"}\n')
+    assert 1 <= len(load_examples(str(tmp_path / "d.jsonl"), skip_bad=True)) <= 2
+
+
+def test_an_edited_picture_or_checkpoint_is_asked_again(checkpoints, tmp_path):
+    """Responses about the picture that was there before, or of a teacher with another dtype or template."""
+    noise_image(32, 32).save(tmp_path / "i.png")
+    data, out = tmp_path / "d.jsonl", str(tmp_path / "c.jsonl")
+    data.write_text('{"id": "a", "question": "?", "answer": "2", "image": "i.png"}\n')
+    shutil.copytree(checkpoints["qwen2_5_vl"], tmp_path / "big")
+
+    def fill(dtype="float32"):
+        teacher = make_teacher(str(tmp_path / "big"), "cpu", dtype)
+        return fill_collection(out, [teacher], load_examples(str(data)), 1, Sampling(max_new_tokens=2))
+    assert fill() and fill() and len(open(out).readlines()) == 1
+    with pytest.raises(UserError, match="c.jsonl:1: big was another checkpoint"):
+        fill("bfloat16")
+    template = tmp_path / "big" / "chat_template.jinja"
+    text = template.read_text()
+    template.write_text(text.replace("assistant", "model"))
+    with pytest.raises(UserError, match="c.jsonl:1: big was another checkpoint"):
+        fill()
+    template.write_text(text)
+    assert fill()
+    noise_image(32, 32, 1).save(tmp_path / "i.png")
+    with pytest.raises(UserError, match="c.jsonl:1: a response to another question"):
+        fill()
+
+
+def test_equal_responses_to_one_call_are_said(capsys, monkeypatch):
+    """A server that does not heed n or temperature: G teachers' responses that are one."""
+    monkeypatch.setattr("teachers.chat", lambda endpoint, messages, num, *_: [("Yes.", True)] * num)
+    teacher, example = make_teacher("m@http://nowhere/v1"), Example("a", (), "?", "2")
+    for sampling, said in ((Sampling(), True), (Sampling(temperature=0), False)):
+        assert len(list(teacher.ask([(example, 0)], 8, sampling, 0))) == 1
+        assert ("8 of 8 responses are equal" in capsys.readouterr().out) == said
 
 
 def test_a_reply_without_text_is_asked_for_again(tmp_path, monkeypatch, capsys):
