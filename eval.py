@@ -24,6 +24,7 @@ import math
 import os
 import re
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -947,6 +948,17 @@ def predict(vlm: VLM, task: Task, max_new_tokens: int, batch_size: int = 64) -> 
     return [texts[e.id] for e in task.examples]
 
 
+def predict_sampled(vlm: VLM, task: Task, sampling: Sampling, slots: int) -> list[str]:
+    """One sampled response per example, in their order. Its noise depends on the example alone."""
+    def noise(e):
+        generator = torch.Generator().manual_seed(zlib.crc32(e.id.encode()))
+        return torch.rand(1, sampling.max_new_tokens, generator=generator).to(vlm.device)
+    prompts = (encode_example(vlm, task.asked(e)) for e in task.examples)
+    opened = opened_thought(vlm.processor)
+    ids = dict(stream(vlm, prompts, map(noise, task.examples), 1, sampling, slots))
+    return [opened + decode(vlm, ids[i])[0] for i in range(len(task.examples))]
+
+
 def respond(model: str, folder: Path, tasks: list[Task], args: argparse.Namespace) -> list[list[str]]:
     """A model's responses to all tasks. Each is appended to its task's file in `folder` as soon as it ends.
 
@@ -1154,7 +1166,7 @@ def results_table(results: dict[str, list[dict]]) -> str:
 # -------------------------------------------------------------------------------- curves
 
 COLOURS = ((40, 110, 200), (30, 140, 80), (140, 70, 160), (200, 150, 20), (20, 150, 160))
-ACCURACY_COLOUR = (200, 80, 40)
+ACCURACY_COLOUR, SAMPLED_COLOUR, TAIL_COLOUR = (200, 80, 40), (150, 60, 200), (120, 120, 120)
 WIDTH, HEIGHT = 560, 380                                           # of a panel, in pixels
 LEFT, TOP, RIGHT, BOTTOM = 60, 46, 540, 330                        # of the area of its curve
 
@@ -1163,7 +1175,7 @@ def draw_curves(metrics: list[dict], greedy: list[dict], path: str):
     """Figure 5 of the paper from metrics.jsonl, as a PNG: each reward term of the student, held-out accuracy;
     and from greedy.jsonl, what became of the response to a question. Thin is every step, thick the mean of
     the steps up to 5 away. The terms are those that a row has, as "reward/<term>/student". A held-out
-    accuracy is a mean already: each is a dot."""
+    accuracy is a mean already: each is a dot, violet for sampled responses. Grey is the tail."""
     terms = [name for name in dict.fromkeys(name for row in metrics for name in row)
              if re.fullmatch("reward/.+/student", name)]
     last = max((row["step"] + 1 for row in metrics), default=1)
@@ -1171,14 +1183,17 @@ def draw_curves(metrics: list[dict], greedy: list[dict], path: str):
     image = Image.new("RGB", (WIDTH * (len(terms) + 1 + bool(followed)), HEIGHT), "white")
     if followed:
         image.paste(question_panel(followed), (WIDTH * (len(terms) + 1), 0))
-    for i, name in enumerate([*terms, "heldout_accuracy"]):
+
+    def curve(name, colour, dots=False):
         points = [(row["step"] + 1, row[name]) for row in metrics  # a mean of no verdicts is NaN
                   if row.get(name) is not None and math.isfinite(row[name])]
-        title, colour = "Held-out accuracy, greedy", ACCURACY_COLOUR
-        if i < len(terms):
-            title = f"{name.split('/')[1].capitalize()} reward of the student"
-            colour = COLOURS[i % len(COLOURS)]
-        image.paste(panel(title, points, colour, last, dots=i == len(terms)), (i * WIDTH, 0))
+        return points, colour, dots
+    for i, name in enumerate(terms):
+        title = f"{name.split('/')[1].capitalize()} reward of the student"
+        image.paste(panel(title, [curve(name, COLOURS[i % len(COLOURS)])], last), (i * WIDTH, 0))
+    held_out = [curve("tail", TAIL_COLOUR), curve("heldout_accuracy", ACCURACY_COLOUR, dots=True),
+                curve("heldout_sampled", SAMPLED_COLOUR, dots=True)]
+    image.paste(panel("Held-out accuracy, greedy and sampled; tail", held_out, last), (len(terms) * WIDTH, 0))
     image.save(path)
 
 
@@ -1215,12 +1230,12 @@ def question_panel(rows: list[dict]) -> Image.Image:
     return image
 
 
-def panel(title: str, points: list[tuple[int, float]], colour: tuple[int, int, int], last: int,
-          dots: bool) -> Image.Image:
-    """One curve of (step, value), steps from 1 to `last`. dots: mark the points, do not smooth them."""
+def panel(title: str, curves: list[tuple], last: int) -> Image.Image:
+    """Curves, each (points, colour, dots), of points (step, value), steps from 1 to `last`. dots: whether to
+    mark the points, and not to smooth them."""
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen, small, large = ImageDraw.Draw(image), ImageFont.load_default(14), ImageFont.load_default(18)
-    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+    values = [value for points, *_ in curves for _, value in points]
     low, high = math.floor(min(values, default=0)), math.ceil(max(values, default=0))
     low, high = min(low, 0), max(high, int(low >= 0))              # the axis holds 0, and is never empty
 
@@ -1233,12 +1248,13 @@ def panel(title: str, points: list[tuple[int, float]], colour: tuple[int, int, i
         pen.text((LEFT - 8, y), f"{low + (high - low) * share:g}", fill="black", font=small, anchor="rm")
         pen.text((x, BOTTOM + 8), f"{last * share:.0f}", fill="black", font=small, anchor="mt")
     pen.text(((LEFT + RIGHT) / 2, HEIGHT - 8), "step", fill="black", font=small, anchor="mb")
-    smooth = values if dots else [values[abs(steps - step) <= 5].mean() for step in steps]
-    pale = tuple((channel + 2 * 255) // 3 for channel in colour)
-    pen.line([at(*point) for point in zip(steps, values)], fill=pale, width=1)
-    pen.line([at(*point) for point in zip(steps, smooth)], fill=colour, width=3)
-    if dots:
-        for x, y in [at(*point) for point in points]:
+    for points, colour, dots in curves:
+        steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+        smooth = values if dots else [values[abs(steps - step) <= 5].mean() for step in steps]
+        pale = tuple((channel + 2 * 255) // 3 for channel in colour)
+        pen.line([at(*point) for point in zip(steps, values)], fill=pale, width=1)
+        pen.line([at(*point) for point in zip(steps, smooth)], fill=colour, width=3)
+        for x, y in [at(*point) for point in points] if dots else ():
             pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
     return image
 

@@ -23,7 +23,7 @@ import sys
 import textwrap
 from collections import defaultdict, deque
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -94,11 +94,12 @@ class Outputs:
     """K responses to each of B questions. The mask is made with the tokens, and has the stop token.
 
     text: B lists of K strings; ids: (B, K, R) long, zero where padded; mask: (B, K, R) bool, True on response
-    tokens.
+    tokens. tail: of sampled ones, the probability of what top-k and top-p leave out, summed over all tokens.
     """
     text: list[list[str]]
     ids: Tensor
     mask: Tensor
+    tail: float = 0.0
 
     def __getitem__(self, questions: list[int]):
         return Outputs([self.text[b] for b in questions], self.ids[questions], self.mask[questions])
@@ -153,12 +154,14 @@ def decode(vlm: VLM, responses: list[Tensor]) -> list[str]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample, as the paper does. Greedy is temperature 0; top_k 0, top_p 1, penalty 1 are off."""
+    """How to sample, as the paper does. Greedy is temperature 0; top_k 0, top_p 1, penalty 1 are off. Not
+    truncated: from all of the distribution; then top_k and top_p say only what is counted as its tail."""
     temperature: float = 1.0
     top_p: float = 0.95
     top_k: int = 50
     repetition_penalty: float = 1.05
     max_new_tokens: int = 256
+    truncated: bool = True
 
 
 def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
@@ -168,6 +171,11 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> T
     a function of its own noise, whatever else is in the batch. Filters in the order of transformers'
     generate: repetition penalty, temperature, top-k, top-p.
     """
+    if not sampling.truncated and sampling.temperature:
+        probs = (logits / sampling.temperature).softmax(-1)                                  # (N, V)
+        mass, noise = probs.cumsum(-1), noise.clamp(max=1 - 1e-6)  # or rounding takes it past the last
+        beyond = (mass > noise[:, None] * mass[:, -1:]) & (probs > 0)
+        return beyond.int().argmax(-1)                             # the first of them
     if sampling.repetition_penalty != 1:                           # towards less likely, whatever the sign
         penalised = torch.where(logits > 0, logits / sampling.repetition_penalty,
                                 logits * sampling.repetition_penalty)
@@ -197,16 +205,18 @@ def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampli
         shape = (num_samples, sampling.max_new_tokens)
         noise = (torch.rand(shape, device=vlm.device, generator=generator) for _ in prompts)
     slots = slots or len(prompts) * num_samples
-    done = dict(stream(vlm, prompts, noise, num_samples, sampling, slots))
+    tails = []
+    done = dict(stream(vlm, prompts, noise, num_samples, sampling, slots, tails))
     rows, opened = [done[b] for b in range(len(prompts))], opened_thought(vlm.processor)
     texts = [[opened + text for text in decode(vlm, row)] for row in rows]
-    return as_outputs(texts, [ids for row in rows for ids in row])
+    return replace(as_outputs(texts, [ids for row in rows for ids in row]), tail=float(sum(tails)))
 
 
 @torch.no_grad()
 def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_samples: int, sampling: Sampling,
-           slots: int) -> Iterator[tuple[int, list[Tensor]]]:
-    """Sample G responses to any number of prompts; yields (prompt's number, G tensors of ids).
+           slots: int, tails: list | None = None) -> Iterator[tuple[int, list[Tensor]]]:
+    """Sample G responses to any number of prompts; yields (prompt's number, G tensors of ids). The list
+    `tails`, if any, gets the tail of each response, summed over its tokens.
 
     noise: for each prompt uniform numbers (G, max_new_tokens), one a token. Continuous batching: where a
     response ends (.), the last one moves up, and the next in line begins behind it. Here, prompts a b c,
@@ -223,7 +233,8 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
     prefill of B P tokens, not B G P; and decoding of B G r, not B G R.
     """
     line, G = enumerate(zip(prompts, noise)), num_samples
-    table, ready, owners, done = Slots(vlm, sampling, slots), deque(), [], defaultdict(dict)
+    table, ready = Slots(vlm, sampling, slots, measures_tail=tails is not None), deque()
+    owners, done = [], defaultdict(dict)
     while True:
         while len(owners) < slots:                                 # owners[s]: whose response slot s holds
             if not ready:
@@ -244,6 +255,8 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
         for s, (b, g) in enumerate(owners):
             if ends[s]:
                 done[b][g] = table.rows["ids"][s, :ends[s]].clone()
+                if tails is not None:
+                    tails.append(table.rows["tail"][s, 0].clone())
                 if len(done[b]) == G:
                     rows = done.pop(b)
                     yield b, [rows[g] for g in range(G)]
@@ -816,8 +829,9 @@ class Slots:
 
     stride = None                                                  # tokens between two looks of the host
 
-    def __init__(self, vlm: VLM, sampling: Sampling, size: int):
+    def __init__(self, vlm: VLM, sampling: Sampling, size: int, measures_tail: bool = False):
         self.vlm, self.sampling, self.size = vlm, sampling, size
+        self.measures_tail = measures_tail and sampling.temperature > 0
         self.rows, self.cache, self.graphs = {}, [], {}
         self.room = self.columns = 0                               # columns that there are, and that are used
         self.stride = self.stride or (1 if vlm.device.type == "cpu" else 8)
@@ -833,7 +847,8 @@ class Slots:
             mine[first:first + N, :, :P] = x[which]
         starts = {name: x[which] for name, x in rows.items()}
         zero = torch.zeros_like(starts["token"])                   # (N, 1)
-        starts |= {"noise": noise, "ids": zero.expand(-1, R + 1), "count": zero, "end": zero}
+        starts |= {"noise": noise, "ids": zero.expand(-1, R + 1), "count": zero, "end": zero,
+                   "tail": torch.zeros_like(zero, dtype=torch.float32)}
         for name, x in starts.items():
             if name not in self.rows:
                 self.rows[name] = x.new_zeros(self.size, *x.shape[1:])
@@ -905,6 +920,8 @@ class Slots:
                                 attention_mask=attention).last_hidden_state                  # (n, 1, d)
         logits = self.vlm.model.get_output_embeddings()(states[:, -1]).float()               # (n, V)
         logits = logits.index_fill_(1, self.banned, -torch.inf)
+        if self.measures_tail:                                     # not of what comes after the end
+            r["tail"].add_(tail(logits, self.sampling)[:, None] * (r["end"] == 0))
         noise = r["noise"].gather(1, r["count"].clamp(max=R - 1))
         token = sample(logits, r["seen"], self.sampling, noise[:, 0])[:, None]               # (n, 1)
 
@@ -929,6 +946,14 @@ class Slots:
     def get_seq_length(self, *_) -> int:
         """Not zero: this is no prefill. (Where tokens stand is told by position_ids and the mask.)"""
         return 1
+
+
+def tail(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The probability of the tokens that top-k and top-p leave out, (N,), from logits (N, V)."""
+    probs = (logits / sampling.temperature).softmax(-1)
+    probs = probs.topk(min(sampling.top_k or logits.shape[-1], logits.shape[-1])).values
+    kept = probs.cumsum(-1) - probs < sampling.top_p * probs.sum(-1, keepdim=True)
+    return (1 - (probs * kept).sum(-1)).clamp(min=0)
 
 
 def reads_length(trunk) -> bool:

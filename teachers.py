@@ -233,6 +233,7 @@ def fill_collection(path: str, teachers: list[Teacher], examples: list[Example],
         raise UserError(f"the teachers are called {', '.join(names)}; rename a folder, so that their "
                         "responses can be told apart, and from the student's")
     settings = asdict(sampling) | {"seed": seed}
+    del settings["truncated"]                      # teachers always are
     made_by = {teacher.name: f"{stamp(teacher.path)} {getattr(teacher, 'dtype', '')}"
                for teacher in teachers if hasattr(teacher, "path")}
     have = count_responses(path, examples, settings, made_by)

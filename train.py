@@ -62,8 +62,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import discriminator as eq1
 from discriminator import SIMILARITIES, Discriminator
-from eval import (Task, check_judge, draw_curves, make_judge, predict, results_table, rule_check,
-                  score_responses, task_of, write_report)
+from eval import (Task, check_judge, draw_curves, make_judge, predict, predict_sampled, results_table,
+                  rule_check, score_responses, task_of, write_report)
 from model import (VLM, Outputs, UserError, all_or_nothing, check_packing, checkpoint_layers,
                    encode_responses, generate, image_tokens, join, load_processor, load_vlm, micro_batches,
                    naming, packed_sizes, pick_device, pick_dtype, remove, save_vlm, score, stamp,
@@ -247,8 +247,11 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
 
     with run.phase("generate"), run.sampler() as sampler:
         prompts = encode_examples(sampler, batch)
-        outputs = generate(sampler, prompts, G, sampling_of(args), noise=run.noise(questions),
+        sampling = replace(sampling_of(args), truncated=args.truncate_rollouts)
+        outputs = generate(sampler, prompts, G, sampling, noise=run.noise(questions),
                            slots=args.rollout_batch * G)                              # line 5   (B, G, R)
+    total = torch.tensor([outputs.tail, outputs.mask.sum().item()], device=policy.device)
+    row = {"tail": torch.div(*run.world.sum(total)).item()}
     sources = [["student"] * G for _ in batch]
     if D:
         drawn = run.draw(questions, collection)                                       # line 6   B lists of G
@@ -259,7 +262,7 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     is_student = torch.arange(K, device=policy.device).expand(B, K) < G
     verdicts_of = ask(judge, batch, outputs)           # for line 10; a remote judge works while D learns
 
-    row, p_student = {}, None
+    p_student = None
     if D:
         with run.phase("discriminator"), run.using(D):
             responses = D.encode([example.text for example in batch], outputs.text)
@@ -306,6 +309,10 @@ def main():
         folder = Folder(args, world.rank)
         data = check_inputs(args, folder)
         folder.open(data)
+        if args.truncate_rollouts:
+            print(f"rollouts are truncated (top-p {args.top_p}, top-k {args.top_k}), as the paper's: what is "
+                  "never sampled is never pushed down; watch `tail` and `heldout_sampled`, or give "
+                  "--no-truncate-rollouts")
         teachers = toy_world_and_teachers(folder, args, data)
         start = fine_tuned_student(folder, args, data)                                # SFT
         collection = teachers_responses(folder, args, teachers, data, start)
@@ -493,7 +500,8 @@ def held_out_accuracy(run: Run, held_out: Task, judge) -> tuple[dict[str, float]
     with run.sampler() as policy:
         part = replace(held_out, examples=run.world.mine(held_out.examples))
         texts = predict(policy, part, run.args.max_new_tokens, run.args.rollout_batch)
-    texts = run.world.gather(texts)
+        sampled = predict_sampled(policy, part, sampling_of(run.args), run.args.rollout_batch)
+    texts, sampled = run.world.gather(texts), run.world.gather(sampled)
     if run.D:
         followed = [e.text for e in held_out.examples[:FOLLOWED]]
         with run.using(run.D):
@@ -503,6 +511,7 @@ def held_out_accuracy(run: Run, held_out: Task, judge) -> tuple[dict[str, float]
         try:
             result = score_responses(held_out, texts, judge)
             row["heldout_accuracy"] = result["score"] / 100
+            row["heldout_sampled"] = score_responses(held_out, sampled, judge)["score"] / 100
             greedy = [about | {"step": run.step, "p_student": p}
                       for about, p in zip_longest(result["rows"][:FOLLOWED], p_student)]
         except UserError as error:
@@ -573,8 +582,9 @@ def print_step(row: dict, timing: dict, shown: list[list[dict]]):
     """One line on the console, rewards are the student's; and four of the responses to the first question."""
     seconds = sum(value for name, value in timing.items() if name.startswith("seconds/"))
     cells = [("reward/(.+)/student", "{} {:5.2f}"), ("d_accuracy", "D acc {:5.2f}"), ("kl", "KL {:7.4f}"),
-             ("grad_norm", "|g| {:6.2f}"), ("length", "tokens {:5.1f}"), ("seconds", "{:5.2f} s"),
-             ("heldout_accuracy", "held-out {:.3f}")]
+             ("grad_norm", "|g| {:6.2f}"), ("tail", "tail {:4.2f}"), ("length", "tokens {:5.1f}"),
+             ("seconds", "{:5.2f} s"),
+             ("heldout_accuracy", "held-out {:.3f}"), ("heldout_sampled", "sampled {:.3f}")]
     line = [f"step {row['step'] + 1:5}"]
     for pattern, form in cells:
         for name, value in (row | {"seconds": seconds}).items():
@@ -1441,11 +1451,15 @@ def report(folder: Folder, args, data: dict, get_judge, start: str):
     results, out, held_out = {}, folder.out, data.get("eval_data")
     for name, checkpoint in (("before", start), ("after", str(out / "student"))):
         def make(path):
-            vlm = load_vlm(checkpoint, args.device, args.dtype)
+            vlm, sampled = load_vlm(checkpoint, args.device, args.dtype), f"{held_out.name}, sampled"
             texts = predict(vlm, held_out, args.max_new_tokens, args.rollout_batch)
-            write_atomic(path, json.dumps(score_responses(held_out, texts, get_judge()), ensure_ascii=False))
+            score = score_responses(held_out, texts, get_judge())
+            texts = predict_sampled(vlm, held_out, sampling_of(args), args.rollout_batch)
+            score["sampled"] = score_responses(replace(held_out, name=sampled), texts, get_judge())
+            write_atomic(path, json.dumps(score, ensure_ascii=False))
         if held_out:
-            results[name] = [read_json(folder.stage(f"evaluation-{name}.json", make))]
+            score = read_json(folder.stage(f"evaluation-{name}.json", make))
+            results[name] = [score, score.pop("sampled")]
     logs = {name: [row for _, row in read_jsonl(out / f"{name}.jsonl")] for name in LOGS}
     draw_curves(logs["metrics"], logs["greedy"], str(out / "curves.png"))
     write_report(out, vars(args), results, logs["rollouts"])
@@ -1506,6 +1520,8 @@ OPTIONS = {
         Option("--similarity", "binary", "how finely the similarity reward is graded",
                choices=tuple(SIMILARITIES)),
         Option("--freeze-discriminator", False, "skip lines 7-9: D stays as pre-trained"),
+        Option("--truncate-rollouts", True, "the student samples with top-p, top-k and penalty in the loop too, "
+               "as the paper has it, and not from all of its distribution", toy=False),
         Option("--teacher-rollouts", True, "train the policy on teachers' responses too, and not D alone"),
         Option("--freeze", None, "regular expression: weights that the loop leaves as they are, by name: "
                "'visual' the vision tower, 'lm_head' the vocabulary head, 'self_attn', 'mlp', 'norm' "
@@ -1513,11 +1529,11 @@ OPTIONS = {
         Option("--mu", 1, "updates of D and of the policy per step"),
         Option("--beta", 0.01, "weight of the KL to the reference"),
         Option("--eps", 0.2, "the ratio is clipped to 1 - eps .. 1 + eps"),
-        Option("--lr", 1e-6, "learning rate of the student", toy=1.5e-4),
+        Option("--lr", 1e-6, "learning rate of the student", toy=3e-4),
         Option("--warmup", 0, "steps in which the student's learning rate rises from nothing", toy=20),
-        Option("--discriminator-lr", 1e-6, "learning rate of D", toy=6e-4)],
+        Option("--discriminator-lr", 1e-6, "learning rate of D", toy=1.2e-3)],
     "machine": [
-        Option("--steps", 1000, "steps of the loop; a finished run can be given more", toy=75),
+        Option("--steps", 1000, "steps of the loop; a finished run can be given more", toy=100),
         Option("--device", None, "cuda, mps or cpu; default: the best there is"),
         Option("--token-budget", 8192, "tokens per micro-batch: fewer need less memory", toy=16384),
         Option("--rollout-batch", 16, "questions sampled at a time: fewer need less memory", toy=64),

@@ -11,6 +11,7 @@ draws paper.png into --out.
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from eval import rule_verdict  # noqa: E402
 from shapes import table  # noqa: E402
+from teachers import VOICES  # noqa: E402
 from train import OPTIONS  # noqa: E402
 
 # Student's t of a 95% interval, by degrees of freedom
@@ -31,7 +33,8 @@ T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 
 
 # What the toy has in place of the paper's settings, for a student that has had its SFT.
 TOY_LOOP = [part for group, options in OPTIONS.items() if group != "SFT" for option in options
-            if option.toy is not None for part in (option.name, option.toy)]
+            if option.toy is not None for part in
+            ([option.name.replace("--", "--no-", 1)] if option.toy is False else (option.name, option.toy))]
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,16 @@ RIL = Arm("RIL, both teachers", "main")
 ARMS = [
     RIL,
     Arm("no similarity reward", "main", "--reward-weights similarity=0"),
-    Arm("no answer reward", "main", "--reward-weights answer=0"),
-    Arm("D frozen", "main", "--freeze-discriminator"),
     Arm("Dr.GRPO (Algorithm 1)", "main", "--algorithm rl"),
+    Arm("SFT on teachers", "main", data="teachers"),
+    Arm("rollouts truncated", "main", "--truncate-rollouts"),
+    Arm("D frozen", "main", "--freeze-discriminator"),
+    Arm("no answer reward", "main", "--reward-weights answer=0"),
     Arm("no teachers in the group", "main", "--no-teacher-rollouts"),
     Arm("the same, D frozen", "main", "--no-teacher-rollouts --freeze-discriminator"),
     Arm("SFT on right teacher responses", "main", data="right"),
     Arm("RIL, teacher A", "main", teacher="qwen"),
     Arm("RIL, teacher B", "main", teacher="internvl"),
-    Arm("SFT on teachers", "main", data="teachers"),
     Arm("SFT continued", "main", data="sft"),
     Arm("GRPO (Algorithm 1)", "paper", "--algorithm rl --loss grpo"),
     Arm("RIL, GRPO", "paper", "--loss grpo"),
@@ -107,6 +111,7 @@ DIRECTIONS = [
     ("(ours) teachers' responses in the group help", RIL.name, "no teachers in the group"),
     ("(ours) D alone: updated is better than frozen", "no teachers in the group", "the same, D frozen"),
     ("(ours) the similarity reward helps", RIL.name, "no similarity reward"),
+    ("(ours) rollouts from all of the distribution help", RIL.name, "rollouts truncated"),
 ]
 
 
@@ -180,20 +185,31 @@ def run_arm(arm, seed, out):
     print(f"done: {folder}", file=sys.stderr, flush=True)
 
 
-def accuracy(folder, when="after"):
-    """Held-out accuracy in percent; None where the arm has not been run."""
-    path = folder / f"evaluation-{when}.json"
-    return json.loads(path.read_text())["score"] if path.exists() else None
+def greedy(score):
+    """Held-out accuracy in percent, of greedy responses."""
+    return score["score"]
 
 
-def accuracies(out, seeds):
-    """{arm: {seed: percent}} of what has been run; "SFT" is where all begin."""
+def sampled(score):
+    """The same of responses that are sampled by the paper's settings."""
+    return score["sampled"]["score"]
+
+
+def well_formed(score):
+    """The percentage of these sampled responses that are one word, or in a way of a teacher."""
+    ways = [re.escape(way).replace(re.escape("{}"), r"\w+") for voice in VOICES.values() for way in voice]
+    texts = [row["text"] for row in score["sampled"]["rows"]]
+    return 100 * statistics.mean(bool(re.fullmatch("|".join(ways), text)) for text in texts)
+
+
+def measured(out, seeds, measure):
+    """{arm: {seed: measure}} of what has been run; "SFT" is where all begin."""
     found = {name: {} for name in ("SFT", *(arm.name for arm in ARMS))}
     for seed in seeds:
-        folders = {arm.name: (out / f"seed{seed}" / slug(arm.name), "after") for arm in ARMS}
-        for name, where in {"SFT": (folders[RIL.name][0], "before"), **folders}.items():
-            if (value := accuracy(*where)) is not None:
-                found[name][seed] = value
+        paths = {arm.name: out / f"seed{seed}" / slug(arm.name) / "evaluation-after.json" for arm in ARMS}
+        for name, path in {"SFT": paths[RIL.name].with_name("evaluation-before.json"), **paths}.items():
+            if path.exists():
+                found[name][seed] = measure(json.loads(path.read_text()))
     return {name: values for name, values in found.items() if values}
 
 
@@ -238,6 +254,8 @@ def health(out, seeds):
             yield (seed, f"{statistics.mean(similarity[:20]):.2f} -> {statistics.mean(similarity[-20:]):.2f}",
                    f"{statistics.pstdev(last):.2f}", f"{min(last):.2f}",
                    f"{statistics.mean(answer[:20]):.2f} -> {statistics.mean(answer[-20:]):.2f}",
+                   f"{statistics.mean(row['tail'] for row in rows[:20]):.2f} -> "
+                   f"{statistics.mean(row['tail'] for row in rows[-20:]):.2f}",
                    f"{max(row['kl'] for row in rows[-100:]):.2f}",
                    f"{max(row['grad_norm'] for row in rows[20:]):.1f}")
 
@@ -285,20 +303,20 @@ def main():
                 for seed in args.seeds]
         list(jobs.map(lambda job: run_arm(*job, args.out), rest))
 
-    found = accuracies(args.out, args.seeds)
-    lines = []
-    for name, values in found.items():
-        lines.append((name, " ".join(f"{v:.1f}" for v in values.values()),
-                      shown(*interval(list(values.values()))),
-                      "" if name == RIL.name else shown(*paired(found, name, RIL.name), sign="+")))
-    table(("arm", f"seeds {args.seeds}", "mean", "minus RIL, paired"), lines)
-    print()
+    for measure in (well_formed, sampled, greedy):
+        found = measured(args.out, args.seeds, measure)
+        lines = [(name, " ".join(f"{v:.1f}" for v in values.values()),
+                  shown(*interval(list(values.values()))),
+                  "" if name == RIL.name else shown(*paired(found, name, RIL.name), sign="+"))
+                 for name, values in found.items()]
+        table((f"{measure.__name__}, %", f"seeds {args.seeds}", "mean", "minus RIL, paired"), lines)
+        print()
     directions = [(claim, paired(found, better, worse)) for claim, better, worse in DIRECTIONS]
     table(("the paper's direction", "difference", "here"),
           [(claim, shown(*pair, sign="+"), verdict(*pair)) for claim, pair in directions if pair])
     print()
     table(("RIL, seed", "similarity, first -> last 20", "sd of last 60", "lowest of these",
-           "answer, first -> last 20", "largest KL of last 100", "largest |g| after 20"),
+           "answer, first -> last 20", "tail, the same", "largest KL of last 100", "largest |g| after 20"),
           list(health(args.out, args.seeds)))
     draw(found, args.out / "paper.png")
 

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (LogitsProcessorList, Repetit
 from conftest import noise_image
 from discriminator import Discriminator
 from model import (Sampling, Slots, UserError, decode, encode, encode_responses, generate, join, load_vlm,
-                   needs_bos, sample, save_vlm, score, stream, without_thoughts)
+                   needs_bos, sample, save_vlm, score, stream, tail, without_thoughts)
 from train import World
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=12)
@@ -100,6 +100,39 @@ def test_rows_that_finish_early_leave_the_others_as_they_were(vlm, prompts):
         ended = before.tolist()[:before.tolist().index(stop) + 1] if stop in before else before.tolist()
         assert after[mask].tolist() == ended                       # the stop token itself is inside the mask
     assert cut.mask[0, 0].sum() <= 4
+
+
+def test_untruncated_sampling_draws_from_all_of_the_distribution():
+    """A token that top-k, top-p or the penalty keep out of rollouts, and that no update can push down."""
+    torch.manual_seed(0)
+    logits, draws = 2 * torch.randn(1, 40), 20_000
+    sampling = Sampling(1.5, 0.5, 7, 1.3, truncated=False)
+    noise = (torch.arange(draws) + 0.5) / draws                    # evenly: the counts are the probabilities
+    seen = torch.ones(1, 40, dtype=torch.bool)
+    tokens = sample(logits.expand(draws, -1), seen.expand(draws, -1), sampling, noise)
+    expected = draws * (logits[0] / 1.5).softmax(-1)
+    assert (tokens.bincount(minlength=40) - expected).abs().max() <= 1.01
+    assert sample(logits, seen, replace(sampling, temperature=0), noise[:1]).item() == sample(
+        logits, seen, replace(sampling, temperature=0, truncated=True), noise[:1]).item()
+
+
+def test_tail_is_what_top_k_and_top_p_leave_out(vlm, prompts):
+    """A tail of other tokens than sampled ones; one that depends on how many responses run at a time."""
+    probs = torch.tensor([[0.4, 0.3, 0.2, 0.06, 0.04]])
+    for top_p, top_k, cut in ((0.6, 0, 0.3), (0.3, 0, 0.6), (1, 3, 0.1), (0.7, 2, 0.3), (0.5, 2, 0.6),
+                              (1, 0, 0)):
+        assert tail(probs.log(), Sampling(1, top_p, top_k)).item() == pytest.approx(cut, abs=1e-6)
+    for sampling in (Sampling(1.3, 0.6, 20, 1, 9), Sampling(1.3, 0.6, 20, 1, 9, truncated=False)):
+        outputs = [generate(vlm, prompts, 3, sampling, torch.Generator().manual_seed(0), slots=n)
+                   for n in (None, 2)]
+        expected = 0
+        for b, prompt in enumerate(prompts):
+            for ids, mask in zip(outputs[0].ids[b], outputs[0].mask[b]):
+                with torch.no_grad():
+                    logits = vlm.model(**transformers_inputs(vlm, prompt, ids[mask])).logits[0]
+                logits[:, vlm.banned_ids] = -torch.inf
+                expected += tail(logits[len(prompt.ids) - 1:-1], sampling).sum().item()
+        assert [o.tail for o in outputs] == pytest.approx([expected] * 2, abs=1e-3) and expected > 1
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 0.5, 0, 1.3), Sampling(1.5, 1.0, 7, 1.0)])

@@ -41,6 +41,7 @@ def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
                         for source in ("student", "qwen", "internvl")}
     wanted |= {"d_loss", "d_accuracy"}
     assert all(wanted <= row.keys() for row in metrics) and "heldout_accuracy" in metrics[0]
+    assert 0 < metrics[0]["tail"] < 1 and 0 <= metrics[0]["heldout_sampled"] <= 1
     wanted = {f"{m}/{p}" for m in ("seconds", "memory_gb") for p in ("generate", "discriminator", "judge",
                                                                      "update")} | {"tokens_per_second"}
     assert all(wanted <= row.keys() for row in rows_of(out / "timings.jsonl"))
@@ -52,7 +53,10 @@ def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
         by_hand = (row["p_student"] < 0.5) + row["rewards"]["answer"]
         assert row["reward"] == pytest.approx(by_hand) or abs(row["p_student"] - 0.5) < 1e-3
     followed = [row for row in rows_of(out / "greedy.jsonl") if row["step"] == 0]
-    after = json.loads((out / "evaluation-after.json").read_text())["rows"]
+    after = json.loads((out / "evaluation-after.json").read_text())
+    assert after["sampled"]["task"] == "heldout, sampled" and "heldout, sampled (judge)" in done.stdout
+    assert [row["text"] for row in after["sampled"]["rows"]] != [row["text"] for row in after["rows"]]
+    after = after["rows"]
     assert [row["id"] for row in followed] == [row["id"] for row in after[:8]]
     assert all(0 < row["p_student"] < 1 and row["verdict"] in (0, 1) for row in followed)
     group = rollouts[:4]
