@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import string
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
@@ -75,7 +76,8 @@ def final_answer(response: str) -> str:
         before = text[:found[-1].start() + word.start()]
         text = text[len(before) - len(re.split(r"[.,;:!?\n]", before)[-1]):]
     text = REASON.split(text)[0].strip() or text
-    return re.split(r"=\s*(?=-?\s*\.?\d)", text)[-1]
+    text = re.split(r"\?\s+(?=\S)", text)[-1]                      # "How many? 3"
+    return re.sub(r"^(?i:so |thus |hence )?(?:(?![A-Za-z]{2})[\da-z.+*/×÷() -])+=", "", text)
 
 
 def rule_verdict(question: str, truth: str, response: str) -> int:
@@ -98,45 +100,54 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
     0
     """
     options, letter, question = options_of(question, truth)
-    answer, truths, leading, rivals = final_answer(response), [normalise(truth)], [], set()
+    answer, truths, leading, rivals = final_answer(response), [normalise(truth)], [], []
     if letter:
-        leading = [f"{own.lower()}@" for own, option in options.items()
-                   if own == letter or option and option == options[letter]]
-        rivals = {f"{own.lower()}@" for own in options} - {*leading}
-        truths, answer = [normalise(mark_letters(options[letter])), *leading], mark_letters(answer)
+        texts = {own: normalise(mark_letters(option)) for own, option in options.items()}
+        same = [own for own in texts if own == letter or texts[own] and texts[own] == texts[letter]]
+        leading = [f"{own.lower()}@" for own in same] + [texts[letter]] * (texts[letter] in ("yes", "no"))
+        truths, answer = [texts[letter], *leading], mark_letters(answer)
+        rivals = [*texts.values(), *(f"{other}@" for other in string.ascii_lowercase)]
     elif truths[0] in ("yes", "no"):
-        leading, rivals = truths, {"yes", "no"} - {*truths}
+        leading, rivals = truths, ["yes", "no"]
     elif truths == ["0"]:
-        truths.append("no")                                        # "There are no dogs."
+        truths, rivals = ["0", "no"], ["yes"]                      # "There are no dogs."
     said = normalise(answer)
-    rest = take_off(truths, said)
-    if rest is None or not rivals.isdisjoint(rest.split()):
+    rest = take_off(truths, said, rivals)
+    if rest is None:
         return 0
     if said.split(" .")[0] in leading:
         return 1
-    left = {word.rstrip("s") for word in HARMLESS.sub("", rest).split()} - {"."}
+    left = {word.rstrip("s") for word in HARMLESS.sub("", rest).split()} - {".", "T"}
     return int(left <= words_to_repeat(question, truths))
 
 
-def take_off(truths: list[str], text: str) -> str | None:
-    """A normalised text with "." in the place of each of the truths; None where none of them is in it."""
-    rest, found = f" {text} ", 0
-    for truth in filter(None, truths):
-        truth = re.sub(r"^(?:an?|the) (?=.)", "", truth)
-        plural = "(?:e?s)?" if truth[-1].isalpha() else ""
-        rest, times = re.subn(rf"(?<= ){re.escape(truth)}{plural}(?= )", ".", rest)
-        found += times
-    return rest if found else None
+def take_off(truths: list[str], text: str, rivals: Iterable[str] = ()) -> str | None:
+    """A normalised text with "T" in the place of each of the truths, give or take articles and a plural s.
+    None where no truth is in it, or a rival is: where one is a part of another, the longer counts."""
+    def bare(text):
+        return re.sub(r"\b(?:an?|the) (?=.)", "", text)
+    own, every = {*map(bare, truths)} - {""}, {*map(bare, (*truths, *rivals))} - {""}
+    patterns = [re.escape(each).replace(r"\ ", " (?:(?:an?|the) )?") + "(?:e?s)?" * each[-1].isalpha()
+                for each in sorted(every, key=len, reverse=True)]
+    found = set()                                                  # for each that is found: is it a truth?
+
+    def mark(match):
+        each = bare(match[0])
+        found.add(each in own or each not in every and not own.isdisjoint((each[:-1], each[:-2])))
+        return "T"
+    rest = re.sub(rf"(?<= )(?:{'|'.join(patterns)})(?= )", mark, f" {text} ") if patterns else ""
+    return rest if found == {True} else None
 
 
 def words_to_repeat(question: str, truths: list[str]) -> set[str]:
     """The words of a question, without the s of a plural, that an answer may repeat: none of two letters, as
-    "or" and "no", and none of NEVER_HARMLESS; none at all, where the question names one of the truths."""
-    asked = normalise(question.replace("?", " "))
-    if take_off(truths, asked) is not None:
+    "or" and "no", and none of NEVER_HARMLESS; none at all, where the question has all words of a truth."""
+    asked = normalise(question.replace("?", " ")).split()
+    words = {word.rstrip("s") for word in asked}
+    if any({word.rstrip("s") for word in truth.split()} <= words for truth in truths if truth):
         return set()
-    words = {word for word in asked.split() if len(word) != 2 or word.isdigit()} - NEVER_HARMLESS
-    return {word.rstrip("s") for word in words}
+    return {word.rstrip("s") for word in asked if (len(word) != 2 or word.isdigit())
+            and word not in NEVER_HARMLESS and "n't" not in word}
 
 
 def normalise(text: str) -> str:
@@ -151,10 +162,11 @@ def normalise(text: str) -> str:
     text = re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", text)                               # twenty-one
     text = NUMBER_WORD.sub(lambda match: str(NUMBERS[match[0]]), text)
     text = re.sub(r"(?:(?<![\w.)%'])-|\b(?:minus|negative)\b)\s*(?=\.?\d)", " -", text)
-    text = re.sub(r"(?<=\w)'(s|re|d|ll)\b", r" '\1", SEPARATOR.sub(" . ", text))        # it's -> it 's
-    words = [f"{float(word) + 0:.15g}" if re.fullmatch(DECIMAL, word) else SPELLINGS.get(word, word)
+    text = WRAPPER.sub(" ", SEPARATOR.sub(" . ", text))
+    text = re.sub(r"(?<=\w)'(s|re|d|ll)\b", r" '\1", text)                              # it's -> it 's
+    words = [by_value(word) if re.fullmatch(DECIMAL, word) else SPELLINGS.get(word, word)
              for word in text.split()]
-    return re.sub(r"^(?:\. ?)+|(?: \.)+$", "", " ".join(words))
+    return " ".join(words).strip(" .")
 
 
 def rule_judge(triples: list[Triple]) -> list[float | None]:
@@ -171,13 +183,14 @@ def rule_check(example: Example):
     question, truth = example.dialogue, example.truth
     options, letter, _ = options_of(question, truth)
     listed = "".join(options) or "ABCDEFGH"
-    several = re.fullmatch(rf"([{listed}])(?:[ ,;&]*(?:and )?([{listed}]))+", truth)
+    several = re.fullmatch(rf"[{listed}](?:[ ,;&]*(?:and )?[{listed}])+", truth)
+    letters = re.findall("[A-Z]", truth)
     if letter:
         unclear = any(own != option and option in options for own, option in options.items())
         unclear |= not any(options.values()) and re.search(r"(?i)\b(option|choice)s\b", question) is not None
     else:
         unclear = not PHRASE.fullmatch(normalise(truth)) or NOT_ENGLISH.search(question) is not None
-    if unclear or several and several[1] < several[2]:
+    if unclear or several and letters == sorted(set(letters)):
         raise UserError(f"{example.where}: a rule cannot judge the answer {shortened(truth)!r}; give "
                         "--judge MODEL, or leave it out by --skip-bad")
 
@@ -202,7 +215,7 @@ CONCLUSION = re.compile(r"""
   | ^[ ]*\*\*(?=[^*\n]+\*\*\W*\Z)                                                 # a last line in bold
   | 答案[是为]?\s*:? | (?<![不错])选(?:择|项(?=[是为:]))?[是为]?\s*:?(?=\W*[A-Z])""",
                         re.VERBOSE | re.IGNORECASE | re.MULTILINE)
-REASON = re.compile(r"[,;]?\s(?:because|since)\b|[,;(]\s*as\b", re.IGNORECASE)
+REASON = re.compile(r"(?i)[,;]?\s(?:because|since)\b|[,;(]\s*as\b(?! (?:well|many|much|opposed))")
 
 
 def marked_answer(text: str) -> str:
@@ -221,23 +234,25 @@ def conclusions(text: str) -> list[str]:
 
 # -------------------------------------------------------------------------------- words of the rule judge
 
-# What may stand beside a truth: the longer first. No word of it hedges, denies, joins or bounds.
+# What may stand beside a truth (T): the longer first. No word of it hedges, denies, joins or bounds.
 HARMLESS = re.compile("(?<= )(?:" + "|".join(r"""
-(?:it|this|that|there|these|those|they|he|she) (?:is|are|was|were|'s|'re|has|have|says?|shows?)
-(?:it|this|that|they|there) (?:must|would|will) be|is correct
-(?:the|my) (?:final |correct |right |best )?(?:answer|choice|option)|(?<=^ )(?:answer|choice|option|letter)
-i (?:can )?(?:see|think|believe|guess|count)(?: that)?|i (?:would|'d) (?:say|go with)(?: that)?
-we (?:can )?(?:see|count|have)|the (?:image|picture|photo) shows
-in (?:the|this) (?:image|picture|photo|scene)|in total|in all|to the|of (?:them|these|those)
+(?:it|this|that|there|these|those|they|he|she) (?:is|are|was|were|'s|'re|has|have|says?|shows?|does|do)
+(?:it|this|that|they|there) (?:must|would|will) be|is correct|the (?:total )?number of
+(?:the|my) (?:final |correct |right |best )?(?:answer|choice|option)
+(?:final |correct )?(?:answer|choice|option|letter|number|count|total)(?= (?:is |\. )*T)
+i (?:can )?(?:see|think|believe|guess|count|counted|choose)(?: that)?|i (?:would|'d) (?:say|go with)(?: that)?
+we (?:can )?(?:see|count|have)|the (?:image|picture|photo) (?:shows|has)
+(?:based on|in) (?:the|this) (?:image|picture|photo|scene)|in total|in all|to the|of (?:them|these|those)
 by the look of it|right there|looking at it|of course|(?:most )?(?:probably|likely)
 (?:it |they |he |she )?(?:looks?|appears?|seems?)(?: like| to be)?
-says|reads|called|named|shows|has|have|shown|visible
+says|reads|called|named|shows|has|have|shown|visible|only|just
 so|thus|hence|then|therefore|yes|well|sure|certainly|clearly|surely|plainly|definitely|exactly
-is|are|was|were|'s|a|an|the|his|her|its|their|at|in|on|of|lying|sitting|standing|hanging|wearing
+is|are|was|were|'s|a|an|the|(?:at|in|on|of)(?= (?!(?:at|in|on|of|\.) )\S)
 选|答案是?""".strip().split("\n")) + ")(?= )")
 # These are not harmless, though a question has them.
-NEVER_HARMLESS = set("""not don't isn't aren't nor never neither none without but except instead hardly than
-more most less least fewer about either whether cannot""".split())
+NEVER_HARMLESS = set("""not nor never neither none without but except instead hardly almost than more most
+less least fewer about above below over under before after either whether cannot maybe other different opposite
+wrong image picture photo answer""".split())
 COUNTS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
 sixteen seventeen eighteen nineteen""".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -251,7 +266,8 @@ SPELLINGS = {"gray": "grey", "center": "centre", "middle": "centre", "upper": "t
 # one form of dashes and apostrophes, and of full-width characters
 ONE_FORM = str.maketrans("−‐‑‒–—’\u3000", "------' ") | {i + 0xFEE0: i for i in range(33, 127)}
 DECIMAL = r"-?(?:\d+(?:\.\d+)?|\.\d+)"
-SEPARATOR = re.compile(r"[,;:!\"“”()\[\]{}*_`…。，、]|\.(?!\d)|#+(?= )|(?<!\w)'|'(?!\w)|(?<!\S)-+(?!\S)")
+SEPARATOR = re.compile(r"[;!…。，、]|(?:^|\n)#+ |\n|[,:.](?!\d)|(?<!\S)-+(?!\S)")                  # of clauses
+WRAPPER = re.compile(r"[\"“”()\[\]{}`]|(?<!\w)[*_']+|[*_']+(?!\w)")
 WORD = r"[a-zà-öø-ÿ\d]+(?:['.][a-z\d]+)?"
 PHRASE = re.compile(rf"{DECIMAL}|{WORD}(?: '?{WORD}){{0,4}}")
 NOT_ENGLISH = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")                 # Japanese to Korean
@@ -260,10 +276,18 @@ OPTION = re.compile(r"(?<![A-Za-z\d'])([B-HJ-Z]|[AI](?! (?!(?:is|or|and|was|as)\
                     r"(?![A-Za-z\d'+#-])")
 
 
+def by_value(number: str) -> str:
+    """A decimal number in one form: "-04.50" -> "-4.5"."""
+    whole, _, part = number.lstrip("-").partition(".")
+    value = f"{whole.lstrip('0') or 0}.{part.rstrip('0')}".rstrip(".")
+    return f"-{value}" if number[0] == "-" and value != "0" else value
+
+
 def mark_letters(answer: str) -> str:
     """An answer whose letters of options cannot be taken for words: "A dog, so B" -> "A dog, so b@"."""
     answer = unicodedata.normalize("NFC", answer).translate(ONE_FORM)
-    answer = answer.upper() if re.fullmatch(r"\W*[a-z]\W*", answer) else answer
+    lower = r"(?:^\W*|\(|(?i:answer|option|choice):? )[a-z](?=\W*$|[.):])"                # "b", "(b)"
+    answer = re.sub(lower, lambda match: match[0].upper(), answer)
     return OPTION.sub(lambda match: f" {match[1].lower()}@ ", answer)
 
 
@@ -405,8 +429,8 @@ WRAPPED = WRAPPING.replace("#", "").replace("-", "")
 
 
 # the label of an option: "A." where a line begins, or before a space within one; "(A)" anywhere
-LABEL = re.compile(r"(?m)(?:^\W*([A-Z])\W*[.):]|(?<!\S)([A-Z])[.):](?=\s)"
-                   r"|\(([A-Z])\)(?=\s*[^\s?!.,;:)]))\s*")
+LABEL = re.compile(r"(?m)(?:^[^\w\n]*([A-Za-z])[^\w\n]*[.):]|(?<!\S)([A-Z])[.):](?=\s)"
+                   r"|\(([A-Za-z])\)(?=\s*[^\s?!.,;:)]))\s*")
 
 
 def options_of(question: str, truth: str) -> tuple[dict[str, str], str | None, str]:
@@ -420,7 +444,7 @@ def options_of(question: str, truth: str) -> tuple[dict[str, str], str | None, s
     options, start = {}, len(question)
     labels = list(LABEL.finditer(question))
     for label, end in zip(labels, [*(label.start() for label in labels[1:]), len(question)]):
-        letter = label[1] or label[2] or label[3]
+        letter = (label[1] or label[2] or label[3]).upper()
         if letter <= max(options, default="Z"):
             options, start = {}, label.start()
         options[letter] = question[label.end():end].split("\n")[0].strip(" ,;")

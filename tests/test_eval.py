@@ -51,6 +51,7 @@ def test_the_examples_of_the_rule_judge_are_right():
     (COUNT, "3", ["There are 3 circles.", "3 of them", "I count three.", "x = 3"],
      ["I can't determine whether there are 3 circles.", "up to 3", "3k", "3%", "3rd", "3e3", "3+", "~3",
       "3-4", "3/4", "3 million", "minus 3", "more than 3", "about 3", "3udeneac# would be.",
+      ">= 3", "!= 3", "at least = 3", "3, as well as 4", "3*3", "3:3", "3,#.",
       "3,louhe, right."]),
     (COUNT, "52", ["52"], ["5²"]),
     (COUNT, "4", ["4"], ["minus 4", "- 4", "x = - 4", r"\boxed{- 4}"]),
@@ -63,8 +64,10 @@ def test_the_examples_of_the_rule_judge_are_right():
     (YES, "yes", ["Yes, there is a red circle.", "Yes. A small one.", "I think yes."],
      ["yes and no", "yesterday", "I cannot say yes.", "Yes? No.", "yes/no"]),
     (YES, "no", ["No, there is no red circle.", "There is no red circle."],
-     ["There is not.", "I have no idea.", "There's no way to tell.", "No idea.", "No answer."]),
-    (STATE, "B", ["B", "New Mexico", "(B) New Mexico", "It is New Mexico."],
+     ["There is not.", "I have no idea.", "There's no way to tell.", "No idea.", "No answer.",
+      '"No" would be wrong.']),
+    (STATE, "B", ["B", "New Mexico", "(B) New Mexico", "It is New Mexico.", "The answer is option B", "(b)",
+                  "b) New Mexico", "Answer: b"],
      ["Ohio", "A or B", "Ohio or New Mexico", "I cannot tell if it is B.", "anything but B", "B, A"]),
     ("Q?\nA. 21\nB. 20\nC. 21", "C", ["C", "A", "21", "A. 21"], ["B", "20", "A or B"]),
     ("Which part is marked (A)?\nA. stem\nB. leaf", "B", ["leaf", "The part marked is the leaf."], ["A"]),
@@ -146,10 +149,31 @@ def test_a_question_that_a_rule_cannot_judge_is_refused(question, truth):
         rule_check(Example("0", (), question, truth))
 
 
+@pytest.mark.parametrize("question, truths, responses", [
+    ("Is he sitting or standing?", ["sitting", "standing"], ["sitting standing", "sitting. He is standing."]),
+    ("Is the cat in or on the box?", ["in", "on"], ["in on", "in, on"]),
+    ("Is it a dog or a cat?", ["dog", "cat", "dogs", "cats"], ["dog cat", "dogs cats"]),
+    ("Is the ball red or blue?", ["red ball", "blue ball"], ["red ball blue ball"]),
+    ("On the wall or the table?", ["on wall", "on table"], ["on wall, on table"]),
+    ("Where?\nA. in the box\nB. on the box", ["A", "B"], ["in the box on the box"]),
+    ("Which?\nA. cat\nB. cats", ["A", "B"], ["cats"]),
+    ("Who?\nA. man\nB. man in red", ["A", "B"], ["man in red"]),
+    ("Is it?\nA. Yes\nB. No", ["A", "B"], ["Yes. No.", "yes it is no", "B. Yes"]),
+    ("Which?\nA. Vitamin C\nB. Vitamin D\nC. Vitamin E", ["A", "C"], ["Vitamin C"]),
+    ("Which?\nA. 7\nB. 5", ["A", "B"], ["A. x = 5"]),
+    ("Which?\nA. red\nB. blue", ["A", "B"], ["B. red", "B, D"]),
+    ("What number?", ["12345678901234567", "12345678901234568"], ["12345678901234567"])])
+def test_no_response_is_paid_for_two_truths(question, truths, responses):
+    """One string that is right whatever the truth is: the first thing that a policy finds."""
+    for response in responses:
+        assert sum(rule_verdict(question, truth, response) for truth in truths) <= 1, response
+
+
 def test_no_response_keeps_the_judge_busy():
     """A policy's 100,000 characters that make a pattern try all ways: seconds for each verdict."""
     start = time.monotonic()
-    for text in ("red ", "it is ", "1,", "- ", ". ", "the answer is ", "(A) ", "**", "so, ", "'", "minus "):
+    for text in ("red ", "it is ", "1,", "- ", ". ", "the answer is ", "(A) ", "**", "so, ", "'", "minus ",
+                 "=", "\n", "!", "a=", "b) ", "the red ", "**a**\n"):
         rule_verdict("Which?\nA. red\nB. blue", "B", 10 ** 5 // len(text) * text)
         rule_verdict(10 ** 5 // len(text) * text, "3", "3 of them")
     assert time.monotonic() - start < 30
