@@ -251,8 +251,8 @@ is|are|was|were|'s|a|an|the|(?:at|in|on|of)(?= (?!(?:at|in|on|of|\.) )\S)
 选|答案是?""".strip().split("\n")) + ")(?= )")
 # These are not harmless, though a question has them.
 NEVER_HARMLESS = set("""not nor never neither none without but except instead hardly almost than more most
-less least fewer about above below over under before after either whether cannot maybe other different opposite
-wrong image picture photo answer""".split())
+less least fewer about above below over under before after either whether cannot maybe other different
+opposite wrong image picture photo answer""".split())
 COUNTS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
 sixteen seventeen eighteen nineteen""".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()

@@ -273,7 +273,7 @@ def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float 
 
     temperature is the one the policy samples with: the ratio must compare the distributions that were sampled
     from. (Top-k, top-p and the penalty are left out of it, as is usual: teachers' tokens may lie outside of
-    them.)
+    them. So what they cut off is neither sampled nor pushed down, and grows: see Sampling.truncated.)
     """
     states, _, before = packed_states(vlm.trunk, prompts, outputs.ids, outputs.mask)
     head, targets = vlm.model.get_output_embeddings(), outputs.ids[outputs.mask]             # (N,)

@@ -493,9 +493,9 @@ class Run:
 
 
 def held_out_accuracy(run: Run, held_out: Task, judge) -> tuple[dict[str, float], list[dict]]:
-    """The held-out accuracy as metrics; and of the first questions, the greedy responses and what D makes of
-    them, as rows of greedy.jsonl. Each process answers its part, and rank 0 has all of it judged; a judge
-    that is down does not end the run."""
+    """The held-out accuracy, greedy and sampled, as metrics; and of the first questions, the greedy responses
+    and what D makes of them, as rows of greedy.jsonl. Each process answers its part, and rank 0 has all of it
+    judged; a judge that is down does not end the run."""
     row, greedy, p_student = {}, [], []
     with run.sampler() as policy:
         part = replace(held_out, examples=run.world.mine(held_out.examples))
@@ -1172,6 +1172,7 @@ def made_from(args, data: dict) -> dict[str, dict]:
     elif judge != "rule":
         judge = stamp(judge)
     before = chosen("SFT", "collection", "discriminator", "every stage") | asdict(sampling_of(args))
+    del before["truncated"]                            # of the loop alone, see --truncate-rollouts
     before |= {"student": "toy" if args.student == "toy" else stamp(args.student), "skip_bad": args.skip_bad,
                "dtype": pick_dtype(args.device, args.dtype),
                "teachers": [teacher.name for teacher in teachers],
@@ -1447,7 +1448,7 @@ def save_student(run: Run, start: str, path: Path):
 
 
 def report(folder: Folder, args, data: dict, get_judge, start: str):
-    """Held-out scores before and after; curves.png and report.html of the run."""
+    """Held-out scores before and after, greedy and sampled; curves.png and report.html of the run."""
     results, out, held_out = {}, folder.out, data.get("eval_data")
     for name, checkpoint in (("before", start), ("after", str(out / "student"))):
         def make(path):
@@ -1520,8 +1521,8 @@ OPTIONS = {
         Option("--similarity", "binary", "how finely the similarity reward is graded",
                choices=tuple(SIMILARITIES)),
         Option("--freeze-discriminator", False, "skip lines 7-9: D stays as pre-trained"),
-        Option("--truncate-rollouts", True, "the student samples with top-p, top-k and penalty in the loop too, "
-               "as the paper has it, and not from all of its distribution", toy=False),
+        Option("--truncate-rollouts", True, "the student samples with top-p, top-k and penalty in the loop "
+               "too, as the paper has it, and not from all of its distribution", toy=False),
         Option("--teacher-rollouts", True, "train the policy on teachers' responses too, and not D alone"),
         Option("--freeze", None, "regular expression: weights that the loop leaves as they are, by name: "
                "'visual' the vision tower, 'lm_head' the vocabulary head, 'self_attn', 'mlp', 'norm' "
@@ -1529,11 +1530,11 @@ OPTIONS = {
         Option("--mu", 1, "updates of D and of the policy per step"),
         Option("--beta", 0.01, "weight of the KL to the reference"),
         Option("--eps", 0.2, "the ratio is clipped to 1 - eps .. 1 + eps"),
-        Option("--lr", 1e-6, "learning rate of the student", toy=3e-4),
+        Option("--lr", 1e-6, "learning rate of the student", toy=1.5e-4),
         Option("--warmup", 0, "steps in which the student's learning rate rises from nothing", toy=20),
-        Option("--discriminator-lr", 1e-6, "learning rate of D", toy=1.2e-3)],
+        Option("--discriminator-lr", 1e-6, "learning rate of D", toy=6e-4)],
     "machine": [
-        Option("--steps", 1000, "steps of the loop; a finished run can be given more", toy=100),
+        Option("--steps", 1000, "steps of the loop; a finished run can be given more", toy=150),
         Option("--device", None, "cuda, mps or cpu; default: the best there is"),
         Option("--token-budget", 8192, "tokens per micro-batch: fewer need less memory", toy=16384),
         Option("--rollout-batch", 16, "questions sampled at a time: fewer need less memory", toy=64),
