@@ -17,8 +17,8 @@ OPTIONS = {"gspo": ["--loss", "gspo"], "rloo": ["--loss", "rloo"], "gad": ["--si
 INSTEAD = {"gad": ["--similarity", "continuous"], "clip_higher": ["--mu", "2", "--eps", "0.01"]}
 # a student that is right now and then
 RIGHT = ["--sft-data", "lamps.jsonl", "--sft-steps", "20", "--sft-lr", "3e-3"]
-OPTIONS |= {"curriculum": RIGHT, "teachers_up": RIGHT}
-INSTEAD |= {"curriculum": RIGHT, "teachers_up": RIGHT}
+OPTIONS |= {"curriculum": RIGHT, "teachers_up": RIGHT, "resample": RIGHT}
+INSTEAD |= {"curriculum": RIGHT, "teachers_up": RIGHT, "resample": RIGHT}
 MODULES = ("model", "discriminator", "teachers", "eval", "train")
 PROGRAM = "import sys\nprint('Looking at it,', sys.argv[1][:11])\n"
 
