@@ -152,17 +152,17 @@ def update(D: Discriminator, optimizer, responses: Outputs, is_student: Tensor, 
     return {"d_loss": loss, "d_accuracy": right / (questions * is_student.shape[1])}
 
 
-def pretrain(D: Discriminator, optimizer, batches, steps: int, lr: float, budget: int) -> float:
+def pretrain(D: Discriminator, optimizer, batches, steps: int, lr: float, budget: int, size: int) -> float:
     """Teach D before it rewards anyone: `steps` updates of Eq. 1, lr decayed linearly to lr / 10.
 
-    batches: an iterator over (questions, texts, is_student). Returns the accuracy over the last tenth of the
-    steps.
+    batches: an iterator over (questions, texts, is_student), this process's part of `size` questions. Returns
+    the accuracy over the last tenth of the steps.
     """
     bar, accuracies = tqdm(range(steps), desc="discriminator", unit="step"), []
     for step in bar:
         optimizer.set_lr(lr * (1 - 0.9 * step / steps))
         questions, texts, is_student = next(batches)
-        metrics = update(D, optimizer, D.encode(questions, texts), is_student, budget)
+        metrics = update(D, optimizer, D.encode(questions, texts), is_student, budget, size)
         accuracies.append(metrics["d_accuracy"])
         bar.set_postfix_str(f"loss {metrics['d_loss']:.3f} accuracy {metrics['d_accuracy']:.2f}",
                             refresh=False)

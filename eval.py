@@ -6,9 +6,7 @@
 
 Training needs a judge and nothing else of this file. One judge reads short answers by rule, above the banner;
 the other asks a language model, as the paper does: LLMJudge, below. Of what the rule uses from below,
-options_of reads the options "A. red" of a question; extract_choice finds the one that a response commits to;
-normalise makes plain words ("Two dogs." -> "2 dogs ."); KINDS are values that exclude one another, as
-colours; asserted finds them where nothing negates them; is_framed knows "It is a PHRASE".
+options_of reads the options "A. red" of a question, and HARMLESS are phrases that may stand beside a truth.
 
 Benchmarks have metrics of their own. Each is scored as its field scores it; where a published scorer is
 wrong, the docstring says so and says what is done instead. A response from which nothing can be extracted is
@@ -42,11 +40,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import (VLM, Prompt, Sampling, UserError, chat_turns, decode, encode, load_processor, load_vlm,
-                   opened_thought, pick_dtype, run, stamp, stream, without_thoughts, write_atomic)
+from model import (VLM, Prompt, Sampling, UserError, World, chat_turns, decode, encode, load_processor,
+                   load_vlm, opened_thought, pick_device, pick_dtype, run, stamp, stream, without_thoughts,
+                   write_atomic)
 from teachers import (CallFailed, Check, Example, chat, check_endpoint, check_prompts, drop_torn_line,
-                      encode_example, endpoint_of, load_examples, messages_of, open_image, prompt_checks,
-                      question_hash, read_jsonl, read_tsv, shortened)
+                      encode_example, endpoint_of, load_examples, merge_files, messages_of, open_image,
+                      own_file, prompt_checks, question_hash, read_jsonl, read_tsv, shortened)
 
 # A judge is any function from triples (question, truth, response) to verdicts: 0 (wrong) to 1 (right), or
 # None where it could not tell. None is never turned into a score: such a response is left out, and counted.
@@ -966,57 +965,67 @@ def answers(vlm: VLM, task: Task, max_new_tokens: int,
         yield todo[i], text, finished
 
 
-def predict(vlm: VLM, task: Task, max_new_tokens: int, batch_size: int = 64) -> list[str]:
-    """One greedy response per example, in their order."""
-    texts = {e.id: text for e, text, _ in answers(vlm, task, max_new_tokens, batch_size)}
-    return [texts[e.id] for e in task.examples]
+def predict(vlm: VLM, task: Task, max_new_tokens: int, batch_size: int = 64,
+            world: World = World()) -> list[str]:
+    """One greedy response per example, in their order, of which each process makes its part."""
+    part = replace(task, examples=world.mine(task.examples))
+    texts = {e.id: text for e, text, _ in answers(vlm, part, max_new_tokens, batch_size)}
+    return world.gather([texts[e.id] for e in part.examples])
 
 
-def predict_sampled(vlm: VLM, task: Task, sampling: Sampling, slots: int) -> list[str]:
-    """One sampled response per example, in their order. Its noise depends on the example alone."""
+def predict_sampled(vlm: VLM, task: Task, sampling: Sampling, slots: int,
+                    world: World = World()) -> list[str]:
+    """The same, sampled. The noise of a response depends on the example alone."""
     def noise(e):
         generator = torch.Generator().manual_seed(zlib.crc32(e.id.encode()))
         return torch.rand(1, sampling.max_new_tokens, generator=generator).to(vlm.device)
-    prompts = (encode_example(vlm, task.asked(e)) for e in task.examples)
-    opened = opened_thought(vlm.processor)
-    ids = dict(stream(vlm, prompts, map(noise, task.examples), 1, sampling, slots))
-    return [opened + decode(vlm, ids[i])[0] for i in range(len(task.examples))]
+    part, opened = world.mine(task.examples), opened_thought(vlm.processor)
+    prompts = (encode_example(vlm, task.asked(e)) for e in part)
+    ids = dict(stream(vlm, prompts, map(noise, part), 1, sampling, slots))
+    return world.gather([opened + decode(vlm, ids[i])[0] for i in range(len(part))])
 
 
-def respond(model: str, folder: Path, tasks: list[Task], args: argparse.Namespace) -> list[list[str]]:
-    """A model's responses to all tasks. Each is appended to its task's file in `folder` as soon as it ends.
+def respond(model: str, folder: Path, tasks: list[Task], args: argparse.Namespace,
+            world: World) -> list[list[str]]:
+    """A model's responses to all tasks. Each process appends its own to a file in `folder` as they end.
 
     Those that are there are taken from there, but a question that reads otherwise than it did is asked again.
     UserError where they were made with other settings. The model is loaded only if a response is missing.
     """
-    folder.mkdir(exist_ok=True)
     vlm, responses = None, []
     for task in tasks:
         path = folder / f"{task.name}.jsonl"
         settings = {"model": model, "files": stamp(model), "dtype": pick_dtype(args.device, args.dtype),
                     "prompt": task.prompt, "max_new_tokens": args.max_new_tokens}
         asked = {e.id: question_hash(task.asked(e)) for e in task.examples}
-        with open(path, "a", encoding="utf-8") as file:
-            def write(**row):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-            drop_torn_line(path)
-            if not path.stat().st_size:
-                write(settings=settings)
-            first, *rows = [row for _, row in read_jsonl(path)]
-            if first.get("settings") != settings:
-                raise UserError(f"{path} holds responses made with other settings ({first.get('settings')}); "
-                                "choose another --out")
-            texts = {row["id"]: row["text"] for row in rows if row["asked"] == asked.get(row["id"])}
-            todo = replace(task, examples=[e for e in task.examples if e.id not in texts])
-            if todo.examples:
-                # it keeps no prompts: each is asked once
-                vlm = vlm or replace(load_vlm(model, args.device, args.dtype), room=0)
-                for e, text, finished in answers(vlm, todo, args.max_new_tokens, args.batch_size):
-                    texts[e.id] = text
-                    write(id=e.id, text=text, finished=finished, asked=asked[e.id])
+        read = partial(responses_in, path, settings, asked)
+        texts = world.rank_0(read)
+        part = replace(task, examples=world.mine([e for e in task.examples if e.id not in texts]))
+        if part.examples:
+            # it keeps no prompts: each is asked once
+            vlm = vlm or replace(load_vlm(model, args.device, args.dtype), room=0)
+            with open(own_file(path, world.rank), "a", encoding="utf-8") as file:
+                for e, text, finished in answers(vlm, part, args.max_new_tokens, args.batch_size):
+                    row = {"id": e.id, "text": text, "finished": finished, "asked": asked[e.id]}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.flush()
+        texts = world.rank_0(read)
         responses.append([texts[e.id] for e in task.examples])
     return responses
+
+
+def responses_in(path: Path, settings: dict, asked: dict[str, int]) -> dict[str, str]:
+    """The responses in a file by id, of those questions that still read as they did; see `respond`. A file
+    begins with the settings, in which all responses must agree."""
+    path.parent.mkdir(exist_ok=True)
+    merge_files(path)
+    if not path.exists() or not path.stat().st_size:
+        path.write_text(json.dumps({"settings": settings}, ensure_ascii=False) + "\n", encoding="utf-8")
+    first, *rows = [row for _, row in read_jsonl(path)]
+    if first.get("settings") != settings:
+        raise UserError(f"{path} holds responses made with other settings ({first.get('settings')}); "
+                        "choose another --out")
+    return {row["id"]: row["text"] for row in rows if row["asked"] == asked.get(row["id"])}
 
 
 PREDICTIONS = {".tsv": ("index", "prediction"), ".jsonl": ("id", "text")}
@@ -1418,8 +1427,27 @@ def parse_args() -> argparse.Namespace:
 def main():
     """Evaluate from the command line."""
     args = parse_args()
+    world = World.join(pick_device(args.device))
     models = [args.baseline, *args.model] if args.baseline else args.model
     labels = labels_of(models)
+    tasks, responses = world.rank_0(partial(read_tasks, args, models))
+    out = Path(args.out)
+    for model, label in zip(models, labels):
+        responses[label] = respond(model, out / label, tasks, args, world)
+    if world.rank == 0:
+        judge = make_judge(args.judge, out / "verdicts.jsonl", args.device, args.dtype)
+        results = {label: [score_responses(task, texts, judge) for task, texts in zip(tasks, given)]
+                   for label, given in responses.items()}
+        print(results_table(results))
+        write_atomic(out / "scores.json", json.dumps(results, ensure_ascii=False))
+        write_report(out, vars(args), results, [])
+        print(f"Responses, scores and report.html are in {out}")
+    world.leave()
+
+
+def read_tasks(args: argparse.Namespace, models: list[str]) -> tuple[list[Task], dict[str, list[list[str]]]]:
+    """The tasks, and {"predictions": responses to them} where such are given. UserError for what can be known
+    to be wrong before a model is loaded."""
     checks = prompt_checks(models, args.max_new_tokens)
     if args.judge == "rule":
         checks.append(rule_check)
@@ -1432,22 +1460,14 @@ def main():
     if not any(task.metric in JUDGED for task in tasks):
         args.judge = "rule"                                        # there is nothing to ask another
     check_judge(args.judge)
-    responses, out = {}, Path(args.out)
+    responses = {}
     if args.predictions:
         responses["predictions"] = [read_predictions(*pair) for pair in zip(args.predictions, tasks)]
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror})") from error
-    for model, label in zip(models, labels):
-        responses[label] = respond(model, out / label, tasks, args)
-    judge = make_judge(args.judge, out / "verdicts.jsonl", args.device, args.dtype)
-    results = {label: [score_responses(task, texts, judge) for task, texts in zip(tasks, given)]
-               for label, given in responses.items()}
-    print(results_table(results))
-    write_atomic(out / "scores.json", json.dumps(results, ensure_ascii=False))
-    write_report(out, vars(args), results, [])
-    print(f"Responses, scores and report.html are in {out}")
+        raise UserError(f"--out {args.out} cannot be written ({error.strerror})") from error
+    return tasks, responses
 
 
 if __name__ == "__main__":

@@ -23,20 +23,24 @@ import sys
 import textwrap
 from collections import defaultdict, deque
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import partial
+from datetime import timedelta
+from functools import partial, partialmethod
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import linear, pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor,
                           AutoTokenizer, DynamicCache, PreTrainedModel, ProcessorMixin)
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -913,18 +917,25 @@ class Slots:
     def step(self, n: int):
         """One token in each of the first n slots, all in place and without waiting for the device."""
         r, R = {name: x[:n] for name, x in self.rows.items()}, self.sampling.max_new_tokens
+        logits = self.logits(n).index_fill_(1, self.banned, -torch.inf)
+        if self.measures_tail:                                     # not of what comes after the end
+            r["tail"].add_(tail(logits, self.sampling)[:, None] * (r["end"] == 0))
+        noise = r["noise"].gather(1, r["count"].clamp(max=R - 1))
+        self.keep(n, sample(logits, r["seen"], self.sampling, noise[:, 0])[:, None])
+
+    def logits(self, n: int) -> Tensor:
+        """Those of the next token in each of the first n slots, (n, V) float32."""
+        r = {name: x[:n] for name, x in self.rows.items()}
         back = r["column"] - torch.arange(self.columns, device=self.vlm.device)              # (n, columns)
         attention = attention_masks(self.vlm.trunk, (back >= 0)[:, None], back[:, None])
         states = self.vlm.trunk(input_ids=r["token"], position_ids=position_ids(r["position"][:, None]),
                                 use_cache=True, past_key_values=self,
                                 attention_mask=attention).last_hidden_state                  # (n, 1, d)
-        logits = self.vlm.model.get_output_embeddings()(states[:, -1]).float()               # (n, V)
-        logits = logits.index_fill_(1, self.banned, -torch.inf)
-        if self.measures_tail:                                     # not of what comes after the end
-            r["tail"].add_(tail(logits, self.sampling)[:, None] * (r["end"] == 0))
-        noise = r["noise"].gather(1, r["count"].clamp(max=R - 1))
-        token = sample(logits, r["seen"], self.sampling, noise[:, 0])[:, None]               # (n, 1)
+        return self.vlm.model.get_output_embeddings()(states[:, -1]).float()
 
+    def keep(self, n: int, token: Tensor):
+        """Go on with these tokens (n, 1)."""
+        r, R = {name: x[:n] for name, x in self.rows.items()}, self.sampling.max_new_tokens
         r["ids"].scatter_(1, r["count"], token)
         r["seen"].scatter_(1, token, True)
         r["token"].copy_(token)
@@ -1069,12 +1080,17 @@ class TokenLogps(torch.autograd.Function):
         return to_states, to_weight, to_bias, None, None
 
 
+MOST_ERROR = 5e-5       # of log-probs: rounding is below 1e-6 (0.3B); an image read one way only makes 5e-4
+
+
 @torch.no_grad()
 def check_packing(vlm: VLM, prompt: Prompt):
-    """Score two responses packed and by the model's own forward pass; UserError where these differ.
+    """Score two responses packed, decode them in slots, and ask the model's own forward pass; UserError where
+    these differ.
 
-    What packing assumes of a family (what sees what, how positions count, that logits are head(states)) is
-    checked on the model at hand. In float32: rounding to bfloat16 hides a response that sees its sibling.
+    What packing and slots assume of a family (what sees what, how positions count, that logits are
+    head(states)) is checked on the model at hand, with a prompt that has an image. In float32: rounding to
+    bfloat16 hides a response that sees its sibling.
     """
     family = type(vlm.model).__name__
     kinds = set(getattr(vlm.model.config.get_text_config(), "layer_types", None) or ())
@@ -1086,10 +1102,12 @@ def check_packing(vlm: VLM, prompt: Prompt):
         packed = score(vlm, [prompt], outputs)
         for k, mask in enumerate(outputs.mask[0]):
             response = outputs.ids[0, k][mask]
-            error = (plain_logps(vlm, prompt, response) - packed[0, k][mask]).abs().mean().item()
-            if not error < 1e-3:
-                raise UserError(f"{family} cannot be trained here: it reads packed responses differently "
-                                f"(log-probs differ by {error:.3g} from those of single ones)")
+            plain, decoded = plain_logps(vlm, prompt, response), slot_logps(vlm, prompt, response)
+            for logps, what in ((packed[0, k][mask], "it reads packed responses"), (decoded, "it decodes")):
+                error = (plain - logps).abs().mean().item()
+                if not error < MOST_ERROR:
+                    raise UserError(f"{family} cannot be trained here: {what} differently (log-probs differ "
+                                    f"by {error:.3g} from those of its own forward pass)")
 
 
 @contextmanager
@@ -1116,3 +1134,173 @@ def plain_logps(vlm: VLM, prompt: Prompt, response: Tensor) -> Tensor:
     logits = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **types).logits.float()
     predicted = logits[0, len(prompt.ids) - 1:-1].log_softmax(-1)                            # (R, V)
     return predicted.gather(1, response[:, None]).squeeze(1)
+
+
+def slot_logps(vlm: VLM, prompt: Prompt, response: Tensor) -> Tensor:
+    """The same, token by token in a slot."""
+    table = Slots(vlm, Sampling(max_new_tokens=len(response)), 1)
+    zero, logps = torch.zeros(1, device=vlm.device, dtype=torch.long), []
+    table.start(0, *prefill(vlm, [prompt]), zero, zero.float().expand(1, len(response)))
+    table.columns = table.room
+    for token in response:
+        logps.append(table.logits(1).log_softmax(-1)[0, token])
+        table.keep(1, token[None, None])
+    return torch.stack(logps)
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that torchrun has started; this is number `rank`. One alone needs none of this.
+
+    Every stage of a run is done by all of them. Each draws the same batch of questions and the same noise,
+    and works on its own part of them, rank::size. Gradients are sums over questions, so what comes out does
+    not depend on how many processes there are. What is trained lies in shards (`shard`, FSDP2): each process
+    holds a part of each weight, and with it that part's gradient and optimizer state. All weights are in
+    every process only where it samples (in the loop: `unsharded`). Nothing is exchanged while one of them
+    samples or asks a judge. What all must agree on, rank 0 finds out (`rank_0`). Finished files and the
+    console are rank 0's.
+    """
+    rank: int = 0
+    size: int = 1
+    mesh: object = None
+
+    @classmethod
+    def join(cls, device: torch.device):
+        """The world that torchrun's environment describes; a process alone, where there is none."""
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return cls()
+        from torch.distributed.device_mesh import DeviceMesh
+        backend, on_device = "gloo", {}
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+            backend, on_device = "nccl", {"device_id": device}
+        # they may wait for days, as while rank 0 asks a server; in training nobody keeps the others an hour
+        dist.init_process_group(backend, timeout=timedelta(days=30), **on_device)
+        group = dist.new_group(timeout=timedelta(hours=1))
+        if dist.get_rank():                                        # of the others nothing is shown but errors
+            sys.stdout = open(os.devnull, "w")
+            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+        return cls(dist.get_rank(), dist.get_world_size(), DeviceMesh.from_group(group, device.type))
+
+    def wait(self):
+        """Until all processes have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def rank_0(self, work: Callable):
+        """What work() returns in rank 0, which calls it when all processes have come here."""
+        self.wait()
+        result = [None if self.rank else work()]
+        if self.size > 1:
+            dist.broadcast_object_list(result)
+        return result[0]
+
+    def leave(self):
+        """The end of the process group, when rank 0 has written its report."""
+        self.wait()
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def mine(self, items: list) -> list:
+        """The part of the batch that is this process's."""
+        return items[self.rank::self.size]
+
+    def gather(self, items: list) -> list:
+        """What each process has made of its part, in the order of the batch."""
+        if self.size == 1:
+            return items
+        parts = [None] * self.size
+        dist.all_gather_object(parts, items, group=self.mesh.get_group())
+        return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the processes."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.mesh.get_group())
+        return values
+
+    def even(self, parts: list[list[int]]) -> list[tuple[list[int], float]]:
+        """Micro-batches with their weights, equally many in each process: FSDP wants all processes in every
+        forward and backward pass. A process that has fewer takes its first question again, with weight 0."""
+        most = max(self.gather([len(parts)]))
+        return [(part, 1.0) for part in parts] + [([0], 0.0)] * (most - len(parts))
+
+    def shard(self, module: torch.nn.Module, decoder: torch.nn.Module, *others: torch.nn.Module,
+              method: str = "gathered"):
+        """Leave a part of each weight to each process. They are gathered where they are used: each decoder
+        layer and each of `others` in its forward and backward pass, the rest of `module` in those of
+        `method`. Gradients are sums over the processes.
+
+        The vision tower belongs to the rest: a process whose micro-batch has no image does not run it, and
+        would leave the others waiting for it where they gather its layers.
+        """
+        if self.size == 1:
+            return
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        layers = [layer for layer in decoder.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        for part in (*layers, *others, module):
+            fully_shard(part, mesh=self.mesh, reshard_after_forward=True)
+            part.set_gradient_divide_factor(1.0)                   # sums, not means
+            part.set_force_sum_reduction_for_comms(True)           # gloo knows no other
+        module.set_reduce_scatter_unused_params(True)              # zero, where no image was seen
+        # or, if the embedding is frozen, layer 0 would have its backward pass only where there are images
+        decoder.get_input_embeddings().register_forward_hook(lambda _, __, states: states.requires_grad_())
+        module.gathered = lambda work: work()                      # see `gathered`
+        register_fsdp_forward_method(module, method)
+
+    def without_weights(self, vlm: VLM) -> VLM:
+        """A copy of `vlm` with empty weights, for `unsharded` to fill; made before `vlm` is sharded."""
+        if self.size == 1:
+            return vlm
+        empty = {id(w): torch.nn.Parameter(w.new_empty(0), requires_grad=False)
+                 for w in vlm.model.parameters()}
+        return replace(vlm, model=deepcopy(vlm.model, empty))
+
+    @contextmanager
+    def unsharded(self, vlm: VLM, empty: VLM):
+        """`empty` has all weights of `vlm` for a while. (FSDP's hooks would gather them at every token.)"""
+        if self.size == 1:
+            yield vlm
+            return
+        for name, weight in vlm.model.named_parameters():
+            empty.model.get_parameter(name).data = weight.detach().full_tensor()
+        yield empty
+        for weight in empty.model.parameters():
+            weight.data = weight.new_empty(0)
+
+    def part(self, tensor: Tensor, weight: Tensor) -> Tensor:
+        """This process's part of a tensor like the weight. FSDP cuts along the first dimension."""
+        if not hasattr(weight, "to_local"):
+            return tensor
+        parts = list(tensor.chunk(self.size))
+        parts += [tensor[:0]] * (self.size - len(parts))
+        return parts[self.rank].clone()
+
+    def complete(self, part: Tensor, weight: Tensor) -> Tensor:
+        """The reverse of `part`, for rank 0, on the CPU: a device may not have the room."""
+        if not hasattr(weight, "to_local"):
+            return part
+        from torch.distributed.tensor import DTensor
+        shards = DTensor.from_local(part, self.mesh, weight.placements, run_check=False, shape=weight.shape,
+                                    stride=weight.stride())
+        tensor = shards.full_tensor()
+        return tensor[:0] if self.rank else tensor.cpu()
+
+    @torch.no_grad()
+    def weights(self, module: torch.nn.Module) -> dict[str, Tensor]:
+        """All weights of a module by name, as `complete` has them. (Those that are tied are one.)"""
+        return {name: self.complete(local(weight), weight) for name, weight in module.named_parameters()}
+
+
+def local(weight: Tensor) -> Tensor:
+    """What this process has of a weight."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
+def gathered(module: torch.nn.Module, work):
+    """work(), which uses weights of the module also where no forward pass of it is called."""
+    return module.gathered(work) if hasattr(module, "gathered") else work()

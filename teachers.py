@@ -46,9 +46,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from model import (MARK, VLM, Prompt, Sampling, UserError, chat_turns, context_of, decode, encode,
-                   encode_responses, load_processor, load_vlm, pick_dtype, process, prompt_text, run, score,
-                   stamp, stream, tokens_of_image, write_atomic)
+from model import (MARK, VLM, Prompt, Sampling, UserError, World, chat_turns, context_of, decode, encode,
+                   encode_responses, load_processor, load_vlm, pick_device, pick_dtype, process, prompt_text,
+                   run, score, stamp, stream, tokens_of_image, write_atomic)
 
 # -------------------------------------------------------------------------------- examples
 
@@ -219,14 +219,15 @@ class Collection:
 
 
 def fill_collection(path: str, teachers: list[Teacher], examples: list[Example], num: int, sampling: Sampling,
-                    seed: int = 0) -> bool:
+                    seed: int = 0, world: World = World()) -> bool:
     """Bring the file to `num` responses of each teacher to each example, sampled with `sampling`.
 
     What is there already under the same example, teacher, sampling settings and seed is kept, so an
-    interrupted fill resumes where it stopped, with the same responses, if a server honours seeds. Returns
-    whether nothing lacks: what a server failed on is asked by another call. Raises UserError when two
-    teachers have one name or one is called "student", when one cannot be asked, and when the file answers
-    another question or picture under the id of one of these, or holds responses of an edited checkpoint.
+    interrupted fill resumes where it stopped, with the same responses, if a server honours seeds. Processes
+    share out the questions to a checkpoint; a server is asked by rank 0 alone. Returns whether nothing lacks:
+    what a server failed on is asked by another call. Raises UserError when two teachers have one name or one
+    is called "student", when one cannot be asked, and when the file answers another question or picture under
+    the id of one of these, or holds responses of an edited checkpoint.
     """
     names = [teacher.name for teacher in teachers]
     if len(set(names)) < len(names) or "student" in names:
@@ -236,19 +237,29 @@ def fill_collection(path: str, teachers: list[Teacher], examples: list[Example],
     del settings["truncated"]                      # teachers always are
     made_by = {teacher.name: f"{stamp(teacher.path)} {getattr(teacher, 'dtype', '')}"
                for teacher in teachers if hasattr(teacher, "path")}
-    have = count_responses(path, examples, settings, made_by)
-    todo = {name: [(e, have[name, e.id]) for e in examples if have[name, e.id] < num] for name in names}
+
+    def lacking():                                 # by teacher: (example, how many responses are there)
+        have = count_responses(path, examples, settings, made_by)
+        return {name: [(e, have[name, e.id]) for e in examples if have[name, e.id] < num] for name in names}
+    todo = world.rank_0(lacking)
     teachers = [teacher for teacher in teachers if todo[teacher.name]]
     for teacher in teachers:                       # all, before the first does any work
-        teacher.check()
-    lacking = 0
+        world.rank_0(teacher.check)
     for teacher in teachers:
-        responses = teacher.ask(todo[teacher.name], num, sampling, seed)
-        about = {"sampling": settings, "made_by": made_by.get(teacher.name)}
-        lacking += append_responses(path, teacher.name, responses, todo[teacher.name], num, about)
-    if Path(path).exists():
-        sort_collection(path, names, examples)
-    return not lacking
+        mine = world.mine(todo[teacher.name])
+        if not hasattr(teacher, "path"):
+            mine = [] if world.rank else todo[teacher.name]
+        if mine:
+            responses = teacher.ask(mine, num, sampling, seed)
+            about = {"sampling": settings, "made_by": made_by.get(teacher.name)}
+            append_responses(own_file(path, world.rank), teacher.name, responses, mine, num, about)
+    missing = world.rank_0(lacking)
+    for name, questions in missing.items():
+        if questions:
+            tqdm.write(f"{name}: {len(questions)} questions still lack responses; "
+                       "run again to ask for them")
+    world.rank_0(partial(sort_collection, path, names, examples))
+    return not any(missing.values())
 
 
 # ==========================================================================================
@@ -380,9 +391,9 @@ def count_responses(path: str, examples: list[Example], settings: dict, made_by:
     one to a question that is not that of the example of its id, or of a teacher that was another checkpoint
     than made_by says."""
     counts = Counter()
+    merge_files(path)
     if not Path(path).exists():
         return counts
-    drop_torn_line(path)
     asked = {example.id: question_hash(example) for example in examples}
     for where, row in read_jsonl(path):
         name = row.get("id")
@@ -402,36 +413,56 @@ def question_hash(example: Example) -> int:
     return zlib.crc32(json.dumps([example.dialogue, example.pictures]).encode())
 
 
-def append_responses(path: str, name: str, responses: Iterable[tuple[Example, list[tuple[str, bool]]]],
-                     todo: list[tuple[Example, int]], num: int, about: dict) -> int:
-    """Append a teacher's responses, and what is the same about all of them, to the file as they come; returns
-    how many questions still lack some."""
-    lacking = Counter({example.id: num - have for example, have in todo})
-    unusable = 0
+def append_responses(path: Path, name: str, responses: Iterable[tuple[Example, list[tuple[str, bool]]]],
+                     todo: list[tuple[Example, int]], num: int, about: dict):
+    """Append a teacher's responses, numbered, and what is the same about all, to the file as they come."""
+    number, unusable = {example.id: have for example, have in todo}, 0
     with (open(path, "a", encoding="utf-8") as file,
-          tqdm(desc=f"responses of {name}", total=lacking.total(), unit="response") as progress):
+          tqdm(desc=f"responses of {name}", total=len(todo) * num - sum(number.values()),
+               unit="response") as progress):
         for example, replies in responses:
             for text, finished in replies:
                 finished = finished and bool(text.strip())
                 unusable += not finished
-                row = {"id": example.id, "teacher": name, "text": text, "finished": finished,
-                       "asked": question_hash(example)} | about
+                row = {"id": example.id, "teacher": name, "number": number[example.id], "text": text,
+                       "finished": finished, "asked": question_hash(example)} | about
+                number[example.id] += 1
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()                           # on disk before the teacher is asked for more
-            lacking[example.id] -= len(replies)
             progress.update(len(replies))
             progress.set_postfix(unusable=unusable)
     if unusable:
         tqdm.write(f"{name}: {unusable} of {progress.n} responses are empty or were cut off by a token limit "
                    "and cannot be used")
-    short = len(+lacking)
-    if short:
-        tqdm.write(f"{name}: {short} questions still lack responses; run again to ask for them")
-    return short
 
 
-def drop_torn_line(path: str):
-    """Cut half a line off the end of a file of JSON lines: a writer that was killed may have left it."""
+def own_file(path: str | Path, rank: int) -> Path:
+    """Where a process appends what belongs into a file of JSON lines: rank 0 to this, others beside it."""
+    return Path(f"{path}.rank{rank}" if rank else path)
+
+
+def merge_files(path: str | Path):
+    """Append to a file of JSON lines what other processes have put beside it, and remove theirs. No two of
+    their lines are equal, so those that are there already are from a merge that was killed."""
+    path = Path(path)
+    others = sorted(p for p in path.parent.glob("*") if p.name.startswith(f"{path.name}.rank"))
+    for file in (path, *others):
+        drop_torn_line(file)
+    if others:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        there = set(lines)
+        for other in others:
+            lines += [line for line in other.read_bytes().splitlines(keepends=True) if line not in there]
+        write_atomic(path, b"".join(lines))
+    for other in others:
+        other.unlink()
+
+
+def drop_torn_line(path: str | Path):
+    """Cut half a line off the end of a file of JSON lines, if it is there: a writer that was killed may have
+    left it."""
+    if not Path(path).exists():
+        return
     with open(path, "rb+") as file:
         size, last = 0, b"\n"
         for last in file:
@@ -454,6 +485,8 @@ def sort_collection(path: str, names: list[str], examples: list[Example]):
     def place(line):
         row = json.loads(line)
         return teacher_place.get(row.get("teacher"), -1), example_place.get(row.get("id"), -1)
+    if not Path(path).exists():
+        return
     lines = [line for line in Path(path).read_bytes().splitlines(keepends=True) if line.strip()]
     in_order = sorted(lines, key=place)
     if in_order != lines:
@@ -463,8 +496,8 @@ def sort_collection(path: str, names: list[str], examples: list[Example]):
 # -------------------------------------------------------------------------------- which examples
 
 
-def select(vlm: VLM, examples: list[Example], num: int, longest: int, seed: int,
-           batch_size: int = 16) -> list[Example]:
+def select(vlm: VLM, examples: list[Example], num: int, longest: int, seed: int, batch_size: int = 16,
+           world: World = World()) -> list[Example]:
     """Choose `num` examples to train on, as the paper picks its 40K, by length and by log-probability.
 
     Examples whose truth has more than `longest` tokens are dropped, and counted on the console. Of the
@@ -472,23 +505,24 @@ def select(vlm: VLM, examples: list[Example], num: int, longest: int, seed: int,
     w = 1 - exp(mean log-prob of the truth's tokens under the student). What the student would say anyway
     teaches it nothing, and what it finds impossible, which may be a wrong label, counts no more than what it
     finds hard. The paper names the two steps, overlong filtering and log-probability sampling, and gives no
-    formula: the weight is ours. Returned in the order of the file.
+    formula: the weight is ours. Returned in the order of the file. Processes share out the scoring.
     """
     short = [e for e in examples if len(encode_responses(vlm, [[e.truth]]).ids[0, 0]) <= longest]
     print(f"{len(examples) - len(short)} of {len(examples)} examples dropped: answers of more than {longest} "
           "tokens")
-    rng = random.Random(seed)
-    keys = []
-    for i in tqdm(range(0, len(short), batch_size), desc="log-probs", unit="batch"):
-        batch = short[i:i + batch_size]
+    mine, means = world.mine(short), []
+    for i in tqdm(range(0, len(mine), batch_size), desc="log-probs", unit="batch"):
+        batch = mine[i:i + batch_size]
         outputs = encode_responses(vlm, [[e.truth] for e in batch])                  # ids, mask (B, 1, R)
         with torch.no_grad():
             logps = score(vlm, encode_examples(vlm, batch), outputs)                 # (B, 1, R)
-        means = logps.sum((1, 2)) / outputs.mask.sum((1, 2))                         # (B,)
-        for mean in means.tolist():
-            weight = max(1e-9, -math.expm1(mean))
-            # the `num` largest log w + Gumbel noise are such a draw without replacement
-            keys.append(math.log(weight) - math.log(-math.log(rng.random())))
+        means += (logps.sum((1, 2)) / outputs.mask.sum((1, 2))).tolist()             # (B,)
+    world.wait()                                                   # longer than an hour, if need be
+    rng, keys = random.Random(seed), []
+    for mean in world.gather(means):
+        weight = max(1e-9, -math.expm1(mean))
+        # the `num` largest log w + Gumbel noise are such a draw without replacement
+        keys.append(math.log(weight) - math.log(-math.log(rng.random())))
     chosen = set(sorted(range(len(short)), key=lambda i: -keys[i])[:num])
     return [e for i, e in enumerate(short) if i in chosen]
 
@@ -1449,16 +1483,18 @@ def main():
         parser.error("give --teachers, or --select K and --student")
     if args.select and Path(args.out).exists():
         parser.error(f"--out {args.out} exists")
-    models = [args.student] if args.select else args.teachers
-    examples = load_examples(args.data, args.skip_bad, prompt_checks(models, args.max_new_tokens))
+    models, world = [args.student] if args.select else args.teachers, World.join(pick_device(args.device))
+    checks = prompt_checks(models, args.max_new_tokens)
+    examples = world.rank_0(partial(load_examples, args.data, args.skip_bad, checks))
     if args.select:
         vlm = load_vlm(args.student, args.device, args.dtype)
-        chosen = select(vlm, examples, args.select, args.max_new_tokens, args.seed, args.batch_size)
-        write_examples(chosen, args.out)
+        chosen = select(vlm, examples, args.select, args.max_new_tokens, args.seed, args.batch_size, world)
+        world.rank_0(partial(write_examples, chosen, args.out))
     else:
         slots = args.batch_size * args.num
         teachers = [make_teacher(name, args.device, args.dtype, slots) for name in args.teachers]
-        fill_collection(args.out, teachers, examples, args.num, sampling_of(args), args.seed)
+        fill_collection(args.out, teachers, examples, args.num, sampling_of(args), args.seed, world)
+    world.leave()
 
 
 if __name__ == "__main__":

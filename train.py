@@ -41,33 +41,30 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 # before torch is imported: threads that wait sleep, as spinning beside a busy program is three times as slow
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-import torch.distributed as dist
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import discriminator as eq1
 from discriminator import SIMILARITIES, Discriminator
 from eval import (Task, check_judge, draw_curves, make_judge, predict, predict_sampled, results_table,
                   rule_check, score_responses, task_of, write_report)
-from model import (VLM, Outputs, UserError, all_or_nothing, check_packing, checkpoint_layers,
-                   encode_responses, generate, image_tokens, join, load_processor, load_vlm, micro_batches,
-                   naming, packed_sizes, pick_device, pick_dtype, remove, save_vlm, score, stamp,
-                   without_thoughts, write_atomic)
+from model import (VLM, Outputs, UserError, World, all_or_nothing, check_packing, checkpoint_layers,
+                   encode_responses, gathered, generate, image_tokens, join, load_processor, load_vlm, local,
+                   micro_batches, naming, packed_sizes, pick_device, pick_dtype, remove, save_vlm, score,
+                   stamp, without_thoughts, write_atomic)
 from model import run as run_main
 from teachers import (Collection, Example, Split, add_sampling_options, build_tiny_vlm, draw_toy_world,
                       encode_example, encode_examples, endpoint_of, fill_collection, load_examples,
@@ -248,7 +245,8 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     with run.phase("generate"), run.sampler() as sampler:
         prompts = encode_examples(sampler, batch)
         sampling = replace(sampling_of(args), truncated=args.truncate_rollouts)
-        outputs = generate(sampler, prompts, G, sampling, noise=run.noise(questions),
+        noise = drawn_noise(run.world, questions, G, args.max_new_tokens, policy.device)
+        outputs = generate(sampler, prompts, G, sampling, noise=noise,
                            slots=args.rollout_batch * G)                              # line 5   (B, G, R)
     total = torch.tensor([outputs.tail, outputs.mask.sum().item()], device=policy.device)
     row = {"tail": torch.div(*run.world.sum(total)).item()}
@@ -266,7 +264,8 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     if D:
         with run.phase("discriminator"), run.using(D):
             responses = D.encode([example.text for example in batch], outputs.text)
-            for _ in range(0 if args.freeze_discriminator else args.mu):              # line 7
+            # while the judge is down, D does not go on alone
+            for _ in range(0 if args.freeze_discriminator or run.unheard else args.mu):              # line 7
                 d_stats = eq1.update(D, run.d_optimizer, responses, is_student, args.token_budget,
                                      len(questions))                                  # line 8   Eq. 1
                 row = d_stats | row                    # what is logged is D before the first of its updates
@@ -304,24 +303,22 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     if args.student == "toy":
         torch.set_num_threads(1)                       # its steps are too short to be shared
-    world = World.join(pick_device(args.device))
-    with world.rank_0_first():                         # torchrun: the others find what rank 0 has made
-        folder = Folder(args, world.rank)
-        data = check_inputs(args, folder)
-        folder.open(data)
-        if args.truncate_rollouts:
-            print(f"rollouts are truncated (top-p {args.top_p}, top-k {args.top_k}), as the paper's: what is "
-                  "never sampled is never pushed down; watch `tail` and `heldout_sampled`, or give "
-                  "--no-truncate-rollouts")
-        teachers = toy_world_and_teachers(folder, args, data)
-        start = fine_tuned_student(folder, args, data)                                # SFT
-        collection = teachers_responses(folder, args, teachers, data, start)
-        pretrained = pretrained_discriminator(folder, args, data, collection, start)  # Eq. 1
-        verdicts = folder.out / f"verdicts{world.rank or ''}.jsonl"
-        get_judge = cache(partial(make_judge, args.judge, verdicts, args.device, args.dtype))
-    trained_student(folder, args, world, data, collection, pretrained, start, get_judge)      # Algorithm 2
-    if world.rank == 0:
-        report(folder, args, data, get_judge, start)
+    world = World.join(pick_device(args.device))       # all processes do each stage together
+    folder = Folder(args, world)
+    data = world.rank_0(partial(check_inputs, args, folder))
+    folder.record = world.rank_0(partial(folder.open, data))
+    if args.truncate_rollouts:
+        print(f"rollouts are truncated (top-p {args.top_p}, top-k {args.top_k}), as the paper's: what is "
+              "never sampled is never pushed down; watch `tail` and `heldout_sampled`, or give "
+              "--no-truncate-rollouts")
+    teachers = toy_world_and_teachers(folder, args, data)
+    start = fine_tuned_student(folder, args, data)                                    # SFT
+    collection = teachers_responses(folder, args, teachers, data, start)
+    pretrained = pretrained_discriminator(folder, args, data, collection, start)      # Eq. 1
+    verdicts = folder.out / f"verdicts{world.rank or ''}.jsonl"
+    get_judge = cache(partial(make_judge, args.judge, verdicts, args.device, args.dtype))
+    trained_student(folder, args, data, collection, pretrained, start, get_judge)     # Algorithm 2
+    report(folder, args, data, get_judge, start)
     world.leave()
 
 
@@ -366,7 +363,7 @@ class Batches:
 
 
 FOLLOWED = 8                                          # held-out questions whose greedy responses are logged
-MOST_SKIPPED = 5                                          # steps in a row without a finite gradient end a run
+MOST_SKIPPED = 5                                # steps in a row of which nothing could be learned end a run
 LOGS = ("metrics", "timings", "rollouts", "greedy")           # timings are apart: they differ from run to run
 
 
@@ -383,7 +380,8 @@ class Run:
         self.args, self.world, self.out, self.policy, self.D = args, world, out, policy, D
         self.rng, self.meter = random.Random(args.seed), Meter(policy.device)
         self.phase = self.meter.phase
-        self.step, self.skipped = 0, 0                             # skipped: of the last steps, in a row
+        self.step, self.skipped = 0, 0            # skipped: the last steps of which nothing could be learned
+        self.unheard = False                      # whether no response of the last had a reward
         self.logs, self.recent, self.warned = {}, deque((), WINDOW), {}
         self.reference, self.networks, self.optimizers = None, {"policy": policy.model}, {}
         if D:
@@ -406,11 +404,6 @@ class Run:
 
     # all processes draw the same for all questions, and each takes its own part
 
-    def noise(self, questions: list[Example]) -> list[Tensor]:
-        """Uniform numbers (G, max_new_tokens) for each question: they choose the tokens."""
-        shape = (self.args.num_samples, self.args.max_new_tokens)
-        return self.world.mine([torch.rand(shape, device=self.policy.device) for _ in questions])
-
     def draw(self, questions: list[Example], collection: Collection) -> list[list[tuple[str, str]]]:
         """G pairs (teacher, response) from the collection for each question."""
         return self.world.mine(collection.draw(questions, self.args.num_samples, self.rng))
@@ -432,12 +425,12 @@ class Run:
     def steps(self):
         """The numbers of the steps that are still to do, from the last checkpoint in --out on.
 
-        Between two steps: save when it is time, stop on a signal, end a run without finite gradients.
+        Between two steps: save when it is time, stop on a signal, end a run that can learn nothing.
         """
         load_checkpoint(self)
         saved = time.monotonic()
         bar = tqdm(range(self.step, self.args.steps), self.args.algorithm.upper(), self.args.steps,
-                   initial=self.step, unit="step", disable=self.world.rank > 0)
+                   initial=self.step, unit="step")
         with signals() as caught:
             for step in bar:
                 # D, which was pre-trained on other samples, catches up while the student warms up
@@ -446,9 +439,10 @@ class Run:
                 self.step += 1
                 if self.skipped == MOST_SKIPPED:
                     raise UserError(
-                        f"the gradient was not finite in {MOST_SKIPPED} steps in a row, so the run stops; "
-                        f"look at `loss`, `kl` and `d_loss` in {self.out / 'metrics.jsonl'}, and lower --lr "
-                        f"or --discriminator-lr; the last checkpoint is kept")
+                        f"nothing could be learned in {MOST_SKIPPED} steps in a row, so the run stops: in "
+                        f"{self.out / 'metrics.jsonl'}, either `judge/failed` is 1, so mend the judge; or the "
+                        f"gradient was not finite (`skipped_updates`): look at `loss`, `kl` and `d_loss`, and "
+                        f"lower --lr or --discriminator-lr; the last checkpoint is kept")
                 due = self.world.rank == 0 and self.is_due(saved)
                 wishes = torch.tensor([len(caught), due], device=self.policy.device)
                 stops, due = self.world.sum(wishes).tolist()       # what any process wishes, all do
@@ -475,7 +469,8 @@ class Run:
         for optimizer in self.optimizers.values():
             row["skipped_updates"] += optimizer.skipped
             optimizer.skipped = 0
-        self.skipped = self.skipped + 1 if row["skipped_updates"] else 0
+        self.unheard = not any(response["valid"] for response in flat(rollouts))
+        self.skipped = self.skipped + 1 if row["skipped_updates"] or self.unheard else 0
         timing = self.meter.row(self.step, row["length"] * len(rollouts) * self.args.num_samples)
         if self.world.rank:
             return
@@ -492,16 +487,20 @@ class Run:
                 self.warned[warning] = self.step
 
 
+def drawn_noise(world: World, questions: list[Example], num: int, length: int, device) -> list[Tensor]:
+    """Uniform numbers (num, length) for each of this process's questions: they choose the tokens. All
+    processes draw those of all questions."""
+    return world.mine([torch.rand(num, length, device=device) for _ in questions])
+
+
 def held_out_accuracy(run: Run, held_out: Task, judge) -> tuple[dict[str, float], list[dict]]:
     """The held-out accuracy, greedy and sampled, as metrics; and of the first questions, the greedy responses
     and what D makes of them, as rows of greedy.jsonl. Each process answers its part, and rank 0 has all of it
     judged; a judge that is down does not end the run."""
     row, greedy, p_student = {}, [], []
     with run.sampler() as policy:
-        part = replace(held_out, examples=run.world.mine(held_out.examples))
-        texts = predict(policy, part, run.args.max_new_tokens, run.args.rollout_batch)
-        sampled = predict_sampled(policy, part, sampling_of(run.args), run.args.rollout_batch)
-    texts, sampled = run.world.gather(texts), run.world.gather(sampled)
+        texts = predict(policy, held_out, run.args.max_new_tokens, run.args.rollout_batch, run.world)
+        sampled = predict_sampled(policy, held_out, sampling_of(run.args), run.args.rollout_batch, run.world)
     if run.D:
         followed = [e.text for e in held_out.examples[:FOLLOWED]]
         with run.using(run.D):
@@ -706,7 +705,9 @@ def save_checkpoint(run: Run):
     files |= {name: optimizer.tensors() for name, optimizer in run.optimizers.items()}
     if run.world.rank:                                             # rank 0 has all that the others have
         return
-    state = {"step": run.step, "skipped": run.skipped, "batches": run.batches.state(),
+    for file in run.logs.values():                                 # a checkpoint is never ahead of its logs
+        os.fsync(file.fileno())
+    state = {"step": run.step, "skipped": run.skipped, "unheard": run.unheard, "batches": run.batches.state(),
              "draws": run.rng.getstate(), "logs": {name: file.tell() for name, file in run.logs.items()}}
     path = run.out / f"checkpoint-{run.step:06}"
     try:
@@ -728,201 +729,58 @@ def save_checkpoint(run: Run):
 def load_checkpoint(run: Run):
     """Resume from the newest checkpoint in --out, if there is one, and cut the logs back to it.
 
-    UserError where it cannot be read: to begin again would cut the logs to nothing.
+    UserError where it cannot be read, or a log is shorter: to begin again would cut the logs to nothing.
     """
     lengths = dict.fromkeys(LOGS, 0)
     for folder in checkpoints(run.out)[-1:]:
         try:
             state = read_json(folder / "state.json")
-            files = {name: load_file(folder / f"{name}.safetensors")
-                     for name in ("rng", *run.networks, *run.optimizers)}
-        except (UserError, OSError, SafetensorError) as error:
+            for name, network in run.networks.items():
+                weights = dict(network.named_parameters())
+                for key, tensor in read_tensors(folder / f"{name}.safetensors"):
+                    weight = weights.pop(key)
+                    local(weight).copy_(run.world.part(tensor, weight))
+                if weights:
+                    raise KeyError(f"{name}.safetensors lacks {', '.join(weights)}")
+            for name, optimizer in run.optimizers.items():
+                optimizer.load(read_tensors(folder / f"{name}.safetensors"))
+            states = dict(read_tensors(folder / "rng.safetensors"))
+            lengths = state["logs"]
+            for name, length in lengths.items():
+                if (size := (run.out / f"{name}.jsonl").stat().st_size) < length:
+                    raise OSError(f"it was made when {name}.jsonl had {length} bytes, which has {size}")
+        except (UserError, OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise UserError(f"{folder} cannot be read ({error}); remove it, and the run resumes from the "
                             f"checkpoint before it, or begins again where there is none") from error
-        for name, network in run.networks.items():
-            for key, weight in network.named_parameters():
-                local(weight).copy_(run.world.part(files[name][key], weight))
-        for name, optimizer in run.optimizers.items():
-            optimizer.load(files[name])
         run.batches.load(state["batches"])
-        torch.set_rng_state(files["rng"]["cpu"])
-        if "device" in files["rng"] and (device := run.policy.device.type) != "cpu":
-            getattr(torch, device).set_rng_state(files["rng"]["device"])
+        torch.set_rng_state(states["cpu"])
+        if "device" in states and (device := run.policy.device.type) != "cpu":
+            getattr(torch, device).set_rng_state(states["device"])
         version, numbers, gauss = state["draws"]
         run.rng.setstate((version, tuple(numbers), gauss))         # JSON has made a list of the tuple
-        run.step, run.skipped, lengths = state["step"], state["skipped"], state["logs"]
+        run.step, run.skipped, run.unheard = state["step"], state["skipped"], state["unheard"]
         print(f"resuming after step {run.step}, from {folder}")
     if run.world.rank == 0:
         open_logs(run, lengths)
 
 
+def read_tensors(path: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file whose names begin so, by the rest of their names; one at a time, as eight
+    processes may have no room for eight copies of all."""
+    with safe_open(path, "pt") as tensors:
+        for name in tensors.keys():
+            if name.startswith(prefix):
+                yield name.removeprefix(prefix), tensors.get_tensor(name)
+
+
 def open_logs(run: Run, lengths: dict[str, int]):
-    """Open the logs to append to them, cut back to so many bytes. UserError where one is shorter."""
+    """Open the logs to append to them, cut back to so many bytes."""
     for name in LOGS:
         path = run.out / f"{name}.jsonl"
         path.touch()
-        if path.stat().st_size < lengths[name]:
-            raise UserError(f"{path} has {path.stat().st_size} bytes where the checkpoint has "
-                            f"{lengths[name]}; remove the checkpoints of {run.out} to begin the loop again")
         os.truncate(path, lengths[name])
         run.logs[name] = open(path, "a", encoding="utf-8")
     run.recent = deque((row for _, row in read_jsonl(run.out / "metrics.jsonl")), WINDOW)
-
-
-# ------------------------------------------------------------------------------------------ several processes
-
-
-@dataclass
-class World:
-    """The processes that torchrun has started; this is number `rank`. One alone needs none of this.
-
-    Policy, reference and D lie in shards (`shard`, FSDP2): each process holds a part of each weight, and with
-    it that part's gradient and optimizer state. All weights of the policy are in every process only while it
-    samples (`unsharded`). Every process draws the same batch of questions and the same noise, and works on
-    its own part of them, rank::size. Gradients are sums over questions, so what comes out does not depend on
-    how many processes there are. Nothing is exchanged while one of them samples or asks a judge. Logs,
-    checkpoints and the console are rank 0's.
-    """
-    rank: int = 0
-    size: int = 1
-    mesh: object = None
-
-    @classmethod
-    def join(cls, device: torch.device):
-        """The world that torchrun's environment describes; a process alone, where there is none."""
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            return cls()
-        from torch.distributed.device_mesh import DeviceMesh
-        backend, on_device = "gloo", {}
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-            backend, on_device = "nccl", {"device_id": device}
-        # they may wait for days while rank 0 collects; in the loop, nobody may keep the others for an hour
-        dist.init_process_group(backend, timeout=timedelta(days=30), **on_device)
-        group = dist.new_group(timeout=timedelta(hours=1))
-        return cls(dist.get_rank(), dist.get_world_size(), DeviceMesh.from_group(group, device.type))
-
-    @contextmanager
-    def rank_0_first(self):
-        """The others do what is inside after rank 0 has, and find its results. Only rank 0 speaks."""
-        if self.rank:
-            sys.stdout = open(os.devnull, "w")
-            self.wait()
-        yield
-        if self.rank == 0:
-            self.wait()
-
-    def wait(self):
-        """Until all processes have come here."""
-        if self.size > 1:
-            dist.barrier()
-
-    def leave(self):
-        """The end of the process group, when rank 0 has written its report."""
-        self.wait()
-        if self.size > 1:
-            dist.destroy_process_group()
-
-    def mine(self, items: list) -> list:
-        """The part of the batch that is this process's."""
-        return items[self.rank::self.size]
-
-    def gather(self, items: list) -> list:
-        """What each process has made of its part, in the order of the batch."""
-        if self.size == 1:
-            return items
-        parts = [None] * self.size
-        dist.all_gather_object(parts, items, group=self.mesh.get_group())
-        return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over the processes."""
-        if self.size > 1:
-            dist.all_reduce(values, group=self.mesh.get_group())
-        return values
-
-    def even(self, parts: list[list[int]]) -> list[tuple[list[int], float]]:
-        """Micro-batches with their weights, equally many in each process: FSDP wants all processes in every
-        forward and backward pass. A process that has fewer takes its first question again, with weight 0."""
-        most = max(self.gather([len(parts)]))
-        return [(part, 1.0) for part in parts] + [([0], 0.0)] * (most - len(parts))
-
-    def shard(self, module: torch.nn.Module, decoder: torch.nn.Module, *others: torch.nn.Module,
-              method: str = "gathered"):
-        """Leave a part of each weight to each process. They are gathered where they are used: each decoder
-        layer and each of `others` in its forward and backward pass, the rest of `module` in those of
-        `method`. Gradients are sums over the processes.
-
-        The vision tower belongs to the rest: a process whose micro-batch has no image does not run it, and
-        would leave the others waiting for it where they gather its layers.
-        """
-        if self.size == 1:
-            return
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-        layers = [layer for layer in decoder.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        for part in (*layers, *others, module):
-            fully_shard(part, mesh=self.mesh, reshard_after_forward=True)
-            part.set_gradient_divide_factor(1.0)                   # sums, not means
-            part.set_force_sum_reduction_for_comms(True)           # gloo knows no other
-        module.set_reduce_scatter_unused_params(True)              # zero, where no image was seen
-        # or, if the embedding is frozen, layer 0 would have its backward pass only where there are images
-        decoder.get_input_embeddings().register_forward_hook(lambda _, __, states: states.requires_grad_())
-        module.gathered = lambda work: work()                      # see `gathered`
-        register_fsdp_forward_method(module, method)
-
-    def without_weights(self, vlm: VLM) -> VLM:
-        """A copy of `vlm` with empty weights, for `unsharded` to fill; made before `vlm` is sharded."""
-        if self.size == 1:
-            return vlm
-        empty = {id(w): torch.nn.Parameter(w.new_empty(0), requires_grad=False)
-                 for w in vlm.model.parameters()}
-        return replace(vlm, model=copy.deepcopy(vlm.model, empty))
-
-    @contextmanager
-    def unsharded(self, vlm: VLM, empty: VLM):
-        """`empty` has all weights of `vlm` for a while. (FSDP's hooks would gather them at every token.)"""
-        if self.size == 1:
-            yield vlm
-            return
-        for name, weight in vlm.model.named_parameters():
-            empty.model.get_parameter(name).data = weight.detach().full_tensor()
-        yield empty
-        for weight in empty.model.parameters():
-            weight.data = weight.new_empty(0)
-
-    def part(self, tensor: Tensor, weight: Tensor) -> Tensor:
-        """This process's part of a tensor like the weight. FSDP cuts along the first dimension."""
-        if not hasattr(weight, "to_local"):
-            return tensor
-        parts = list(tensor.chunk(self.size))
-        parts += [tensor[:0]] * (self.size - len(parts))
-        return parts[self.rank].clone()
-
-    def complete(self, part: Tensor, weight: Tensor) -> Tensor:
-        """The reverse of `part`, for rank 0, on the CPU: a device may not have the room."""
-        if not hasattr(weight, "to_local"):
-            return part
-        from torch.distributed.tensor import DTensor
-        shards = DTensor.from_local(part, self.mesh, weight.placements, run_check=False, shape=weight.shape,
-                                    stride=weight.stride())
-        tensor = shards.full_tensor()
-        return tensor[:0] if self.rank else tensor.cpu()
-
-    @torch.no_grad()
-    def weights(self, module: torch.nn.Module) -> dict[str, Tensor]:
-        """All weights of a module by name, as `complete` has them. (Those that are tied are one.)"""
-        return {name: self.complete(local(weight), weight) for name, weight in module.named_parameters()}
-
-
-def local(weight: Tensor) -> Tensor:
-    """What this process has of a weight."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
-
-
-def gathered(module: torch.nn.Module, work):
-    """work(), which uses weights of the module also where no forward pass of it is called."""
-    return module.gathered(work) if hasattr(module, "gathered") else work()
 
 
 # ------------------------------------------------------------------------------------------ what makes it fit
@@ -940,67 +798,83 @@ class AdamW:
     """
 
     def __init__(self, module: torch.nn.Module, lr: float, betas=(0.9, 0.999), offload: bool = False,
-                 world=None):
-        self.world, self.skipped = world or World(), 0
-        self.weights = [weight for weight in module.parameters() if weight.requires_grad]
-        self.masters = []                                     # shares memory with a float32 weight that stays
-        for weight in self.weights:
-            device = "cpu" if offload else weight.device
-            self.masters.append(local(weight).detach().to(device, torch.float32).requires_grad_())
-        self.optimizers = [torch.optim.AdamW([master], lr=lr, weight_decay=0.0, betas=betas, fused=True)
-                           for master in self.masters]
+                 world=World()):
+        self.world, self.skipped = world, 0
+        self.weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+        self.masters, self.optimizers = {}, {}
+        for name, weight in self.weights.items():
+            device = "cpu" if offload else weight.device           # a float32 weight that stays is its master
+            master = local(weight).detach().to(device, torch.float32).requires_grad_()
+            self.masters[name] = master
+            self.optimizers[name] = torch.optim.AdamW([master], lr=lr, weight_decay=0.0, betas=betas,
+                                                      fused=True)
 
     def set_lr(self, lr: float):
         """The learning rate from now on."""
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
 
     @torch.no_grad()
     def step(self, max_norm: float = float("inf")) -> Tensor:
         """Clip the norm of the gradients to `max_norm`, move the weights, free the gradients.
 
-        A gradient that is zero or not finite is not followed, and the latter is counted in `skipped`: one NaN
-        would be in every weight for ever. Returns the norm before clipping, a scalar.
+        A gradient that is not finite is not followed, and is counted in `skipped`: one NaN would be in every
+        weight for ever. A weight whose gradient is zero stays where it is, as one that has none: so is the
+        vision tower's where no question has an image, and momentum would move it. Returns the norm before
+        clipping, a scalar.
         """
-        norm = torch.nn.utils.get_total_norm([w.grad for w in self.weights if w.grad is not None])
-        if hasattr(norm, "full_tensor"):
-            norm = norm.full_tensor()                              # over the shards of all processes
-        torch.nn.utils.clip_grads_with_norm_(self.weights, max_norm, norm)
-        self.skipped += int(not norm.isfinite())
-        if 0 < norm < torch.inf:
-            for weight, master, optimizer in zip(self.weights, self.masters, self.optimizers):
-                if weight.grad is not None:
-                    master.grad = local(weight.grad).to(master.device, master.dtype)
-                    optimizer.step()
-                    master.grad = None
-                    if master.data_ptr() != local(weight).data_ptr():
-                        local(weight).copy_(master)
-        for weight in self.weights:
+        norms = [torch.linalg.vector_norm(local(w.grad), dtype=torch.float32) if w.grad is not None
+                 else torch.zeros((), device=w.device) for w in self.weights.values()]
+        norms = self.world.sum(torch.stack(norms).square()).sqrt()         # over the shards of all processes
+        norm = torch.linalg.vector_norm(norms)
+        torch.nn.utils.clip_grads_with_norm_(self.weights.values(), max_norm, norm)
+        followed = bool(norm.isfinite())
+        self.skipped += not followed
+        for (name, weight), own_norm in zip(self.weights.items(), norms.tolist()):
+            if followed and own_norm:
+                master = self.masters[name]
+                master.grad = local(weight.grad).to(master.device, master.dtype)
+                self.optimizers[name].step()
+                master.grad = None
+                if is_copy(master, weight):
+                    local(weight).copy_(master)
             weight.grad = None
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds, complete on rank 0: moments, counts of steps, float32 copies."""
         kept = {}
-        for i, (weight, master, optimizer) in enumerate(zip(self.weights, self.masters, self.optimizers)):
-            for name, value in optimizer.state[master].items():
-                kept[f"{i}.{name}"] = value if name == "step" else self.world.complete(value, weight)
-            if master.dtype != weight.dtype:
-                kept[f"{i}.master"] = self.world.complete(master, weight)
+        for name, master in self.masters.items():
+            weight = self.weights[name]
+            for part, value in self.optimizers[name].state[master].items():
+                kept[f"{name}.{part}"] = value if part == "step" else self.world.complete(value, weight)
+            if is_copy(master, weight):
+                kept[f"{name}.master"] = self.world.complete(master, weight)
         return kept
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]):
-        """Resume from what `tensors` returned."""
-        for key, value in tensors.items():
-            number, name = key.split(".")
-            weight, master = self.weights[int(number)], self.masters[int(number)]
-            if name != "step":
-                value = self.world.part(value, weight)
-            if name == "master":
+    def load(self, tensors: Iterable[tuple[str, Tensor]]):
+        """Resume from what `tensors` returned, as pairs; the weights themselves must have been loaded before.
+        UserError where it is the state of other weights."""
+        for name, master in self.masters.items():
+            master.copy_(local(self.weights[name]))                # of which perhaps no copy was kept
+        for key, value in tensors:
+            name, _, part = key.rpartition(".")
+            if name not in self.weights or part != "step" and value.shape != self.weights[name].shape:
+                raise UserError(f"it holds the optimizer state of a weight {name} of shape "
+                                f"{tuple(value.shape)}, which is not trained here")
+            master = self.masters[name]
+            if part != "step":
+                value = self.world.part(value, self.weights[name])
+            if part == "master":
                 master.copy_(value)
             else:
-                self.optimizers[int(number)].state[master][name] = value.to(master.device)
+                self.optimizers[name].state[master][part] = value.to(master.device)
+
+
+def is_copy(master: Tensor, weight: Tensor) -> bool:
+    """Whether a master has memory of its own, and is not the weight itself."""
+    return master.dtype != weight.dtype or master.data_ptr() != local(weight).data_ptr()
 
 
 def freeze(model: torch.nn.Module, pattern: str | None, path: str):
@@ -1025,42 +899,48 @@ def skeleton(path: str) -> torch.nn.Module:
 # -------------------------------------------------------------------------------------------- before the loop
 
 
-def sft(vlm: VLM, examples: list[Example], steps: int, name: str, args):
+def sft(vlm: VLM, examples: list[Example], steps: int, name: str, args, world: World):
     """Supervised fine-tuning on the examples' truths: mean cross-entropy per token.
 
     The learning rate warms up over 50 steps, as Adam's first steps are noise, and decays linearly to lr / 10.
+    With several processes the weights must lie in shards.
     """
     lr = args.sft_lr
-    optimizer = AdamW(vlm.model, lr, (0.9, 0.95), args.offload)
+    optimizer = AdamW(vlm.model, lr, (0.9, 0.95), args.offload, world)
     batches = Batches(examples, args.sft_batch_size, random.Random(args.seed))
     bar = tqdm(range(steps), desc=f"SFT of {name}", unit="step")
     for step in bar:
         optimizer.set_lr(lr * (1 - 0.9 * step / steps) * min(1, (step + 1) / 50))
-        batch = next(batches)
+        batch = world.mine(next(batches))
         outputs = encode_responses(vlm, [[e.truth] for e in batch])                          # (B, 1, R)
         prompts = encode_examples(vlm, batch)
-        total = 0.0
-        for part in micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget):
-            logps = score(vlm, [prompts[b] for b in part], outputs[part])
-            loss = -logps.sum() / outputs.mask.sum()
+        tokens, total = world.sum(outputs.mask.sum()), torch.zeros((), device=vlm.device)
+        for part, weight in world.even(micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget)):
+            logps = gathered(vlm.model, lambda: score(vlm, [prompts[b] for b in part], outputs[part]))
+            loss = -weight * logps.sum() / tokens
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         optimizer.step(max_norm=1.0)
-        bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
+        bar.set_postfix_str(f"loss {world.sum(total):.3f}", refresh=False)
 
 
-def pretraining_pairs(student: VLM, examples: list[Example], collection: Collection, args):
-    """Endless batches for Eq. 1: N fresh responses of the student and N of teachers a question, as many
-    responses a batch as in the loop."""
+def pretraining_size(args) -> int:
+    """Questions in a batch of D's pre-training: as many responses as in one of the loop."""
+    return max(1, args.batch_size * args.num_samples // args.collect)
+
+
+def pretraining_pairs(student: VLM, examples: list[Example], collection: Collection, args, world: World):
+    """Endless batches for Eq. 1, this process's part of them: N fresh responses of the student and N of
+    teachers a question."""
     N, rng = args.collect, random.Random(args.seed)
-    questions = max(1, args.batch_size * args.num_samples // N)
-    batches = Batches(examples, questions, rng)
+    batches = Batches(examples, pretraining_size(args), rng)
     while True:
-        batch = next(batches)
-        prompts = encode_examples(student, batch)
-        students = generate(student, prompts, N, sampling_of(args),
+        questions = next(batches)
+        batch, drawn = world.mine(questions), world.mine(collection.draw(questions, N, rng))
+        noise = drawn_noise(world, questions, N, args.max_new_tokens, student.device)
+        students = generate(student, encode_examples(student, batch), N, sampling_of(args), noise=noise,
                             slots=args.rollout_batch * args.num_samples).text
-        teachers = [[text for _, text in pairs] for pairs in collection.draw(batch, N, rng)]
+        teachers = [[text for _, text in pairs] for pairs in drawn]
         is_student = torch.tensor([[True] * N + [False] * N] * len(batch), device=student.device)
         yield [e.text for e in batch], [s + t for s, t in zip(students, teachers)], is_student
 
@@ -1080,19 +960,20 @@ class Folder:
     made before its loop, if that would come out the same here.
     """
 
-    def __init__(self, args, rank: int = 0):
-        self.args, self.rank, self.out = args, rank, Path(args.out)
+    def __init__(self, args, world: World):
+        self.args, self.world, self.out = args, world, Path(args.out)
         self.clock, self.record = Meter(pick_device(args.device)), read_record(self.out)
 
-    def open(self, data: dict):
-        """UserError where files in --out were made from something else, or nobody knows from what. Begins a
-        new run's record; what is wrong with inputs must have been said before."""
+    def open(self, data: dict) -> dict:
+        """The record, for rank 0: begins a new run's. UserError where files in --out were made from something
+        else, or nobody knows from what; what is wrong with inputs must have been said before."""
         wanted, donor = made_from(self.args, data), getattr(self.args, "from")
         if self.record:
             self.compare(self.out, self.record, wanted, ("before the loop", "loop"))
-            if self.record["steps"] > self.args.steps:
-                raise UserError(f"{self.out} is the result of {self.record['steps']} steps, more than "
-                                f"{self.args.steps}; choose another --out")
+            steps = max([self.record["steps"], *(int(path.name[11:]) for path in checkpoints(self.out))])
+            if steps > self.args.steps:
+                raise UserError(f"{self.out} has come to step {steps}, beyond --steps {self.args.steps}; "
+                                f"choose another --out")
         elif self.out.exists() and any(self.out.iterdir()):
             raise UserError(f"{self.out} holds files and no run.json that says what they were made from; "
                             f"choose another --out")
@@ -1106,8 +987,9 @@ class Folder:
             self.record = wanted
             self.write(steps=0)
         for name in BEFORE_LOOP:                       # also what a kill has kept from being copied
-            if donor and not self.rank and (Path(donor) / name).exists() and not self.has(name):
+            if donor and (Path(donor) / name).exists() and not self.has(name):
                 copy_into(Path(donor) / name, self.out / name)
+        return self.record
 
     def compare(self, there: Path, record: dict, wanted: dict, parts: tuple[str, ...]):
         """UserError with what differs between the records of a folder and of this command, of which the older
@@ -1129,10 +1011,12 @@ class Folder:
                   f"is; choose another --out to make it anew")
 
     def stage(self, name: str, make) -> Path:
-        """The path of --out/name, which make(path) makes, unless it is there: complete, or not at all."""
+        """The path of --out/name, which make(path) makes, unless it is there: complete, or not at all. All
+        processes call make, of which rank 0 is to write."""
         path = self.out / name
-        if not path.exists() and self.rank == 0:
+        if not self.world.rank_0(path.exists):
             make(path)
+            self.world.wait()
         return path
 
     def has(self, *names: str) -> bool:
@@ -1146,7 +1030,7 @@ class Folder:
     def write(self, steps: int):
         """Keep the record; steps: of the loop whose student is there."""
         self.record["steps"] = steps
-        if self.rank:
+        if self.world.rank:
             return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -1265,18 +1149,18 @@ def toy_world_and_teachers(folder: Folder, args, data: dict) -> list:
     examples and tasks are put into `data`."""
     if not args.data:
         with folder.clock.phase("toy world and its teachers"):
-            world = folder.stage("data", partial(toy_world, seed=args.seed))
+            drawn = folder.stage("data", partial(toy_world, seed=args.seed, world=folder.world))
             for name, family in (("qwen", "qwen2_5_vl"), ("internvl", "internvl")):
                 def make(path):
-                    lessons = [load_examples(str(world / f"{file}.jsonl")) for file in ("words", name)]
-                    tiny_vlm_from_scratch(path, family, lessons, 96, args.teacher_steps, args)
+                    lessons = [load_examples(str(drawn / f"{file}.jsonl")) for file in ("words", name)]
+                    tiny_vlm_from_scratch(path, family, lessons, 96, args.teacher_steps, args, folder.world)
                 folder.stage(f"teachers/{name}", make)
         if not args.sft_data:
-            data["sft_words"] = load_examples(str(world / "words.jsonl"))
+            data["sft_words"] = load_examples(str(drawn / "words.jsonl"))
         for option, name, load in (("data", "train", load_examples), ("sft_data", "sft", load_examples),
                                    ("eval_data", "heldout", task_of)):
             if not getattr(args, option):
-                setattr(args, option, str(world / f"{name}.jsonl"))
+                setattr(args, option, str(drawn / f"{name}.jsonl"))
                 data[option] = load(getattr(args, option))
         args.teachers = args.teachers or [str(folder.out / "teachers" / name)
                                           for name in ("qwen", "internvl")]
@@ -1284,7 +1168,7 @@ def toy_world_and_teachers(folder: Folder, args, data: dict) -> list:
     return [make_teacher(name, args.device, args.dtype, slots) for name in args.teachers]
 
 
-def toy_world(path: Path, seed: int):
+def toy_world(path: Path, seed: int, world: World):
     """Draw the toy world: what is asked, and lessons for the student (sft) and its teachers.
 
     All first learn to see, in single words, and then to speak in their own ways. The student mostly stays
@@ -1294,6 +1178,8 @@ def toy_world(path: Path, seed: int):
     squares. One they share: both take one for two, and two for one. There only the student's own responses
     can be right.
     """
+    if world.rank:
+        return
     other_words = {"circle": "disc", "square": "box", "triangle": "wedge"}
     shared = {"1": "2", "2": "1"}
     with all_or_nothing(path) as folder:
@@ -1305,7 +1191,7 @@ def toy_world(path: Path, seed: int):
 
 
 def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]], width: int, steps: int,
-                          args):
+                          args, world: World):
     """A tokenizer trained on the lessons, random weights, SFT on each in turn; a checkpoint folder.
 
     The first takes `steps`, the others a quarter of that: seeing takes longer than speaking.
@@ -1315,13 +1201,17 @@ def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]
     texts = [text for e in examples for text in (e.text, e.truth)]
     texts += 50 * [eq1.SYSTEM, eq1.BEFORE + eq1.AFTER, "user\nassistant\nsystem\n"]
     random_weights = Path(f"{folder}.random")
-    remove(random_weights)
-    build_tiny_vlm(str(random_weights), family, texts, width, layers=2, vocabulary=600, seed=args.seed)
+    if world.rank == 0:
+        remove(random_weights)
+        build_tiny_vlm(str(random_weights), family, texts, width, layers=2, vocabulary=600, seed=args.seed)
+    world.wait()
     vlm = load_vlm(str(random_weights), args.device, args.dtype)
-    remove(random_weights)
+    world.shard(vlm.model, vlm.model.get_decoder())
     for i, lesson in enumerate(lessons):
-        sft(vlm, lesson, steps // 4 if i else steps, folder.name, args)
-    save_vlm(vlm, str(folder))
+        sft(vlm, lesson, steps // 4 if i else steps, folder.name, args, world)
+    save_student(world, vlm, str(random_weights), folder)
+    if world.rank == 0:
+        remove(random_weights)
 
 
 def fine_tuned_student(folder: Folder, args, data: dict) -> str:
@@ -1329,23 +1219,28 @@ def fine_tuned_student(folder: Folder, args, data: dict) -> str:
 
     UserError where packed rows do not suit its family: before teachers are paid for.
     """
-    start = args.student
+    start, world = args.student, folder.world
     if args.student == "toy" or args.sft_steps:
         examples = data["sft_data"]
 
         def make(path):
             if args.student == "toy":
                 lessons = [data["sft_words"], examples] if "sft_words" in data else [examples]
-                tiny_vlm_from_scratch(path, "qwen2_5_vl", lessons, 64, args.sft_steps, args)
+                tiny_vlm_from_scratch(path, "qwen2_5_vl", lessons, 64, args.sft_steps, args, world)
                 return
             student = load_student(args.student, args)
-            sft(student, examples, args.sft_steps, "student", args)
-            save_vlm(student, str(path))
+            world.shard(student.model, student.model.get_decoder())
+            sft(student, examples, args.sft_steps, "student", args, world)
+            save_student(world, student, args.student, path)
         with folder.clock.phase("SFT"):
             start = str(folder.stage("sft", make))
-    if not folder.is_trained():
+
+    def check():
         student = load_vlm(start, args.device, args.dtype)
-        check_packing(student, encode_example(student, data["data"][0]))
+        shown = next((e for e in data["data"] if e.images), data["data"][0])
+        check_packing(student, encode_example(student, shown))
+    if not folder.is_trained():
+        world.rank_0(check)
     return start
 
 
@@ -1363,9 +1258,10 @@ def teachers_responses(folder: Folder, args, teachers: list, data: dict, start: 
         return None
     path = Path(args.collection or folder.out / "collection.jsonl")
     # once D has been trained on them, nobody is asked for the responses that lack
-    if not (args.collection or folder.rank or folder.has("discriminator.safetensors")):
+    if not (args.collection or folder.world.rank_0(partial(folder.has, "discriminator.safetensors"))):
         with folder.clock.phase("collection"):
-            fill_collection(str(path), teachers, data["data"], args.collect, sampling_of(args), args.seed)
+            fill_collection(str(path), teachers, data["data"], args.collect, sampling_of(args), args.seed,
+                            folder.world)
     collection = read_collection(path, data["data"], load_processor(start), args)
     for many, why in ((collection.unfinished, "responses are empty or were cut off by a token limit"),
                       (collection.overlong, f"responses have more than --max-new-tokens "
@@ -1384,42 +1280,45 @@ def pretrained_discriminator(folder: Folder, args, data: dict, collection: Colle
         return None
 
     def make(path):
-        policy = load_student(start, args)
+        policy, world = load_student(start, args), folder.world
         torch.manual_seed(args.seed)                               # draws D's head, and the responses
         D = Discriminator(policy)
-        pairs = pretraining_pairs(policy, data["data"], collection, args)
-        optimizer = AdamW(D, args.pretrain_lr, offload=args.offload)
-        eq1.pretrain(D, optimizer, pairs, args.discriminator_steps, args.pretrain_lr, args.token_budget)
+        world.shard(D, D.backbone, D.head, method="logits")
+        pairs = pretraining_pairs(policy, data["data"], collection, args, world)
+        optimizer = AdamW(D, args.pretrain_lr, offload=args.offload, world=world)
+        eq1.pretrain(D, optimizer, pairs, args.discriminator_steps, args.pretrain_lr, args.token_budget,
+                     pretraining_size(args))
         # with its optimizer: a new one's first steps are as long as its rate allows, whatever they follow
-        tensors = {f"D {name}": weight for name, weight in D.state_dict().items()}
+        tensors = {f"D {name}": weight for name, weight in world.weights(D).items()}
         tensors |= {f"optimizer {name}": moment for name, moment in optimizer.tensors().items()}
-        with all_or_nothing(path) as unfinished:
-            save_file(tensors, unfinished)
+        if world.rank == 0:
+            with all_or_nothing(path) as unfinished:
+                save_file(tensors, unfinished)
     with folder.clock.phase("discriminator"):
         return folder.stage("discriminator.safetensors", make)
 
 
-def trained_student(folder: Folder, args, world: World, data: dict, collection: Collection | None,
-                    pretrained: Path | None, start: str, get_judge):
+def trained_student(folder: Folder, args, data: dict, collection: Collection | None, pretrained: Path | None,
+                    start: str, get_judge):
     """The loop, and the student that comes out of it, a checkpoint like the one it began as."""
-    path = folder.out / "student"
-    if folder.is_trained():
+    path, world = folder.out / "student", folder.world
+    if world.rank_0(folder.is_trained):
         return
     if path.exists() and not checkpoints(folder.out):
         raise UserError(f"{path} cannot be trained further, as its last checkpoint is gone; choose another "
                         f"--out")
     begin = time.perf_counter()
-    policy, D, tensors = load_student(start, args), None, {}
-    if pretrained:
-        D, tensors = Discriminator(policy), load_file(pretrained)
-        D.load_state_dict(named(tensors, "D "))
+    policy = load_student(start, args)
+    D = Discriminator(policy) if pretrained else None
+    if D:
+        D.load_state_dict(dict(read_tensors(pretrained, "D ")))
     run = Run(args, world, folder.out, policy, data["data"], D)
     if D:
-        run.d_optimizer.load(named(tensors, "optimizer "))
+        run.d_optimizer.load(read_tensors(pretrained, "optimizer "))
     ril(run, collection, get_judge(), data.get("eval_data"))
     if world.rank == 0:
         remove(folder.out / "evaluation-after.json")               # of a student that had fewer steps
-    save_student(run, start, path)
+    save_student(world, policy, start, path)
     folder.write(steps=args.steps)
     if world.rank == 0:
         for old in checkpoints(folder.out)[:-1]:
@@ -1428,23 +1327,17 @@ def trained_student(folder: Folder, args, world: World, data: dict, collection: 
     folder.clock.seconds["loop"] = time.perf_counter() - begin
 
 
-def named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose name begins so, by the rest of their name."""
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-
-
-def save_student(run: Run, start: str, path: Path):
-    """Save the trained policy in the place of what is there."""
-    weights = run.world.weights(run.policy.model)
-    if run.world.rank:
+def save_student(world: World, vlm: VLM, start: str, path: Path):
+    """Save a model, which was the checkpoint `start` before it was trained, in place of what is there."""
+    weights = world.weights(vlm.model)
+    if world.rank:
         return
-    plain = run.policy
-    if run.world.size > 1:                                # fully_shard has changed the classes of its modules
-        plain = load_vlm(start, run.args.device, run.args.dtype)
-        for name, weight in plain.model.named_parameters():
+    if world.size > 1:                                    # fully_shard has changed the classes of its modules
+        vlm = load_vlm(start, "cpu", str(vlm.model.dtype).removeprefix("torch."))
+        for name, weight in vlm.model.named_parameters():
             weight.data.copy_(weights[name])
     remove(path)
-    save_vlm(plain, str(path))
+    save_vlm(vlm, str(path))
 
 
 def report(folder: Folder, args, data: dict, get_judge, start: str):
@@ -1452,15 +1345,18 @@ def report(folder: Folder, args, data: dict, get_judge, start: str):
     results, out, held_out = {}, folder.out, data.get("eval_data")
     for name, checkpoint in (("before", start), ("after", str(out / "student"))):
         def make(path):
-            vlm, sampled = load_vlm(checkpoint, args.device, args.dtype), f"{held_out.name}, sampled"
-            texts = predict(vlm, held_out, args.max_new_tokens, args.rollout_batch)
-            score = score_responses(held_out, texts, get_judge())
-            texts = predict_sampled(vlm, held_out, sampling_of(args), args.rollout_batch)
-            score["sampled"] = score_responses(replace(held_out, name=sampled), texts, get_judge())
-            write_atomic(path, json.dumps(score, ensure_ascii=False))
+            vlm, world = load_vlm(checkpoint, args.device, args.dtype), folder.world
+            texts = predict(vlm, held_out, args.max_new_tokens, args.rollout_batch, world)
+            sampled = predict_sampled(vlm, held_out, sampling_of(args), args.rollout_batch, world)
+            if world.rank == 0:
+                score, of_samples = score_responses(held_out, texts, get_judge()), f"{held_out.name}, sampled"
+                score["sampled"] = score_responses(replace(held_out, name=of_samples), sampled, get_judge())
+                write_atomic(path, json.dumps(score, ensure_ascii=False))
         if held_out:
             score = read_json(folder.stage(f"evaluation-{name}.json", make))
             results[name] = [score, score.pop("sampled")]
+    if folder.world.rank:
+        return
     logs = {name: [row for _, row in read_jsonl(out / f"{name}.jsonl")] for name in LOGS}
     draw_curves(logs["metrics"], logs["greedy"], str(out / "curves.png"))
     write_report(out, vars(args), results, logs["rollouts"])
@@ -1615,8 +1511,10 @@ def parse_args(argv=None):
     elif args.sft_steps and not args.sft_data:
         parser.error("--sft-steps needs --sft-data")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1 and (args.offload or args.batch_size < ranks):
-        parser.error(f"{ranks} processes want a --batch-size of at least {ranks}, and no --offload")
+    fewest = min(args.batch_size, args.sft_batch_size, pretraining_size(args))
+    if ranks > 1 and (args.offload or fewest < ranks):
+        parser.error(f"{ranks} processes want no --offload, and at least {ranks} as --batch-size, as "
+                     "--sft-batch-size, and as --batch-size x --num-samples / --collect")
     return args
 
 

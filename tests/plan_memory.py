@@ -1,13 +1,13 @@
-"""Will it fit? What a run would need of memory, from the student's config alone: no weight is read.
+"""Will it fit? What a run would need of memory, from the checkpoints' configs alone: no weight is read.
 
     python tests/plan_memory.py --student Qwen/Qwen2.5-VL-3B-Instruct --gradient-checkpointing --offload
     python tests/plan_memory.py --student Qwen/Qwen2.5-VL-7B-Instruct --gradient-checkpointing --processes 8
 
-takes the options of train.py, and of how many processes each is one. Weights, gradients, optimizer states and
-the KV cache are counted; activations follow from the sizes of a decoder layer. Prompt lengths are measured on
-the first 32 examples of --data, or taken as 1,024 tokens. Left out: SFT, the vision tower's activations, a
-local judge, and memory that is free but scattered. tests/bench_memory.py compares this with what a step
-takes.
+takes the options of train.py, and of how many processes each is one. A line for each stage of the run is for
+one of its processes. Weights, gradients, optimizer states and the KV cache are counted; activations follow
+from the sizes of a decoder layer. Prompt lengths are measured on the first 32 examples of --data, or taken as
+1,024 tokens. Left out: the vision tower's activations, a local judge, and memory that is free but scattered.
+tests/bench_memory.py and tests/bench_ranks.py compare this with what is measured.
 """
 import sys
 from pathlib import Path
@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import discriminator as eq1  # noqa: E402
 from model import ROW, VLM, UserError, load_processor, pick_device, run  # noqa: E402
-from teachers import encode_example, load_examples  # noqa: E402
-from train import freeze, make_parser, skeleton  # noqa: E402
+from teachers import encode_example, load_examples, make_teacher  # noqa: E402
+from train import freeze, make_parser, pretraining_size, skeleton  # noqa: E402
 
 
 def prompt_length(args, model) -> tuple[int, str]:
@@ -29,74 +29,111 @@ def prompt_length(args, model) -> tuple[int, str]:
     return max(lengths), f"the longest of {len(lengths)} in {args.data}"
 
 
+class Sizes:
+    """What a model takes, in bytes, where a weight and an activation have `size`."""
+
+    def __init__(self, model, size: int, checkpointed: bool, on_cpu: bool):
+        text, self.size, self.checkpointed = model.config.get_text_config(), size, checkpointed
+        self.d, self.ff, self.layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+        self.V, heads = text.vocab_size, text.num_attention_heads
+        self.a = heads * (getattr(text, "head_dim", None) or self.d // heads)          # width of the attention
+        self.kv = self.a // heads * text.num_key_value_heads
+        self.layer = sum(w.numel() for w in next(iter(model.get_decoder().layers)).parameters())
+        # the head: its own gradient, and a chunk of logits, three times in float32 (model.py's head_chunk)
+        self.head = self.V * self.d * size + 12 * (2 ** 23 if on_cpu else 2 ** 26)
+
+    def activations(self, tokens: int, length: int) -> float:
+        """Kept for the backward pass of so many tokens in rows of `length`."""
+        # what enters each product: of two norms (in float32 inside), of attention (q, k, v, out, projection),
+        # of the FFN
+        layer = tokens * ((6 * self.d + 5 * self.a + 4 * self.ff) * self.size + 8 * self.d * (self.size == 2))
+        kept = self.layers * layer
+        if self.checkpointed:
+            kept = layer + self.layers * tokens * self.d * self.size
+        mask = tokens * max(length, ROW) * 12
+        return kept + mask + self.V * self.d * self.size   # the embedding's gradient, before it is added
+
+    def sampling(self, slots: int, num: int, P: int, R: int) -> float:
+        """The KV cache of so many slots and of the prompts next in line, each for `num` responses; and
+        logits."""
+        cache = (slots * (P + R) + slots // num * P) * self.layers * 2 * self.kv * self.size
+        return cache + 4 * slots * self.V * 4
+
+    def gathered(self, weights: int) -> float:
+        """In shards: two layers, what is no layer, and its gradient, of a module with so many weights."""
+        return (2 * (weights - self.layers * self.layer) + 3 * self.layer) * self.size
+
+
 def plan(args) -> str:
     """The table for a process of a run with these options, in GB."""
     if args.student == "toy":
         raise UserError("a plan needs a named --student: the toy one fits anywhere")
     model, cpu = skeleton(args.student), pick_device(args.device).type == "cpu"
-    offload, ril = args.offload and not cpu, args.algorithm == "ril"
+    offload, ril, p = args.offload and not cpu, args.algorithm == "ril", args.processes
     freeze(model, args.freeze, args.student)
     bf16 = args.dtype == "bfloat16" or not args.dtype and not cpu
     size = 2 if bf16 else 4                                     # bytes of a weight, a gradient, an activation
     state = 12 if bf16 else 8                                 # bytes of optimizer state per weight: see AdamW
-    state_here = 0 if offload else state
+    here = 0 if offload else state
     N = sum(w.numel() for w in model.parameters())
     T = sum(w.numel() for w in model.parameters() if w.requires_grad)
     D = sum(w.numel() for w in model.get_decoder().parameters()) if ril else 0
-
+    sizes = Sizes(model, size, args.gradient_checkpointing, cpu)
+    python = 0.5e9 if cpu else 0                               # Python and torch, where they share the memory
     P, where = prompt_length(args, model)
-    p = args.processes                                             # each has a part of all weights and states
     B, G, R = -(-args.batch_size // p), args.num_samples, args.max_new_tokens
     K = 2 * G if ril else G
     L = P + K * R                                                  # tokens of a question
-    prefix = len(eq1.SYSTEM) // 3                                  # of D's prompt: three letters a token
     tokens = min(max(args.token_budget, L), B * L)
-    d_tokens = min(args.token_budget, B * K * (R + 10))
-    text = model.config.get_text_config()
-    d, ff, layers, V = text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.vocab_size
-    heads = text.num_attention_heads
-    a = heads * (getattr(text, "head_dim", None) or d // heads)    # width of the attention
-    kv = a // heads * text.num_key_value_heads
+    prefix = len(eq1.SYSTEM) // 3                                  # of D's prompt: three letters a token
 
-    def activations(tokens, length):
-        """Bytes kept for the backward pass of so many tokens in rows of `length`."""
-        # what enters each product: of two norms (in float32 inside), of attention (q, k, v, out, projection),
-        # of the FFN
-        layer = tokens * ((6 * d + 5 * a + 4 * ff) * size + 8 * d * bf16)
-        kept = layers * layer
-        if args.gradient_checkpointing:
-            kept = layer + layers * tokens * d * size
-        mask = tokens * max(length, ROW) * 12
-        return kept + mask + V * d * size                       # the embedding's gradient, before it is added
+    def training(weights, trained, tokens, length):            # a model in shards: weights, gradients, states
+        whole = sizes.gathered(weights) if p > 1 else 0
+        held = (weights * size + trained * (size + here)) / p
+        return held + whole + sizes.activations(tokens, length)
 
-    # the head: its own gradient, and a chunk of logits, three times in float32 (model.py's head_chunk)
-    head = V * d * size + 12 * (2 ** 23 if cpu else 2 ** 26)
-    python = 0.5e9 if cpu else 0                               # Python and torch, where they share the memory
-    waiting = 0 if offload else (N + D) * size                     # D and the reference
-    always = python + (N * size + (T + D) * state_here + waiting) / p
-    cache = (G * (P + R) + P) * layers * 2 * kv * size         # of the slots, and of the prompts next in line
-    # in shards: sampling has all weights once more, training two layers and what is no layer (and its
-    # gradient)
-    layer = sum(w.numel() for w in next(iter(model.get_decoder().layers)).parameters())
-    sampler, gathered, d_gathered = 0, 0, 0
-    if p > 1:
-        sampler = N * size
-        gathered = (2 * (N - layers * layer) + 3 * layer) * size
-        d_gathered = (2 * (D - layers * layer) + 3 * layer) * size
-    d_activations = activations(d_tokens * ROW // max(1, ROW - prefix), R + prefix)
-    needs = {
-        "generate": always + sampler + args.rollout_batch * (cache + 4 * G * V * 4),
-        "discriminator": always + D * size * (2 if offload else 1) / p + d_gathered + d_activations,
-        "update": always + T * size / p + gathered + max(N * size * offload, activations(tokens, L) + head)}
+    def of_d(questions, responses):                                # tokens that D reads at a time
+        tokens = min(args.token_budget, questions * responses * (R + 10))
+        return tokens * ROW // max(1, ROW - prefix)
+    gathered_d = sizes.gathered(D) if p > 1 else 0
+    needs = {}
+    if args.sft_steps:
+        sft_tokens = min(max(args.token_budget, P + R), -(-args.sft_batch_size // p) * (P + R))
+        needs["SFT"] = training(N, N, sft_tokens, P + R) + sizes.head + N * size * offload
+    for name in args.teachers:
+        if hasattr(teacher := make_teacher(name), "path"):
+            of_teacher = skeleton(teacher.path)
+            count = sum(w.numel() for w in of_teacher.parameters())
+            slots = max(1, 2 * G * args.rollout_batch // args.collect) * args.collect
+            cache = Sizes(of_teacher, size, False, cpu).sampling(slots, args.collect, P, R)
+            needs[f"teacher {teacher.name}"] = count * size + cache
+    if ril:
+        at_a_time = of_d(-(-pretraining_size(args) // p), 2 * args.collect)
+        learns = training(D, D, at_a_time, R + prefix) + D * size * offload
+        samples = D * (size + here) / p + sizes.sampling(args.rollout_batch * G, args.collect, P, R)
+        needs["D's pre-training"] = N * size + max(D * size, learns, samples)
+    waiting = 0 if offload else (N + D) * size / p                 # D and the reference
+    held = (N * size + (T + D) * here) / p + waiting
+    needs["setting up"] = max(2 * N * size, held)                  # whole copies, before they are in shards
+    sampler = N * size if p > 1 else 0                             # all weights once more
+    needs["generate"] = held + sampler + sizes.sampling(args.rollout_batch * G, G, P, R)
+    if ril:
+        needs["discriminator"] = (held + D * size * (2 if offload else 1) / p + gathered_d
+                                  + sizes.activations(of_d(B, K), R + prefix))
+    gathered = sizes.gathered(N) if p > 1 else 0
+    needs["update"] = held + T * size / p + gathered + max(N * size * offload,
+                                                           sizes.activations(tokens, L) + sizes.head)
+    if args.eval_data:
+        needs["evaluation"] = N * size + sizes.sampling(args.rollout_batch, 1, P, R)
     lines = [f"{args.student}: {N / 1e9:.3f}B parameters, {T / 1e9:.3f}B trained, discriminator "
              f"{D / 1e9:.3f}B, in {'bfloat16' if bf16 else 'float32'}",
              f"prompt {P} tokens ({where}), responses up to {R}; a step is {B} questions, {B * G} sampled "
              f"responses, up to {B * L:,} tokens to train on, {tokens:,} at a time"]
-    lines += [f"{name:14} {value / 1e9:8.2f} GB" for name, value in {"between phases": always,
-                                                                     **needs}.items()]
+    lines += [f"{name:24} {(python + value) / 1e9:8.2f} GB" for name, value in needs.items()]
     if offload:
-        lines.append(f"{'on the CPU':14} {(12 * (T + D) + (N + D) * size) / 1e9:8.2f} GB")
-    lines.append(f"{'peak':14} {max(needs.values()) / 1e9:8.2f} GB, computed")
+        lines.append(f"{'on the CPU':24} {(12 * (T + D) + (N + D) * size) / 1e9:8.2f} GB")
+    most = max(needs, key=needs.get)
+    lines.append(f"{'peak':24} {(python + needs[most]) / 1e9:8.2f} GB, computed: {most}")
     return "\n".join(lines)
 
 

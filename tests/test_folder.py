@@ -110,7 +110,7 @@ def test_a_finished_loop_can_be_extended(copied, tmp_path):
     assert longer.returncode == 0, longer.stderr
     for name in ("student/model.safetensors", "metrics.jsonl", "evaluation-after.json"):
         assert (out / name).read_bytes() == (tmp_path / "longer" / name).read_bytes(), name
-    refused("the result of 6 steps, more than 4", *options, "--steps", 4, "--out", out)
+    refused("has come to step 6, beyond --steps 4", *options, "--steps", 4, "--out", out)
     shutil.rmtree(out / "checkpoint-000006")
     refused("its last checkpoint is gone", *options, "--steps", 8, "--out", out)
 

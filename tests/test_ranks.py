@@ -1,32 +1,53 @@
-"""Several processes by torchrun, over gloo: the same results as one, and none that waits for ever for
-another."""
+"""Several processes by torchrun, over gloo: the same results as one in every stage, and none that waits for
+ever for another."""
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from conftest import ROOT, lamp_files
+from model import load_vlm, save_vlm
+from teachers import load_examples
 
 # greedy: a sampled token may fall on the other side of a boundary when sums are added up in another order
-OPTIONS = ["--data", "lamps.jsonl", "--eval-data", "lamps.jsonl", "--eval-every", "3", "--collection",
-           "responses.jsonl", "--device", "cpu", "--batch-size", "6", "--discriminator-steps", "2",
-           "--collect", "2", "--num-samples", "2", "--max-new-tokens", "24", "--rollout-batch", "4",
-           "--log-every", "1", "--lr", "1e-5", "--temperature", "0"]
+OPTIONS = ["--data", "lamps.jsonl", "--eval-data", "lamps.jsonl", "--eval-every", "3", "--device", "cpu",
+           "--batch-size", "6", "--discriminator-steps", "2", "--collect", "2", "--num-samples", "2",
+           "--max-new-tokens", "24", "--rollout-batch", "4", "--log-every", "1", "--lr", "1e-5",
+           "--temperature", "0"]
+
+
+def launch(folder, ranks, script, *options):
+    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run",
+                                                    "--nproc-per-node", str(ranks), "--standalone"]
+    return subprocess.Popen([*launcher, str(ROOT / script), *map(str, options)], cwd=folder,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 def start(folder, checkpoint, ranks, out, *options):
-    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run",
-                                                    "--nproc-per-node", str(ranks), "--standalone"]
-    return subprocess.Popen([*launcher, str(ROOT / "train.py"), "--student", checkpoint, *OPTIONS, "--out",
-                             out, *map(str, options)], cwd=folder,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+    return launch(folder, ranks, "train.py", "--student", checkpoint, *OPTIONS, "--collection",
+                  "responses.jsonl", "--out", out, *options)
+
+
+def finish(process):
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said[-2000:]
+    return said
+
+
+def distance(one, other):
+    """Of the weights in two files, relative to their size."""
+    a, b = (torch.cat([x.flatten().double() for name, x in sorted(load_file(path).items())
+                       if not name.startswith("optimizer ")]) for path in (one, other))
+    return (a - b).norm() / a.norm()
 
 
 def rows(path):
@@ -39,10 +60,7 @@ def close(one, other):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5, nan_ok=True)
     a, b = ([(r["source"], r["text"]) for r in rows(out / "rollouts.jsonl")] for out in (one, other))
     assert a == b
-    a, b = (torch.cat([w.flatten()
-                       for _, w in sorted(load_file(out / "student" / "model.safetensors").items())])
-            for out in (one, other))
-    assert (a - b).norm() / a.norm() < 1e-5
+    assert distance(one / "student/model.safetensors", other / "student/model.safetensors") < 1e-5
 
 
 def test_two_processes_do_what_one_does_and_one_goes_on_where_two_were_stopped(checkpoints, tmp_path):
@@ -95,9 +113,53 @@ def test_processes_keep_step_whatever_their_questions_are(checkpoints, tmp_path)
     close(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.fixture(scope="module")
+def speaker(checkpoints, tmp_path_factory):
+    """A teacher that ends its responses."""
+    folder = tmp_path_factory.mktemp("speaker")
+    data, _ = lamp_files(folder)
+    vlm = load_vlm(checkpoints["internvl"], "cpu")
+    args = SimpleNamespace(sft_lr=2e-3, sft_batch_size=8, seed=0, token_budget=4096, offload=False)
+    train.sft(vlm, load_examples(str(data)), 60, "speaker", args, train.World())
+    save_vlm(vlm, str(folder / "speaker"))
+    return folder / "speaker"
+
+
+def test_every_stage_is_shared_out_and_comes_out_the_same(checkpoints, speaker, tmp_path):
+    """SFT, collection, D's pre-training or an evaluation by rank 0 alone, twice, or of one rank's part; the
+    order of responses by who was first; a report of a part."""
+    lamp_files(tmp_path)
+    options = ["--sft-data", "lamps.jsonl", "--sft-steps", 4, "--sft-batch-size", 5, "--sft-lr", 5e-3,
+               "--pretrain-lr", 1e-3, "--teachers", speaker, "--steps", 2, "--token-budget", 300]
+    student = checkpoints["qwen2_5_vl"]
+    for ranks, out in ((1, "one"), (2, "two")):
+        finish(launch(tmp_path, ranks, "train.py", "--student", student, *OPTIONS, "--out", out, *options))
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert (one / "collection.jsonl").read_bytes() == (two / "collection.jsonl").read_bytes()
+    assert not list(two.glob("*.rank*"))
+    for name in ("sft/model.safetensors", "discriminator.safetensors", "student/model.safetensors"):
+        assert distance(one / name, two / name) < 2e-5, name
+    for name in ("evaluation-before.json", "evaluation-after.json"):
+        a, b = (json.loads((out / name).read_text()) for out in (one, two))
+        assert a["rows"] == b["rows"] and a["sampled"]["rows"] == b["sampled"]["rows"], name
+        assert len(a["rows"]) == 24
+    assert distance(tmp_path / student / "model.safetensors", one / "sft/model.safetensors") > 2e-3
+
+    for ranks, out in ((1, "one"), (2, "two")):
+        finish(launch(tmp_path, ranks, "eval.py", "--model", speaker, "--data", "lamps.jsonl", "--out",
+                      f"eval-{out}", "--device", "cpu"))
+        finish(launch(tmp_path, ranks, "teachers.py", "--select", 9, "--student", student, "--data",
+                      "lamps.jsonl", "--out", f"chosen-{out}.jsonl", "--device", "cpu"))
+    assert rows(tmp_path / "chosen-one.jsonl") == rows(tmp_path / "chosen-two.jsonl")
+    a, b = (json.loads((tmp_path / f"eval-{out}/scores.json").read_text()) for out in ("one", "two"))
+    assert a == b and len(a["speaker"][0]["rows"]) == 24
+    said = finish(launch(tmp_path, 1, "eval.py", "--model", speaker, "--data", "lamps.jsonl", "--out",
+                         "eval-two", "--device", "cpu"))           # one goes on with what two have written
+    assert "Loading weights" not in said and not list((tmp_path / "eval-two/speaker").glob("*.rank*"))
+
+
 def test_one_process_needs_none_of_it(monkeypatch):
     """A process group, or weights in shards, where there is one process."""
-    import train
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     world, layer = train.World.join(torch.device("cpu")), torch.nn.Linear(2, 2)
     world.shard(layer, layer)

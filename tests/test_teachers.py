@@ -190,6 +190,23 @@ class Never(Program):
         raise UserError("there is no such program")
 
 
+def test_what_several_processes_have_collected_is_merged_once(tmp_path, checkpoints):
+    """A kill in the middle of a collection by three processes, or of the merge: a line lost, torn or doubled; an
+    order that tells who was first."""
+    data, _ = lamp_files(tmp_path, 6)
+    examples, sampling = load_examples(str(data)), Sampling(max_new_tokens=5)
+    teacher = make_teacher(checkpoints["qwen2_5_vl"], "cpu")
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "c.jsonl"
+    fill_collection(str(whole), [teacher], examples, 2, sampling)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[8])
+    Path(f"{path}.rank1").write_bytes(lines[4] + lines[5] + lines[2][:40])     # was killed as it wrote
+    Path(f"{path}.rank2").write_bytes(lines[8] + lines[9] + lines[0])          # one was merged before
+    fill_collection(str(path), [teacher], examples, 2, sampling)
+    assert path.read_bytes() == whole.read_bytes()
+    assert [file.name for file in tmp_path.glob("c.jsonl*")] == ["c.jsonl"]
+
+
 def test_a_program_is_a_teacher_in_ten_lines(tmp_path, capsys):
     """An interface that only servers and checkpoints fit; failures that are not counted or never mended."""
     examples = [Example("a", (), "What?", "1"), Example("b", (), "Who?", "2")]

@@ -64,7 +64,7 @@ def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
     for row in group:
         assert row["advantage"] == pytest.approx(row["reward"] - mean, abs=1e-3)
     # D goes on with the optimizer of its pre-training: 2 steps, and 3 of the loop
-    assert load_file(out / "checkpoint-000003" / "d_optimizer.safetensors")["0.step"] == 2 + 3
+    assert load_file(out / "checkpoint-000003" / "d_optimizer.safetensors")["head.weight.step"] == 2 + 3
     assert "before" in done.stdout and "after" in done.stdout
     AutoModelForImageTextToText.from_pretrained(out / "student")
 
