@@ -195,6 +195,32 @@ def test_layers_that_cannot_be_packed_are_named(folders):
         check_packing(vlm, encode(vlm, "How many?", []))
 
 
+def test_an_image_that_is_read_one_way_only_is_noticed(folders, tmp_path, monkeypatch):
+    """A bound of 1e-3, which Gemma 3 passes without its mask of images (5e-4); and a check on the first
+    question, which has no image."""
+    data, responses = lamp_files(tmp_path, 4)
+    first, *others = data.read_text().splitlines()
+    first = {name: value for name, value in json.loads(first).items() if name != "image"}
+    data.write_text("\n".join([json.dumps(first), *others]) + "\n")
+    monkeypatch.setattr(model, "sees_image_both_ways", lambda trunk: False)
+    done = call("train.py", "--student", folders["gemma3"], "--data", data, "--collection", responses, "--out",
+                tmp_path / "run", "--device", "cpu")
+    assert done.returncode == 2 and "it reads packed responses differently" in done.stderr
+
+
+def test_slots_that_decode_differently_are_noticed(qwen, monkeypatch):
+    """A family that scores right and samples from something else."""
+    prompt, prefill = encode(qwen, "How many?", [noise_image(32, 32)]), model.prefill
+
+    def shifted(vlm, prompts):
+        cache, rows = prefill(vlm, prompts)
+        return cache, rows | {"position": rows["position"] + 1}
+    check_packing(qwen, prompt)
+    monkeypatch.setattr(model, "prefill", shifted)
+    with pytest.raises(UserError, match="it decodes differently"):
+        check_packing(qwen, prompt)
+
+
 def test_a_response_that_sees_its_sibling_is_noticed_in_bfloat16(vlm, prompts, folders, monkeypatch):
     """A tolerance so wide, for the rounding of bfloat16, that every wrong mask passes."""
     plain = model.packed_mask
