@@ -13,6 +13,7 @@ once per question and not K times.
 Notation, here and in every file: B questions, G samples of each side, K responses per question (K = 2G in
 RIL: students first, then teachers), P prompt tokens, R response tokens, V vocabulary, d width.
 """
+import copy
 import hashlib
 import inspect
 import json
@@ -23,7 +24,6 @@ import sys
 import textwrap
 from collections import defaultdict, deque
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial, partialmethod
@@ -33,10 +33,9 @@ from threading import Lock
 from typing import Callable, Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, distributed as dist
 from torch.nn.functional import linear, pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -57,8 +56,7 @@ class UserError(Exception):
 class VLM:
     """A model and the processor that speaks for it.
 
-    stop_ids end a response. banned_ids are never in one (see special_ids): a policy that emits an image
-    placeholder would crash its own next forward pass, which counts more placeholders than image features.
+    stop_ids end a response; banned_ids, such as placeholders of images, are never in one (see special_ids).
     """
     model: PreTrainedModel
     processor: ProcessorMixin
@@ -134,9 +132,9 @@ def encode(vlm: VLM, question: str, images: list[Image.Image],
 
 
 def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
-    """Responses that came as text (a teacher's, a truth) as tokens: text, then the stop token. A thought that
-    the chat template opens is closed before. A text that spells a stop or a banned token is read as plain
-    letters (split_special_tokens), so no response can place an image or end its own turn."""
+    """Responses that came as text (a teacher's, a truth) as tokens, with the stop token. A thought that the
+    chat template opens is closed before. Where a text spells a stop or a banned token, it is read as plain
+    letters: no response can place an image or end its own turn."""
     every, forbidden = sum(texts, []), {*vlm.stop_ids, *vlm.banned_ids}
     before = vlm.tokenizer(end_of_thought(vlm.processor), add_special_tokens=False).input_ids
     rows = vlm.tokenizer(every, add_special_tokens=False).input_ids
@@ -201,9 +199,9 @@ def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampli
     """Sample num_samples = G responses to each prompt: text, ids (B, G, R), mask (B, G, R).
 
     A response that reaches max_new_tokens ends there, without a stop token. The mark of a thought that the
-    prompt opened is a part of the text, but none of its tokens. `generator`: a torch.Generator on
-    the device of the model, or None for the global one; or else `noise`, drawn elsewhere, as `stream` takes
-    it. `slots`: responses in progress at a time, None for all at once; what comes out does not depend on it.
+    prompt opened is a part of the text, but none of its tokens. `noise`: as `stream` takes it; or drawn here,
+    by a torch.Generator on the device of the model, or the global one. `slots`: responses in progress at a
+    time, None for all at once; what comes out does not depend on it.
     """
     if noise is None:
         shape = (num_samples, sampling.max_new_tokens)
@@ -231,10 +229,9 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
         slot 1    a2   a2   a2   a2   a2.  c1   c1.
         slot 2    b1   b1.  b2   c1   c1   c2           the line is empty: fewer slots from here on
 
-    Prompts are read only when it is their turn, each once for its G responses (`prefill`), so the batch stays
-    full and memory does not grow with their number. A step is one token in every slot (`advance`). Against
-    batches that pad and repeat (B prompts of P tokens, G responses of r on average, R at most) that is a
-    prefill of B P tokens, not B G P; and decoding of B G r, not B G R.
+    Prompts are read only when it is their turn, each once for its G responses (`prefill`), so memory does not
+    grow with their number. A step is one token in every slot (`advance`). Against batches that pad and repeat
+    (responses have r tokens on average) that is a prefill of B P tokens, not B G P; decoding B G r, not B G R.
     """
     line, G = enumerate(zip(prompts, noise)), num_samples
     table, ready = Slots(vlm, sampling, slots, measures_tail=tails is not None), deque()
@@ -276,8 +273,8 @@ def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float 
     """Log-probability of every response token, (B, K, R) float32, zero where padded. Differentiable.
 
     temperature is the one the policy samples with: the ratio must compare the distributions that were sampled
-    from. (Top-k, top-p and the penalty are left out of it, as is usual: teachers' tokens may lie outside of
-    them. So what they cut off is neither sampled nor pushed down, and grows: see Sampling.truncated.)
+    from. (Top-k, top-p and the penalty are left out, as teachers' tokens may lie outside of them. So what they
+    cut off is neither sampled nor pushed down, and grows: see Sampling.truncated.)
     """
     states, _, before = packed_states(vlm.trunk, prompts, outputs.ids, outputs.mask)
     head, targets = vlm.model.get_output_embeddings(), outputs.ids[outputs.mask]             # (N,)
@@ -1258,7 +1255,7 @@ class World:
             return vlm
         empty = {id(w): torch.nn.Parameter(w.new_empty(0), requires_grad=False)
                  for w in vlm.model.parameters()}
-        return replace(vlm, model=deepcopy(vlm.model, empty))
+        return replace(vlm, model=copy.deepcopy(vlm.model, empty))
 
     @contextmanager
     def unsharded(self, vlm: VLM, empty: VLM):

@@ -2,13 +2,11 @@
 
 RIL reads nothing of a teacher but its text. So every teacher answers every question N times *before*
 training. The responses are kept in one JSONL file, the collection, and line 6 of Algorithm 2 draws from it.
-No teacher is in memory while the student learns, and its tokenizer, image encoder and family may all differ
-from the student's.
+No teacher is in memory while the student learns, and it may be of any other family.
 
     python teachers.py --teachers runs/toy/teachers/qwen runs/toy/teachers/internvl \
         --data runs/toy/data/train.jsonl --out collection.jsonl -n 16
-    python teachers.py --teachers big-model@http://localhost:8000/v1 \
-        --data train.jsonl --out collection.jsonl -n 16
+    python teachers.py --teachers big@http://localhost:8000/v1 --data train.jsonl --out collection.jsonl
     python teachers.py --select 40000 --student DIR --data llava.json --out train.jsonl
 """
 import argparse
@@ -119,7 +117,7 @@ def load_examples(path: str, skip_bad: bool = False, checks: Iterable["Check"] =
 def encode_example(vlm: VLM, example: Example) -> Prompt:
     """The example as a prompt of this model; UserError, naming file and line, where it cannot be one.
 
-    The first 512 MB are kept: 3.4 ms for each picture of the toy would make its SFT twice as long.
+    The first 512 MB are kept: to encode each picture of the toy again would make its SFT twice as long.
     """
     if example in vlm.prompts:
         return vlm.prompts[example]
@@ -224,10 +222,10 @@ def fill_collection(path: str, teachers: list[Teacher], examples: list[Example],
 
     What is there already under the same example, teacher, sampling settings and seed is kept, so an
     interrupted fill resumes where it stopped, with the same responses, if a server honours seeds. Processes
-    share out the questions to a checkpoint; a server is asked by rank 0 alone. Returns whether nothing lacks:
-    what a server failed on is asked by another call. Raises UserError when two teachers have one name or one
-    is called "student", when one cannot be asked, and when the file answers another question or picture under
-    the id of one of these, or holds responses of an edited checkpoint.
+    share the questions to a checkpoint; a server is asked by rank 0 alone. Returns whether all responses are
+    there: what a server failed on is asked by another call. Raises UserError when two teachers have one name,
+    one is called "student" or cannot be asked, and when the file has responses to another question or
+    picture under an id of these, or of an edited checkpoint.
     """
     names = [teacher.name for teacher in teachers]
     if len(set(names)) < len(names) or "student" in names:
@@ -237,10 +235,7 @@ def fill_collection(path: str, teachers: list[Teacher], examples: list[Example],
     del settings["truncated"]                      # teachers always are
     made_by = {teacher.name: f"{stamp(teacher.path)} {getattr(teacher, 'dtype', '')}"
                for teacher in teachers if hasattr(teacher, "path")}
-
-    def lacking():                                 # by teacher: (example, how many responses are there)
-        have = count_responses(path, examples, settings, made_by)
-        return {name: [(e, have[name, e.id]) for e in examples if have[name, e.id] < num] for name in names}
+    lacking = partial(incomplete, path, names, examples, num, settings, made_by)
     todo = world.rank_0(lacking)
     teachers = [teacher for teacher in teachers if todo[teacher.name]]
     for teacher in teachers:                       # all, before the first does any work
@@ -253,13 +248,11 @@ def fill_collection(path: str, teachers: list[Teacher], examples: list[Example],
             responses = teacher.ask(mine, num, sampling, seed)
             about = {"sampling": settings, "made_by": made_by.get(teacher.name)}
             append_responses(own_file(path, world.rank), teacher.name, responses, mine, num, about)
-    missing = world.rank_0(lacking)
-    for name, questions in missing.items():
-        if questions:
-            tqdm.write(f"{name}: {len(questions)} questions still lack responses; "
-                       "run again to ask for them")
+    missing = {name: questions for name, questions in world.rank_0(lacking).items() if questions}
     world.rank_0(partial(sort_collection, path, names, examples))
-    return not any(missing.values())
+    for name, questions in missing.items():
+        tqdm.write(f"{name}: {len(questions)} questions still lack responses; run again to ask for them")
+    return not missing
 
 
 # ==========================================================================================
@@ -384,6 +377,13 @@ def read_responses(path: str, forbidden: set[str]) -> Iterator[tuple[str, str, s
 def response_length(tokenizer, text: str) -> int:
     """How many tokens a response has, with the stop token after it."""
     return len(tokenizer(text, add_special_tokens=False).input_ids) + 1
+
+
+def incomplete(path: str, names: list[str], examples: list[Example], num: int, settings: dict,
+               made_by: dict[str, str]) -> dict[str, list[tuple[Example, int]]]:
+    """{teacher: pairs (example, how many responses are there) of those that have fewer than num}."""
+    have = count_responses(path, examples, settings, made_by)
+    return {name: [(e, have[name, e.id]) for e in examples if have[name, e.id] < num] for name in names}
 
 
 def count_responses(path: str, examples: list[Example], settings: dict, made_by: dict[str, str]) -> Counter:

@@ -371,7 +371,7 @@ class Run:
     """Everything that the loop changes, and what it needs beside the algorithm.
 
     networks and optimizers: what a checkpoint holds, by file. step: how many are done. rng draws batches and
-    teachers' responses; torch's own generators draw the rest. phase(name) measures seconds and memory;
+    teachers' responses; torch's own generators draw the rest. phase(name) measures seconds;
     sampler() is the policy with all its weights in this process for a while.
     """
 
@@ -638,50 +638,28 @@ def signals():
 
 
 class Meter:
-    """Seconds and peak memory: of the phases since the last row, and over everything (`peak_gb`)."""
+    """Seconds of the phases since the last row; and on CUDA, the peak of the memory that was allocated."""
 
     def __init__(self, device: torch.device):
-        self.device, self.peak_gb = device, 0.0
-        self.seconds, self.memory_gb = defaultdict(float), defaultdict(float)
-        if device.type == "cuda":
-            torch.cuda.init()                                      # or cuda:0 has no statistics to reset yet
+        self.device, self.seconds = device, defaultdict(float)
 
     @contextmanager
     def phase(self, name: str):
         """Measure what is done inside. Phases do not nest."""
-        peak_memory_gb(self.device, reset=True)
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)           # or the seconds would be those of queueing the work
         self.seconds[name] += time.perf_counter() - start
-        self.memory_gb[name] = max(self.memory_gb[name], peak_memory_gb(self.device))
-        self.peak_gb = max(self.peak_gb, self.memory_gb[name])
 
     def row(self, step: int, tokens: int) -> dict[str, float]:
         """The measurements as a row of timings.jsonl, and a new start. tokens: how many were sampled."""
         row = {"step": step, "tokens_per_second": tokens / self.seconds["generate"]}
         row |= {f"seconds/{name}": value for name, value in self.seconds.items()}
-        row |= {f"memory_gb/{name}": value for name, value in self.memory_gb.items()}
+        if self.device.type == "cuda":
+            row["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         self.seconds.clear()
-        self.memory_gb.clear()
         return row
-
-
-def peak_memory_gb(device: torch.device, reset: bool = False) -> float:
-    """Most GB since the last reset: allocated on CUDA, else resident (NaN where it is not known)."""
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 1e9
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return peak
-    if not status.exists():                                        # not Linux
-        return float("nan")
-    found = re.search(r"VmHWM:\s+(\d+)", status.read_text())
-    if reset and os.access(clear, os.W_OK):
-        clear.write_text("5")                                # see proc(5): the mark falls to what is held now
-    return int(found.group(1)) * 1024 / 1e9 if found else float("nan")
 
 
 # ------------------------------------------------------------------------------------ checkpoints of the loop
@@ -1323,7 +1301,6 @@ def trained_student(folder: Folder, args, data: dict, collection: Collection | N
     if world.rank == 0:
         for old in checkpoints(folder.out)[:-1]:
             remove(old)                                   # the last one is for a run that is given more steps
-    folder.clock.peak_gb = max(folder.clock.peak_gb, run.meter.peak_gb)
     folder.clock.seconds["loop"] = time.perf_counter() - begin
 
 
@@ -1363,8 +1340,7 @@ def report(folder: Folder, args, data: dict, get_judge, start: str):
     if results:
         print(results_table(results))
     print(f"The trained student is {out / 'student'}; open {out / 'report.html'}")
-    stages = "; ".join(f"{name} {seconds:.0f} s" for name, seconds in folder.clock.seconds.items())
-    print(f"{stages}; peak memory {folder.clock.peak_gb:.2f} GB")
+    print("; ".join(f"{name} {seconds:.0f} s" for name, seconds in folder.clock.seconds.items()))
 
 
 # ---------------------------------------------------------------------------------------------- command line

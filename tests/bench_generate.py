@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 from transformers import StoppingCriteria
 
-from shapes import alternate, build, ceilings, data, give_back, table
+from shapes import alternate, build, ceilings, data, give_back, peak_memory_gb, table
 import model  # noqa: E402
 from model import Sampling, load_vlm, stream  # noqa: E402
 from teachers import encode_example, load_examples  # noqa: E402
-from train import peak_memory_gb  # noqa: E402
 
 LENGTHS = [8 + 56 * ((7 * i) % 16) // 15 for i in range(16)]       # 8 .. 64, shuffled
 own_sample = model.sample

@@ -49,7 +49,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), "--out", str(run), "--teacher-steps", "60",
+            [sys.executable, str(ROOT / "tests/shapes.py"), "--out", str(run), "--teacher-steps", "60",
              "--sft-steps", "100", "--collect", "4", "--steps", str(steps), "--batch-size", "16",
              "--save-every", "100", "--eval-every", "500"],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from shapes import build, data, table
+from shapes import build, data, memory_by_phase, table
 from conftest import ROOT  # noqa: E402
 from model import encode_responses, load_vlm  # noqa: E402
 from teachers import encode_example, load_examples  # noqa: E402
@@ -34,6 +34,7 @@ def plain_update(folder, batch_size, K, R, device, dtype):
     held += [torch.zeros_like(p, dtype=torch.float32) for p in policy.model.get_decoder().parameters()
              for _ in range(2 if dtype == "float32" else 3)]
     examples = load_examples(str(folder / "data.jsonl"))[:batch_size]
+    memory_by_phase()
     meter = Meter(policy.device)
     with meter.phase("update"):
         prompts = [encode_example(policy, e) for e in examples for _ in range(K)]
@@ -98,7 +99,7 @@ def main():
         said = subprocess.run(plan, check=True, capture_output=True, text=True).stdout
         print(said, flush=True)
         table(("phase", "plan, GB", "measured, GB", "plan / measured"),
-              measure(folder, said, [sys.executable, ROOT / "train.py", *options],
+              measure(folder, said, [sys.executable, ROOT / "tests" / "shapes.py", *options],
                       [sys.executable, __file__, "--plain", folder]))
 
 

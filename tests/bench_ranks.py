@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from shapes import build, data, table
+from shapes import build, data, memory_by_phase, peak_memory_gb, table
 import plan_memory
 import teachers
 import train
@@ -39,7 +39,8 @@ def worker(notes: Path, script: str, options: list[str]):
     """train.py or teachers.py with these options; peak and seconds of each stage are added to a file of this
     process in `notes`."""
     cpu = torch.device("cpu")
-    held = train.peak_memory_gb(cpu, reset=True)
+    held = peak_memory_gb(cpu, reset=True)
+    memory_by_phase()
 
     def note(stage, gb, seconds):
         with open(notes / f"{os.environ.get('RANK', 0)}.jsonl", "a") as file:
@@ -47,10 +48,10 @@ def worker(notes: Path, script: str, options: list[str]):
 
     def measured(stage, work):
         def wrapped(*args, **kwargs):
-            train.peak_memory_gb(cpu, reset=True)
+            peak_memory_gb(cpu, reset=True)
             start = time.perf_counter()
             result = work(*args, **kwargs)
-            note(stage, train.peak_memory_gb(cpu), time.perf_counter() - start)
+            note(stage, peak_memory_gb(cpu), time.perf_counter() - start)
             return result
         return wrapped
     for stage, (where, name) in STAGES.items():
@@ -74,7 +75,7 @@ def measure(folder: Path, processes: int, args) -> dict[str, tuple[float, float,
                 "--standalone"] * (processes > 1)
     common = ["--data", folder / "data.jsonl", "--device", "cpu", "--dtype", "float32", "--temperature", 0,
               "--max-new-tokens", args.tokens]
-    student = folder / "student"
+    student = folder / "model"
     options = [*common, "--student", student, "--eval-data", folder / "data.jsonl", "--sft-data",
                folder / "data.jsonl", "--out", out, "--batch-size", args.questions, "--sft-batch-size",
                args.questions, "--sft-steps", args.steps, "--discriminator-steps", args.steps, "--steps",
@@ -97,7 +98,7 @@ def measure(folder: Path, processes: int, args) -> dict[str, tuple[float, float,
     planned = {}
     for line in plan_memory.plan(parser.parse_args()).splitlines()[2:]:
         name, gb = line[:24].strip(), float(line[24:].split()[0]) - 0.5
-        planned[name.replace(" student", "")] = gb
+        planned[name.replace(" model", "")] = gb
     return {stage: (max(row["gb"] for row in rows if row["stage"] == stage), planned[stage],
                     max(row["seconds"] for row in rows if row["stage"] == stage))
             for stage in ("SFT", "teacher", "D's pre-training", "setting up", *PHASES, "evaluation")}
@@ -144,7 +145,7 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        build(folder / "student", args.shape)
+        build(folder / "model", args.shape)
         data(folder, args.questions, args.tokens)
         table(("processes", "stage", "GB of a process", "planned", "off by", "seconds", "of the first",
                "relative difference from the first"), rows_of(folder, args))

@@ -25,9 +25,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from shapes import build, data, table
+from shapes import build, data, peak_memory_gb, table
 from conftest import ROOT  # noqa: E402
-from train import peak_memory_gb  # noqa: E402
 
 PHASES = ("generate", "discriminator", "judge", "update")
 
@@ -35,7 +34,7 @@ PHASES = ("generate", "discriminator", "judge", "update")
 def ril_step(folder, out, device, dtype, steps=2, G=4, R=24, B=4, budget=12288):
     """Median seconds of the steps after the first, by phase, and the peak of their memory in GB, of
     train.py."""
-    command = ["train.py", "--student", folder, "--collection", folder / "responses.jsonl", "--data",
+    command = ["tests/shapes.py", "--student", folder, "--collection", folder / "responses.jsonl", "--data",
                folder / "data.jsonl", "--out", out, "--batch-size", B, "--rollout-batch", B, "--num-samples",
                G, "--collect", 1, "--max-new-tokens", R, "--steps", steps + 1, "--discriminator-steps", 0,
                "--device", device, "--dtype", dtype, "--token-budget", budget, "--lr", 1e-5]

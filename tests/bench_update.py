@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from shapes import alternate, build, ceilings, data, give_back, table
+from shapes import alternate, build, ceilings, data, give_back, peak_memory_gb, table
 from model import encode_responses, load_vlm, micro_batches, packed_sizes, score  # noqa: E402
 from teachers import encode_example, load_examples  # noqa: E402
-from train import LOSSES, peak_memory_gb, policy_loss  # noqa: E402
+from train import LOSSES, policy_loss  # noqa: E402
 
 K, R = 8, 24
 

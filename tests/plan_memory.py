@@ -5,8 +5,9 @@
 
 takes the options of train.py, and of how many processes each is one. A line for each stage of the run is for
 one of its processes. Weights, gradients, optimizer states and the KV cache are counted; activations follow
-from the sizes of a decoder layer. Prompt lengths are measured on the first 32 examples of --data, or taken as
-1,024 tokens. Left out: the vision tower's activations, a local judge, and memory that is free but scattered.
+from the sizes of a layer; all tokens of a prompt are taken for those of images. Prompt lengths are measured on
+the first 32 examples of --data, or taken as 1,024 tokens. Left out: a local judge, and memory that is free
+but scattered.
 tests/bench_memory.py and tests/bench_ranks.py compare this with what is measured.
 """
 import sys
@@ -35,7 +36,7 @@ class Sizes:
     def __init__(self, model, size: int, checkpointed: bool, on_cpu: bool):
         text, self.size, self.checkpointed = model.config.get_text_config(), size, checkpointed
         self.d, self.ff, self.layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-        self.V, heads = text.vocab_size, text.num_attention_heads
+        self.V, heads, self.vision = text.vocab_size, text.num_attention_heads, model.config.vision_config
         self.a = heads * (getattr(text, "head_dim", None) or self.d // heads)          # width of the attention
         self.kv = self.a // heads * text.num_key_value_heads
         self.layer = sum(w.numel() for w in next(iter(model.get_decoder().layers)).parameters())
@@ -44,14 +45,23 @@ class Sizes:
 
     def activations(self, tokens: int, length: int) -> float:
         """Kept for the backward pass of so many tokens in rows of `length`."""
+        mask = tokens * max(length, ROW) * 12
+        # the last is the embedding's gradient, before it is added
+        return self.kept(tokens, self.d, self.a, self.ff, self.layers) + mask + self.V * self.d * self.size
+
+    def kept(self, tokens: int, d: int, a: int, ff: int, layers: int) -> float:
+        """By so many layers for their backward pass."""
         # what enters each product: of two norms (in float32 inside), of attention (q, k, v, out, projection),
         # of the FFN
-        layer = tokens * ((6 * self.d + 5 * self.a + 4 * self.ff) * self.size + 8 * self.d * (self.size == 2))
-        kept = self.layers * layer
-        if self.checkpointed:
-            kept = layer + self.layers * tokens * self.d * self.size
-        mask = tokens * max(length, ROW) * 12
-        return kept + mask + self.V * self.d * self.size   # the embedding's gradient, before it is added
+        layer = tokens * ((6 * d + 5 * a + 4 * ff) * self.size + 8 * d * (self.size == 2))
+        return layer + layers * tokens * d * self.size if self.checkpointed else layers * layer
+
+    def tower(self, tokens: int) -> float:
+        """Kept by the vision tower, where so many tokens stand for images."""
+        merged = getattr(self.vision, "spatial_merge_size", None) or 1
+        layers = getattr(self.vision, "depth", None) or self.vision.num_hidden_layers
+        d, ff = self.vision.hidden_size, self.vision.intermediate_size
+        return self.kept(tokens * merged ** 2, d, d, ff, layers)
 
     def sampling(self, slots: int, num: int, P: int, R: int) -> float:
         """The KV cache of so many slots and of the prompts next in line, each for `num` responses; and
@@ -85,7 +95,7 @@ def plan(args) -> str:
     K = 2 * G if ril else G
     L = P + K * R                                                  # tokens of a question
     tokens = min(max(args.token_budget, L), B * L)
-    prefix = len(eq1.SYSTEM) // 3                                  # of D's prompt: three letters a token
+    row = 4 * len(eq1.SYSTEM) // 3                     # D's prompt, three letters a token; responses thrice
 
     def training(weights, trained, tokens, length):            # a model in shards: weights, gradients, states
         whole = sizes.gathered(weights) if p > 1 else 0
@@ -93,13 +103,13 @@ def plan(args) -> str:
         return held + whole + sizes.activations(tokens, length)
 
     def of_d(questions, responses):                                # tokens that D reads at a time
-        tokens = min(args.token_budget, questions * responses * (R + 10))
-        return tokens * ROW // max(1, ROW - prefix)
+        return min(args.token_budget, questions * responses * (R + 10)) * 4 // 3
     gathered_d = sizes.gathered(D) if p > 1 else 0
     needs = {}
     if args.sft_steps:
         sft_tokens = min(max(args.token_budget, P + R), -(-args.sft_batch_size // p) * (P + R))
-        needs["SFT"] = training(N, N, sft_tokens, P + R) + sizes.head + N * size * offload
+        needs["SFT"] = (training(N, N, sft_tokens, P + R) + sizes.head + N * size * offload
+                        + sizes.tower(sft_tokens * P // (P + R)))
     for name in args.teachers:
         if hasattr(teacher := make_teacher(name), "path"):
             of_teacher = skeleton(teacher.path)
@@ -109,20 +119,20 @@ def plan(args) -> str:
             needs[f"teacher {teacher.name}"] = count * size + cache
     if ril:
         at_a_time = of_d(-(-pretraining_size(args) // p), 2 * args.collect)
-        learns = training(D, D, at_a_time, R + prefix) + D * size * offload
+        learns = training(D, D, at_a_time, row) + D * size * offload
         samples = D * (size + here) / p + sizes.sampling(args.rollout_batch * G, args.collect, P, R)
         needs["D's pre-training"] = N * size + max(D * size, learns, samples)
     waiting = 0 if offload else (N + D) * size / p                 # D and the reference
     held = (N * size + (T + D) * here) / p + waiting
-    needs["setting up"] = max(2 * N * size, held)                  # whole copies, before they are in shards
+    needs["setting up"] = (2 * N + D / p) * size                   # whole copies, before they are in shards
     sampler = N * size if p > 1 else 0                             # all weights once more
     needs["generate"] = held + sampler + sizes.sampling(args.rollout_batch * G, G, P, R)
     if ril:
         needs["discriminator"] = (held + D * size * (2 if offload else 1) / p + gathered_d
-                                  + sizes.activations(of_d(B, K), R + prefix))
+                                  + sizes.activations(of_d(B, K), row))
     gathered = sizes.gathered(N) if p > 1 else 0
-    needs["update"] = held + T * size / p + gathered + max(N * size * offload,
-                                                           sizes.activations(tokens, L) + sizes.head)
+    learns = sizes.activations(tokens, L) + sizes.tower(tokens * P // L) + sizes.head
+    needs["update"] = held + T * size / p + gathered + max(N * size * offload, learns)
     if args.eval_data:
         needs["evaluation"] = N * size + sizes.sampling(args.rollout_batch, 1, P, R)
     lines = [f"{args.student}: {N / 1e9:.3f}B parameters, {T / 1e9:.3f}B trained, discriminator "

@@ -1,9 +1,16 @@
-"""Random Qwen2.5-VL checkpoints of real shape for the benchmarks, and data for them."""
+"""Random Qwen2.5-VL checkpoints of real shape for the benchmarks, and data for them.
+
+    python tests/shapes.py ...                         train.py, with the peak memory of each phase in its timings
+"""
 import ctypes
 import json
+import os
+import re
 import statistics
 import sys
 import time
+from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -72,6 +79,42 @@ def data(folder, questions, tokens, image=True, words=0):
                                             "text": " yes" * (tokens - 2 - k)}) + "\n")
 
 
+def peak_memory_gb(device, reset=False):
+    """Most GB since the last reset: allocated on CUDA, else resident (NaN where it is not known)."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 1e9
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    if not status.exists():                                        # not Linux
+        return float("nan")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text())
+    if reset and os.access(clear, os.W_OK):
+        clear.write_text("5")                                # see proc(5): the mark falls to what is held now
+    return int(found.group(1)) * 1024 / 1e9 if found else float("nan")
+
+
+def memory_by_phase():
+    """From now on, train.py's Meter measures memory too."""
+    import train
+    phase, row = train.Meter.phase, train.Meter.row
+
+    @contextmanager
+    def measured(meter, name):
+        meter.memory_gb = getattr(meter, "memory_gb", defaultdict(float))
+        peak_memory_gb(meter.device, reset=True)
+        with phase(meter, name):
+            yield
+        meter.memory_gb[name] = max(meter.memory_gb[name], peak_memory_gb(meter.device))
+
+    def noted(meter, *args):
+        timing = row(meter, *args) | {f"memory_gb/{name}": value for name, value in meter.memory_gb.items()}
+        meter.memory_gb.clear()
+        return timing
+    train.Meter.phase, train.Meter.row = measured, noted
+
+
 def give_back():
     """Let glibc return what is free, so that the next peak is not what an earlier one has left."""
     if sys.platform == "linux":
@@ -113,3 +156,9 @@ def table(head, rows):
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head), flush=True)
     for row in rows:
         print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    import train
+    memory_by_phase()
+    train.main()

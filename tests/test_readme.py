@@ -55,7 +55,7 @@ def test_every_logged_metric_is_explained():
     for name in ("d_accuracy", "d_loss", "kl", "clip_fraction", "repeated", "skipped_updates", "flat/",
                  "length",
                  "cut_off", "grad_norm", "judge/failed", "tokens_per_second", "seconds/",
-                 "memory_gb/", "heldout_accuracy", "heldout_sampled", "tail", "loss"):
+                 "memory_gb", "heldout_accuracy", "heldout_sampled", "tail", "loss"):
         assert name in source and f"`{name}" in README, name
     import train
     for name in train.REWARD_WEIGHTS:
