@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import (VLM, Outputs, Prompt, as_outputs, micro_batches, needs_bos, opened_thought, packed_states,
-                   render, without_thoughts)
+                   render, row_states, without_thoughts)
 
 SYSTEM = ("You are a discriminator. Inside a <response> tag stands a response to a question about an image. "
           "It was "
@@ -61,6 +61,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.tokenizer = student.tokenizer
         self.backbone = copy.deepcopy(student.model.get_decoder())
+        self.states_of = packed_states if student.packs else row_states
         width = student.model.get_output_embeddings().in_features
         self.head = nn.Linear(width, 1, device=student.device)     # float32, also beside a bfloat16 backbone
         before, after = around_response(student.processor)
@@ -108,7 +109,7 @@ class Discriminator(nn.Module):
         ids, mask = (nn.functional.pad(x, (0, 0, 0, missing)).unflatten(0, (rows, n)) for x in (ids, mask))
 
         prompt = Prompt(torch.tensor(self.before), {}, torch.arange(F)[None])
-        states, at, _ = packed_states(self.backbone, [prompt] * rows, ids, mask)             # (T, d)
+        states, at, _ = self.states_of(self.backbone, [prompt] * rows, ids, mask)            # (T, d)
         lengths = mask.flatten(0, 1).sum(1)                        # (rows n,)
         final = at[lengths.cumsum(0)[:rows * n - missing] - 1]     # (N,): where each response ends
         logits = self.head(states[final].float())[:, 0]            # (N,)

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial, partialmethod
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from threading import Lock
 from typing import Callable, Iterable, Iterator
@@ -57,11 +57,16 @@ class VLM:
     """A model and the processor that speaks for it.
 
     stop_ids end a response; banned_ids, such as placeholders of images, are never in one (see special_ids).
+    packs: whether K responses can share a row, and samples decode in slots (see can_pack). logits are
+    cap tanh(scale head(states) / cap), in most families without cap and scale (see find_head).
     """
     model: PreTrainedModel
     processor: ProcessorMixin
     stop_ids: list[int]
     banned_ids: list[int]
+    packs: bool = True
+    scale: float = 1.0
+    cap: float | None = None
     prompts: dict = field(default_factory=dict)                  # prompts encoded before, while there is room
     room: int = 2 ** 29                                            # bytes
     lock: Lock = field(default_factory=Lock)                     # prompts are encoded in threads
@@ -231,9 +236,12 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
 
     Prompts are read only when it is their turn, each once for its G responses (`prefill`), so memory does not
     grow with their number. A step is one token in every slot (`advance`). Against batches that pad and repeat
-    (responses have r tokens on average) that is a prefill of B P tokens, not B G P; decoding B G r, not B G R.
+    (responses have r tokens on average): prefill of B P tokens, not B G P; decoding of B G r, not B G R.
     """
     line, G = enumerate(zip(prompts, noise)), num_samples
+    if not vlm.packs:
+        yield from stream_in_step(vlm, line, G, sampling, slots, tails)
+        return
     table, ready = Slots(vlm, sampling, slots, measures_tail=tails is not None), deque()
     owners, done = [], defaultdict(dict)
     while True:
@@ -273,14 +281,16 @@ def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float 
     """Log-probability of every response token, (B, K, R) float32, zero where padded. Differentiable.
 
     temperature is the one the policy samples with: the ratio must compare the distributions that were sampled
-    from. (Top-k, top-p and the penalty are left out, as teachers' tokens may lie outside of them. So what they
+    from. (Top-k, top-p and penalty are left out, as teachers' tokens may lie outside of them. So what they
     cut off is neither sampled nor pushed down, and grows: see Sampling.truncated.)
     """
-    states, _, before = packed_states(vlm.trunk, prompts, outputs.ids, outputs.mask)
+    states_of = packed_states if vlm.packs else row_states
+    states, _, before = states_of(vlm.trunk, prompts, outputs.ids, outputs.mask)
     head, targets = vlm.model.get_output_embeddings(), outputs.ids[outputs.mask]             # (N,)
     logps = torch.zeros(outputs.mask.shape, device=states.device)
-    # log softmax(head(states) / temperature)[targets], in chunks: the logits (N, V) never exist at once
-    logps[outputs.mask] = TokenLogps.apply(states[before], head.weight, head.bias, targets, temperature)
+    # log softmax(logits / temperature)[targets], in chunks: the logits (N, V) never exist at once
+    logps[outputs.mask] = TokenLogps.apply(states[before], head.weight, head.bias, targets, temperature,
+                                           vlm.scale, vlm.cap)
     return logps
 
 
@@ -313,13 +323,8 @@ def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tu
     of the tokens that predict them (N,).
     """
     rows = pack(prompts, ids, mask)
-    images = images_of(trunk, [prompts[b] for b in rows.order])
-    # layers checkpoint in training mode only; what is inside of them (dropout) stays out of it
-    for layer in trunk.modules():
-        layer.training = torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)
-    states = trunk(input_ids=rows.tokens, position_ids=position_ids(rows.positions), use_cache=False,
-                   attention_mask=packed_mask(trunk, rows), **images).last_hidden_state      # (rows, L, d)
-    trunk.eval()
+    states = states_of_rows(trunk, rows.tokens, rows.positions, packed_mask(trunk, rows),
+                            [prompts[b] for b in rows.order])                                # (rows, L, d)
     return states.flatten(0, 1), rows.at, rows.before
 
 
@@ -454,7 +459,21 @@ def load_vlm(path: str, device: str | None = None, dtype: str | None = None, tex
     # Under a mask, cuDNN's attention gives NaN gradients at some lengths (torch 2.11 and later on an H100,
     # github.com/pytorch/pytorch/issues/196678), and is compiled anew for each length (.../pull/155958).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return VLM(model.to(device).eval(), processor, *special_ids(model, processor))
+    vlm = VLM(model.to(device).eval(), processor, *special_ids(model, processor), can_pack(model))
+    with naming(path):
+        picture = Image.linear_gradient("L").convert("RGB")
+        shown = [[picture], [picture.resize((200, 80))]] if hasattr(processor, "image_processor") else []
+        prompts = [encode(vlm, "?", images) for images in ([], *shown)]
+        vlm.scale, vlm.cap = find_head(vlm, prompts[0])
+        try:
+            with naming(path):
+                check_decoding(vlm, prompts)
+        except UserError:
+            if not vlm.packs:
+                raise
+            vlm.packs = False                      # perhaps it can be asked in the other way
+            check_decoding(vlm, prompts)
+    return vlm
 
 
 def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
@@ -493,7 +512,11 @@ def read_processor(path: str, text_only: bool) -> ProcessorMixin:
     if is_torchvision_available() or "video_processor" not in family.get_attributes():
         return AutoProcessor.from_pretrained(path)
 
-    class ImagesOnly(family):
+    class Parts(ProcessorMixin):                                   # which Gemma 4 hands a part for videos
+        def __init__(self, *args, video_processor=None, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    class ImagesOnly(family, Parts):
         @classmethod
         def get_attributes(cls):
             return [part for part in super().get_attributes() if part != "video_processor"]
@@ -791,24 +814,30 @@ def attention_masks(trunk, visible: Tensor, back: Tensor) -> Tensor | dict[str, 
 def prefill(vlm: VLM, prompts: list[Prompt]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Read prompts once, padded on the right, where no real token sees it. Returns what slots go on from, a
     row a prompt: keys and values of each layer in turn (B, heads, P, w), and the first four rows of Slots."""
-    trunk, cache, types = vlm.trunk, DynamicCache(), {}
-
-    def batch(rows):
-        return pad_sequence(rows, batch_first=True).to(vlm.device)
-    ids = batch([p.ids for p in prompts])                                                    # (B, P)
-    mask = batch([torch.ones_like(p.ids, dtype=torch.bool) for p in prompts])
-    positions = batch([p.positions.T for p in prompts])                                      # (B, P, A)
-    if sees_image_both_ways(trunk):
-        types = {"token_type_ids": (ids == vlm.model.config.image_token_id).long()}
-    trunk(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(positions), use_cache=True,
-          past_key_values=cache, **types, **images_of(trunk, prompts))
+    cache = DynamicCache()
+    _, ids, mask, positions = read_prompts(vlm, prompts, cache, "right")
     last = mask.sum(1, keepdim=True) - 1                                                     # (B, 1)
-    vocabulary = vlm.model.get_output_embeddings().out_features
-    seen = torch.zeros(len(ids), vocabulary, dtype=torch.bool, device=vlm.device)
-    seen.scatter_(1, torch.where(mask, ids, ids[:, :1]), True)     # padding is no token: the first stands in
     rows = {"token": ids.gather(1, last), "column": last, "position": positions[range(len(ids)), last[:, 0]],
-            "seen": seen}
+            "seen": seen_in(vlm, ids, mask)}
     return [x for layer in cache.layers for x in (layer.keys, layer.values)], rows
+
+
+def read_prompts(vlm: VLM, prompts: list[Prompt], cache: DynamicCache, side: str) -> tuple[Tensor, ...]:
+    """The forward pass of prompts, padded on this side, which fills the cache: states (B, P, d), ids and mask
+    (B, P), positions (B, P, A)."""
+    def batch(rows):
+        return pad_sequence(rows, batch_first=True, padding_side=side).to(vlm.device)
+    ids, positions = batch([p.ids for p in prompts]), batch([p.positions.T for p in prompts])
+    mask = batch([torch.ones_like(p.ids) for p in prompts])
+    out = vlm.trunk(input_ids=ids, attention_mask=mask, position_ids=position_ids(positions), use_cache=True,
+                    past_key_values=cache, **token_types(vlm.trunk, ids), **images_of(vlm.trunk, prompts))
+    return out.last_hidden_state, ids, mask, positions
+
+
+def seen_in(vlm: VLM, ids: Tensor, mask: Tensor) -> Tensor:
+    """Which tokens are in the prompts, (B, V) bool."""
+    seen = torch.zeros(len(ids), vlm.model.get_output_embeddings().out_features, device=vlm.device)
+    return seen.scatter_add_(1, ids, mask.float()) > 0
 
 
 class Slots:
@@ -837,8 +866,8 @@ class Slots:
         self.room = self.columns = 0                               # columns that there are, and that are used
         self.stride = self.stride or (1 if vlm.device.type == "cpu" else 8)
         self.capturing = vlm.device.type == "cuda" and vlm.capture and not reads_length(vlm.trunk)
-        self.banned = torch.tensor(vlm.banned_ids, device=vlm.device, dtype=torch.long)
-        self.stops = torch.tensor(vlm.stop_ids, device=vlm.device)
+        self.stops, self.banned = (torch.tensor(ids, device=vlm.device, dtype=torch.long)
+                                   for ids in (vlm.stop_ids, vlm.banned_ids))
 
     def start(self, first: int, cache: list[Tensor], rows: dict[str, Tensor], which: Tensor, noise: Tensor):
         """Fill the slots from `first` on, each from row which[i] of what prefill gave; noise (N, R)."""
@@ -914,25 +943,17 @@ class Slots:
     def step(self, n: int):
         """One token in each of the first n slots, all in place and without waiting for the device."""
         r, R = {name: x[:n] for name, x in self.rows.items()}, self.sampling.max_new_tokens
-        logits = self.logits(n).index_fill_(1, self.banned, -torch.inf)
-        if self.measures_tail:                                     # not of what comes after the end
-            r["tail"].add_(tail(logits, self.sampling)[:, None] * (r["end"] == 0))
-        noise = r["noise"].gather(1, r["count"].clamp(max=R - 1))
-        self.keep(n, sample(logits, r["seen"], self.sampling, noise[:, 0])[:, None])
-
-    def logits(self, n: int) -> Tensor:
-        """Those of the next token in each of the first n slots, (n, V) float32."""
-        r = {name: x[:n] for name, x in self.rows.items()}
         back = r["column"] - torch.arange(self.columns, device=self.vlm.device)              # (n, columns)
         attention = attention_masks(self.vlm.trunk, (back >= 0)[:, None], back[:, None])
         states = self.vlm.trunk(input_ids=r["token"], position_ids=position_ids(r["position"][:, None]),
                                 use_cache=True, past_key_values=self,
                                 attention_mask=attention).last_hidden_state                  # (n, 1, d)
-        return self.vlm.model.get_output_embeddings()(states[:, -1]).float()
+        logits = next_logits(self.vlm, states, self.banned)                                  # (n, V)
+        if self.measures_tail:                                     # not of what comes after the end
+            r["tail"].add_(tail(logits, self.sampling)[:, None] * (r["end"] == 0))
+        noise = r["noise"].gather(1, r["count"].clamp(max=R - 1))
+        token = sample(logits, r["seen"], self.sampling, noise[:, 0])[:, None]               # (n, 1)
 
-    def keep(self, n: int, token: Tensor):
-        """Go on with these tokens (n, 1)."""
-        r, R = {name: x[:n] for name, x in self.rows.items()}, self.sampling.max_new_tokens
         r["ids"].scatter_(1, r["count"], token)
         r["seen"].scatter_(1, token, True)
         r["token"].copy_(token)
@@ -956,6 +977,54 @@ class Slots:
         return 1
 
 
+def stream_in_step(vlm: VLM, line: Iterator, G: int, sampling: Sampling, slots: int,
+                   tails: list | None) -> Iterator[tuple[int, list[Tensor]]]:
+    """What `stream` does, for families whose cache has more than keys and values, as the state of linear
+    attention: as many prompts as have room are read, padded on the left, and their samples go on in step, in
+    the model's own cache. Those that have ended are left out."""
+    R, device = sampling.max_new_tokens, vlm.device
+    stops = torch.tensor(vlm.stop_ids, device=device)
+    banned = torch.tensor(vlm.banned_ids, device=device, dtype=torch.long)
+    while ahead := list(islice(line, max(1, slots // G))):
+        cache = DynamicCache(config=vlm.model.config.get_text_config())
+        states, ids, mask, positions = read_prompts(vlm, [p for _, (p, _) in ahead], cache, "left")
+        live = torch.arange(len(ahead) * G, device=device)         # the rows that still run
+        which = live // G                                          # G samples go on from each prompt
+        cache.reorder_cache(which)
+        states, mask, position, seen = (x[which] for x in (states[:, -1:], mask, positions[:, -1:],
+                                                           seen_in(vlm, ids, mask)))
+        noise, tail_sums = torch.cat([own for _, (_, own) in ahead]), torch.zeros(len(live), device=device)
+        chosen, lengths = torch.zeros(len(live), R, dtype=torch.long, device=device), [R] * len(live)
+        for step in range(R):
+            logits = next_logits(vlm, states, banned)                                        # (N, V)
+            if tails is not None and sampling.temperature:
+                tail_sums[live] += tail(logits, sampling)
+            token = sample(logits, seen, sampling, noise[live, step])                        # (N,)
+            chosen[live, step] = token
+            ended = (token[:, None] == stops).any(1)
+            for row in live[ended].tolist():
+                lengths[row] = step + 1
+            keep = (~ended).nonzero()[:, 0]
+            if not len(keep) or step + 1 == R:
+                break
+            cache.reorder_cache(keep)
+            live, token, mask, position = live[keep], token[keep, None], mask[keep], position[keep] + 1
+            seen = seen[keep].scatter(1, token, True)
+            mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+            states = vlm.trunk(input_ids=token, attention_mask=mask, position_ids=position_ids(position),
+                               use_cache=True, past_key_values=cache).last_hidden_state      # (N, 1, d)
+        if tails is not None:
+            tails.extend(tail_sums)
+        for i, (b, _) in enumerate(ahead):
+            yield b, [chosen[row, :lengths[row]].clone() for row in range(i * G, (i + 1) * G)]
+
+
+def next_logits(vlm: VLM, states: Tensor, banned: Tensor) -> Tensor:
+    """Those of the tokens that may come after the last state of (N, P, d), (N, V) float32."""
+    logits = squash(vlm.model.get_output_embeddings()(states[:, -1]).float(), vlm.scale, vlm.cap)
+    return logits.index_fill_(1, banned, -torch.inf)
+
+
 def tail(logits: Tensor, sampling: Sampling) -> Tensor:
     """The probability of the tokens that top-k and top-p leave out, (N,), from logits (N, V)."""
     probs = (logits / sampling.temperature).softmax(-1)
@@ -976,9 +1045,11 @@ def reads_length(trunk) -> bool:
 ROW = 128                                                         # tokens of a row that short questions share
 
 
-def packed_sizes(prompts: list[Prompt], mask: Tensor) -> list[int]:
-    """How many tokens each question has: its prompt, once, and its responses, without padding."""
-    return [len(p.ids) + n for p, n in zip(prompts, mask.sum((1, 2)).tolist())]
+def row_sizes(packs: bool, prompts: list[Prompt], mask: Tensor) -> list[int]:
+    """How many tokens each question has: its responses (B, K, R), without padding, and its prompt, once or,
+    where responses cannot be packed, K times."""
+    times = 1 if packs else mask.shape[1]
+    return [times * len(p.ids) + n for p, n in zip(prompts, mask.sum((1, 2)).tolist())]
 
 
 def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
@@ -1001,7 +1072,7 @@ def pack(prompts: list[Prompt], ids: Tensor, mask: Tensor) -> Rows:
     Short questions share a row, of up to ROW tokens: a longer row pads less, but every token of it is
     compared with every other.
     """
-    lengths, sizes = mask.sum(2).tolist(), packed_sizes(prompts, mask)         # of responses, of questions
+    lengths, sizes = mask.sum(2).tolist(), row_sizes(True, prompts, mask)      # of responses, of questions
     rows = micro_batches(sizes, max(ROW, *sizes))
     L = max(sum(sizes[b] for b in row) for row in rows)
     responses = ids[mask].split([sum(n) for n in lengths])
@@ -1031,6 +1102,43 @@ def pack(prompts: list[Prompt], ids: Tensor, mask: Tensor) -> Rows:
                 torch.cat(at).to(ids.device), torch.cat(before).to(ids.device))
 
 
+def row_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What packed_states returns, for families that cannot be packed: each of the B K responses has a row
+    [prompt | o_k] of its own, padded on the right, which the model masks itself."""
+    lengths = mask.sum(2).flatten().tolist()
+    prompts = [prompt for prompt in prompts for _ in range(mask.shape[1])]
+    pairs = list(zip(prompts, ids[mask].split(lengths)))
+
+    def lay(rows):
+        return pad_sequence(rows, batch_first=True).to(ids.device)
+    tokens = lay([torch.cat([p.ids.to(ids.device), r]) for p, r in pairs])                   # (B K, L)
+    visible = lay([torch.ones(len(p.ids) + len(r), dtype=torch.long) for p, r in pairs])
+    positions = lay([torch.cat([p.positions, p.positions[:, -1:] + 1 + torch.arange(len(r))], dim=1).T
+                     for p, r in pairs])                                                     # (B K, L, A)
+    states = states_of_rows(trunk, tokens, positions, visible, prompts, **token_types(trunk, tokens))
+    L = tokens.shape[1]
+    at = torch.cat([i * L + len(p.ids) + torch.arange(len(r)) for i, (p, r) in enumerate(pairs)])
+    at = at.to(ids.device)
+    return states.flatten(0, 1), at, at - 1
+
+
+def states_of_rows(trunk, tokens: Tensor, positions: Tensor, mask, prompts: list[Prompt], **types) -> Tensor:
+    """Last-layer states (rows, L, d) of tokens (rows, L) with the images of these prompts."""
+    # layers checkpoint in training mode only; what is inside of them (dropout) stays out of it
+    for layer in trunk.modules():
+        layer.training = torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)
+    states = trunk(input_ids=tokens, position_ids=position_ids(positions), attention_mask=mask,
+                   use_cache=False, **types, **images_of(trunk, prompts)).last_hidden_state
+    trunk.eval()
+    return states
+
+
+def squash(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+    """What a family makes of its head's logits: cap tanh(scale logits / cap), in place."""
+    logits = logits if scale == 1 else logits.mul_(scale)
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
 def head_chunk(weight: Tensor) -> int:
     """Rows to a chunk of logits: few stay in a CPU's cache, many save a GPU's reading of weights."""
     return max(1, (2 ** 26 if weight.is_cuda else 2 ** 23) // len(weight))
@@ -1038,21 +1146,21 @@ def head_chunk(weight: Tensor) -> int:
 
 class TokenLogps(torch.autograd.Function):
     """The head and the softmax, a chunk of rows at a time. Backward computes each chunk again, and turns it
-    in place into d log p[t] / d logits = (1[t] - p) / temperature. (A loop of torch.utils.checkpoint has a
-    gradient of the weight, V x d, per chunk: with V = 152,000 and N = 768 a whole update took 10% longer, and
-    28% to 55% more memory.)"""
+    in place into d log p[t] / d logits = (1[t] - p) / temperature, times the slope of `squash`. (A loop of
+    torch.utils.checkpoint has a gradient of the weight, V x d, per chunk: with V = 152,000 and N = 768 a
+    whole update took 10% longer, and 28% to 55% more memory.)"""
 
     @staticmethod
-    def forward(ctx, states, weight, bias, targets, temperature):
+    def forward(ctx, states, weight, bias, targets, temperature, scale, cap):
         """states (N, d), weight (V, d), bias (V,) or None, targets (N,) -> log-probs (N,) float32."""
         total, chosen = [], []
         for s, t in zip(states.split(head_chunk(weight)), targets.split(head_chunk(weight))):
-            logits = linear(s, weight, bias).float() / temperature
+            logits = squash(linear(s, weight, bias).float(), scale, cap) / temperature
             total.append(logits.logsumexp(1))
             chosen.append(logits.gather(1, t[:, None])[:, 0])
         total = torch.cat(total)                                   # (N,)
         ctx.save_for_backward(states, weight, bias, targets, total)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.scale, ctx.cap = temperature, scale, cap
         return torch.cat(chosen) - total
 
     @staticmethod
@@ -1062,49 +1170,94 @@ class TokenLogps(torch.autograd.Function):
         to_states = torch.empty_like(states)
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         to_bias = None if bias is None else torch.zeros_like(bias)
-        grad, size = grad / ctx.temperature, head_chunk(weight)
+        grad, size = grad * ctx.scale / ctx.temperature, head_chunk(weight)
         for first in range(0, len(states), size):
             i = slice(first, first + size)
-            d = linear(states[i], weight, bias).float().div_(ctx.temperature)                # logits
-            d.sub_(total[i, None]).exp_()                                                    # p
+            d = squash(linear(states[i], weight, bias).float(), ctx.scale, ctx.cap)          # logits
+            slope = None if ctx.cap is None else 1 - (d / ctx.cap).square()                  # of the cap
+            d.div_(ctx.temperature).sub_(total[i, None]).exp_()                              # p
             d.mul_(-grad[i, None]).scatter_add_(1, targets[i, None], grad[i, None])          # grad (1[t] - p)
-            d = d.to(states.dtype)
+            d = (d if slope is None else d.mul_(slope)).to(states.dtype)
             torch.mm(d, weight, out=to_states[i])
             if to_weight is not None:
                 to_weight.addmm_(d.T, states[i])
             if bias is not None:
                 to_bias += d.sum(0)
-        return to_states, to_weight, to_bias, None, None
+        return to_states, to_weight, to_bias, None, None, None, None
 
 
-MOST_ERROR = 5e-5       # of log-probs: rounding is below 1e-6 (0.3B); an image read one way only makes 5e-4
+# Of log-probs and probabilities. In float32 rounding is below 1e-6 (0.3B), and an image that is read one way
+# only makes 5e-4; rounding to bfloat16 hides that.
+MOST_ERROR = {torch.float32: 5e-5, torch.bfloat16: 0.05}
 
 
 @torch.no_grad()
-def check_packing(vlm: VLM, prompt: Prompt):
-    """Score two responses packed, decode them in slots, and ask the model's own forward pass; UserError where
-    these differ.
+def check_scoring(vlm: VLM, prompts: list[Prompt]):
+    """Score two responses to prompts, and decode, as training does, and by the model's own forward pass;
+    UserError where these differ.
 
-    What packing and slots assume of a family (what sees what, how positions count, that logits are
-    head(states)) is checked on the model at hand, with a prompt that has an image. In float32: rounding to
-    bfloat16 hides a response that sees its sibling.
+    What rows and slots assume of a family (what sees what, how positions count, that logits are those of
+    find_head) is checked on the model at hand. In float32, as rounding to bfloat16 hides a response that sees
+    its sibling.
     """
-    family = type(vlm.model).__name__
-    kinds = set(getattr(vlm.model.config.get_text_config(), "layer_types", None) or ())
-    if unknown := kinds - set(ATTENTION):
-        raise UserError(f"{family} has layers of {', '.join(sorted(unknown))}, which cannot be packed: only "
-                        f"{' and '.join(ATTENTION)} can")
-    outputs = encode_responses(vlm, [["Yes.", "It is not."]])
+    outputs = encode_responses(vlm, [["Yes.", "It is not."]] * len(prompts))
     with in_float32(vlm.model):
-        packed = score(vlm, [prompt], outputs)
-        for k, mask in enumerate(outputs.mask[0]):
-            response = outputs.ids[0, k][mask]
-            plain, decoded = plain_logps(vlm, prompt, response), slot_logps(vlm, prompt, response)
-            for logps, what in ((packed[0, k][mask], "it reads packed responses"), (decoded, "it decodes")):
-                error = (plain - logps).abs().mean().item()
-                if not error < MOST_ERROR:
-                    raise UserError(f"{family} cannot be trained here: {what} differently (log-probs differ "
-                                    f"by {error:.3g} from those of its own forward pass)")
+        scored = score(vlm, prompts, outputs)
+        for b, k in product(range(len(prompts)), range(2)):
+            mask = outputs.mask[b, k]
+            response = outputs.ids[b, k][mask]
+            plain = plain_logits(vlm, prompts[b], response).log_softmax(-1).gather(1, response[:, None])[:, 0]
+            refuse(vlm, "it reads responses in rows", (plain - scored[b, k][mask]).abs().mean())
+        check_decoding(vlm, prompts)
+
+
+@torch.no_grad()
+def check_decoding(vlm: VLM, prompts: list[Prompt]):
+    """Decode a few tokens as `stream` does; UserError where their probabilities are not those of the model's
+    own forward pass."""
+    sampling = Sampling(top_p=1, top_k=1, repetition_penalty=1, max_new_tokens=6)
+    noise = [torch.zeros(1, sampling.max_new_tokens, device=vlm.device)] * len(prompts)
+    outputs, rest = generate(vlm, prompts, 1, sampling, noise=noise), 0.0      # the likeliest: tail is 1 - p
+    for b, prompt in enumerate(prompts):
+        response = outputs.ids[b, 0][outputs.mask[b, 0]]
+        logits = plain_logits(vlm, prompt, response)
+        logits[:, vlm.banned_ids] = -torch.inf
+        rest += (1 - logits.softmax(-1).gather(1, response[:, None])).sum()
+    refuse(vlm, "it decodes", (outputs.tail - rest).abs() / outputs.mask.sum())
+
+
+def refuse(vlm: VLM, what: str, error: Tensor):
+    """UserError where an error is above what rounding explains."""
+    if not error < MOST_ERROR[vlm.model.dtype]:
+        raise UserError(f"{type(vlm.model).__name__} cannot be used here: {what} differently (off by "
+                        f"{error:.3g} from its own forward pass)")
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether a family's layers see by a mask alone, all of them tokens of the past (those of an image, where
+    `sees_image_both_ways`), so that responses can share a row, and a slot."""
+    text = model.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    unsaid = not kinds and getattr(text, "sliding_window", None)   # a window of which layers?
+    both_ways = getattr(text, "use_bidirectional_attention", None)
+    return kinds <= set(ATTENTION) and not unsaid and not both_ways
+
+
+@torch.no_grad()
+def find_head(vlm: VLM, prompt: Prompt) -> tuple[float, float | None]:
+    """(scale, cap) of a family's logits: those in its config, as far as it heeds them."""
+    text = vlm.model.config.get_text_config()
+    cap, scales = getattr(text, "final_logit_softcapping", None), [1.0]
+    for name in ("logits_scaling", "logit_scale", "output_multiplier"):
+        if value := getattr(text, name, None):
+            scales = [1 / value, value, 1.0]
+    response = prompt.ids[-1:].to(vlm.device)
+    logits, states = plain_logits(vlm, prompt, response, states=True)
+    for scale, limit in [(scale, limit) for limit in (cap, None) for scale in scales]:
+        ours = squash(vlm.model.get_output_embeddings()(states).float(), scale, limit)
+        if (ours - logits).abs().mean() < 1e-3 + 0.01 * logits.abs().mean():
+            return scale, limit
+    return 1.0, None                                               # check_decoding will refuse it
 
 
 @contextmanager
@@ -1121,28 +1274,21 @@ def in_float32(model: PreTrainedModel):
             x.data = x.data.to(dtype)
 
 
-def plain_logps(vlm: VLM, prompt: Prompt, response: Tensor) -> Tensor:
-    """Log-probs of the tokens (R,) of one response, by the model's own forward pass."""
+def plain_logits(vlm: VLM, prompt: Prompt, response: Tensor, states: bool = False):
+    """The logits (R, V) that predict the tokens (R,) of a response, by the model's own forward pass; and its
+    last layer's states (R, d), if they are wanted."""
     ids = torch.cat([prompt.ids.to(vlm.device), response])[None]                             # (1, P + R)
-    is_image = (ids == getattr(vlm.model.config, "image_token_id", -1)).long()
-    accepted = inspect.signature(vlm.model.forward).parameters
-    types = {name: is_image for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
-    images = images_of(vlm.trunk, [prompt])
-    logits = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), **images, **types).logits.float()
-    predicted = logits[0, len(prompt.ids) - 1:-1].log_softmax(-1)                            # (R, V)
-    return predicted.gather(1, response[:, None]).squeeze(1)
+    out = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=states,
+                    **token_types(vlm.model, ids), **images_of(vlm.trunk, [prompt]))
+    logits = out.logits[0, len(prompt.ids) - 1:-1].float()
+    return (logits, out.hidden_states[-1][0, len(prompt.ids) - 1:-1]) if states else logits
 
 
-def slot_logps(vlm: VLM, prompt: Prompt, response: Tensor) -> Tensor:
-    """The same, token by token in a slot."""
-    table = Slots(vlm, Sampling(max_new_tokens=len(response)), 1)
-    zero, logps = torch.zeros(1, device=vlm.device, dtype=torch.long), []
-    table.start(0, *prefill(vlm, [prompt]), zero, zero.float().expand(1, len(response)))
-    table.columns = table.room
-    for token in response:
-        logps.append(table.logits(1).log_softmax(-1)[0, token])
-        table.keep(1, token[None, None])
-    return torch.stack(logps)
+def token_types(module, tokens: Tensor) -> dict[str, Tensor]:
+    """Which tokens (rows, L) are those of images, as a forward pass that asks for it wants to be told."""
+    accepted = inspect.signature(module.forward).parameters
+    is_image = (tokens == getattr(module.config, "image_token_id", -1)).long()
+    return {name: is_image for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
 
 
 # ---------------------------------------------------------------------------------------------- processes

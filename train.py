@@ -61,13 +61,13 @@ import discriminator as eq1
 from discriminator import SIMILARITIES, Discriminator
 from eval import (Task, check_judge, draw_curves, make_judge, predict, predict_sampled, results_table,
                   rule_check, score_responses, task_of, write_report)
-from model import (VLM, Outputs, UserError, World, all_or_nothing, check_packing, checkpoint_layers,
+from model import (VLM, Outputs, UserError, World, all_or_nothing, check_scoring, checkpoint_layers,
                    encode_responses, gathered, generate, image_tokens, join, load_processor, load_vlm, local,
-                   micro_batches, naming, packed_sizes, pick_device, pick_dtype, remove, save_vlm, score,
-                   stamp, without_thoughts, write_atomic)
+                   micro_batches, naming, pick_device, pick_dtype, remove, row_sizes, save_vlm, score, stamp,
+                   without_thoughts, write_atomic)
 from model import run as run_main
 from teachers import (Collection, Example, Split, add_sampling_options, build_tiny_vlm, draw_toy_world,
-                      encode_example, encode_examples, endpoint_of, fill_collection, load_examples,
+                      encode_examples, endpoint_of, fill_collection, load_examples,
                       make_teacher, prompt_checks, read_json, read_jsonl, sampling_of)
 
 # ------------------------------------------------------------------------------------------ the maths
@@ -180,7 +180,7 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
     """
     args, policy, reference, form = run.args, run.policy, run.reference, LOSSES[run.args.loss]
     # micro-batches of questions; of several processes, those with fewer repeat a question, with weight 0
-    parts = run.world.even(micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget))
+    parts = run.world.even(micro_batches(row_sizes(policy.packs, prompts, outputs.mask), args.token_budget))
     old_logps, ref_logps, norms, stats = {}, {}, [], defaultdict(float)
 
     if args.beta:
@@ -440,9 +440,9 @@ class Run:
                 if self.skipped == MOST_SKIPPED:
                     raise UserError(
                         f"nothing could be learned in {MOST_SKIPPED} steps in a row, so the run stops: in "
-                        f"{self.out / 'metrics.jsonl'}, either `judge/failed` is 1, so mend the judge; or the "
-                        f"gradient was not finite (`skipped_updates`): look at `loss`, `kl` and `d_loss`, and "
-                        f"lower --lr or --discriminator-lr; the last checkpoint is kept")
+                        f"{self.out / 'metrics.jsonl'}, either `judge/failed` is 1, so mend the judge; or a "
+                        f"gradient was not finite (`skipped_updates`): look at `loss`, `kl` and `d_loss`, "
+                        f"and lower --lr or --discriminator-lr; the last checkpoint is kept")
                 due = self.world.rank == 0 and self.is_due(saved)
                 wishes = torch.tensor([len(caught), due], device=self.policy.device)
                 stops, due = self.world.sum(wishes).tolist()       # what any process wishes, all do
@@ -714,12 +714,7 @@ def load_checkpoint(run: Run):
         try:
             state = read_json(folder / "state.json")
             for name, network in run.networks.items():
-                weights = dict(network.named_parameters())
-                for key, tensor in read_tensors(folder / f"{name}.safetensors"):
-                    weight = weights.pop(key)
-                    local(weight).copy_(run.world.part(tensor, weight))
-                if weights:
-                    raise KeyError(f"{name}.safetensors lacks {', '.join(weights)}")
+                load_weights(network, folder / f"{name}.safetensors", run.world)
             for name, optimizer in run.optimizers.items():
                 optimizer.load(read_tensors(folder / f"{name}.safetensors"))
             states = dict(read_tensors(folder / "rng.safetensors"))
@@ -749,6 +744,17 @@ def read_tensors(path: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         for name in tensors.keys():
             if name.startswith(prefix):
                 yield name.removeprefix(prefix), tensors.get_tensor(name)
+
+
+@torch.no_grad()
+def load_weights(module: torch.nn.Module, path: Path, world: World, prefix: str = ""):
+    """Copy the weights in a file into a module, or into its shards. UserError unless it has them all."""
+    weights = dict(module.named_parameters())
+    for name, tensor in read_tensors(path, prefix):
+        weight = weights.pop(name)
+        local(weight).copy_(world.part(tensor, weight))
+    if weights:
+        raise UserError(f"{path} lacks {', '.join(weights)}")
 
 
 def open_logs(run: Run, lengths: dict[str, int]):
@@ -893,7 +899,8 @@ def sft(vlm: VLM, examples: list[Example], steps: int, name: str, args, world: W
         outputs = encode_responses(vlm, [[e.truth] for e in batch])                          # (B, 1, R)
         prompts = encode_examples(vlm, batch)
         tokens, total = world.sum(outputs.mask.sum()), torch.zeros((), device=vlm.device)
-        for part, weight in world.even(micro_batches(packed_sizes(prompts, outputs.mask), args.token_budget)):
+        sizes = row_sizes(vlm.packs, prompts, outputs.mask)
+        for part, weight in world.even(micro_batches(sizes, args.token_budget)):
             logps = gathered(vlm.model, lambda: score(vlm, [prompts[b] for b in part], outputs[part]))
             loss = -weight * logps.sum() / tokens
             loss.backward()
@@ -1215,8 +1222,8 @@ def fine_tuned_student(folder: Folder, args, data: dict) -> str:
 
     def check():
         student = load_vlm(start, args.device, args.dtype)
-        shown = next((e for e in data["data"] if e.images), data["data"][0])
-        check_packing(student, encode_example(student, shown))
+        shown = [next((e for e in data["data"] if bool(e.images) == seen), None) for seen in (True, False)]
+        check_scoring(student, encode_examples(student, [e for e in shown if e]))
     if not folder.is_trained():
         world.rank_0(check)
     return start
@@ -1289,7 +1296,7 @@ def trained_student(folder: Folder, args, data: dict, collection: Collection | N
     policy = load_student(start, args)
     D = Discriminator(policy) if pretrained else None
     if D:
-        D.load_state_dict(dict(read_tensors(pretrained, "D ")))
+        load_weights(D, pretrained, world, "D ")
     run = Run(args, world, folder.out, policy, data["data"], D)
     if D:
         run.d_optimizer.load(read_tensors(pretrained, "optimizer "))

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from shapes import alternate, build, ceilings, data, give_back, peak_memory_gb, table
-from model import encode_responses, load_vlm, micro_batches, packed_sizes, score  # noqa: E402
+from model import encode_responses, load_vlm, micro_batches, row_sizes, score  # noqa: E402
 from teachers import encode_example, load_examples  # noqa: E402
 from train import LOSSES, policy_loss  # noqa: E402
 
@@ -49,7 +49,7 @@ def loss_of(logp, advantage, mask):
 def update(vlm, logps, prompts, outputs, advantage, budget):
     """Gradients in place; the loss."""
     total = 0.0
-    for part in micro_batches(packed_sizes(prompts, outputs.mask), budget):
+    for part in micro_batches(row_sizes(True, prompts, outputs.mask), budget):
         logp = logps(vlm, [prompts[b] for b in part], outputs[part])
         loss = loss_of(logp, advantage[part], outputs.mask[part])
         loss.backward()
@@ -80,7 +80,7 @@ def measure(folder, vlm, questions, rounds, product):
         times = alternate({name: lambda arm=arm: (arm(), vlm.model.zero_grad())
                            for name, arm in arms.items()}, rounds, vlm.device)
         patches = sum(len(p.images["pixel_values"]) for p in prompts if p.images)
-        flops = 6 * (decoder * sum(packed_sizes(prompts, outputs.mask)) + head * outputs.mask.sum().item()
+        flops = 6 * (decoder * sum(row_sizes(True, prompts, outputs.mask)) + head * outputs.mask.sum().item()
                      + tower * patches)
         for name, took in times.items():
             yield (f"{case}, {questions} x {K}, prompt {len(prompts[0].ids)}", name,

@@ -20,7 +20,7 @@ import torch
 import train
 from conftest import lamp_files, noise_image
 from eval import make_judge, task_of
-from model import Sampling, Slots, check_packing, checkpoint_layers, encode, load_vlm, stream
+from model import Sampling, Slots, check_scoring, checkpoint_layers, encode, load_vlm, stream
 from teachers import load_examples
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -305,7 +305,7 @@ def test_a_step_of_the_loop_mixes_no_devices(family, folders, played, tmp_path):
     judge = make_judge("rule", tmp_path / "verdicts.jsonl", None, None)
     vlm = move(vlm)
     with Played():
-        check_packing(vlm, train.encode_example(vlm, examples[0]))
+        check_scoring(vlm, [train.encode_example(vlm, examples[0])])
         assert {w.dtype for w in vlm.model.parameters()} == {torch.bfloat16}
         D = train.Discriminator(vlm)
         run = train.Run(args, train.World(), tmp_path, vlm, examples, D)
