@@ -61,7 +61,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.tokenizer = student.tokenizer
         self.backbone = copy.deepcopy(student.model.get_decoder())
-        self.states_of = packed_states if student.packs else row_states
+        self.packs = student.packs
         width = student.model.get_output_embeddings().in_features
         self.head = nn.Linear(width, 1, device=student.device)     # float32, also beside a bfloat16 backbone
         before, after = around_response(student.processor)
@@ -109,7 +109,8 @@ class Discriminator(nn.Module):
         ids, mask = (nn.functional.pad(x, (0, 0, 0, missing)).unflatten(0, (rows, n)) for x in (ids, mask))
 
         prompt = Prompt(torch.tensor(self.before), {}, torch.arange(F)[None])
-        states, at, _ = self.states_of(self.backbone, [prompt] * rows, ids, mask)            # (T, d)
+        states_of = packed_states if self.packs else row_states
+        states, at, _ = states_of(self.backbone, [prompt] * rows, ids, mask)                 # (T, d)
         lengths = mask.flatten(0, 1).sum(1)                        # (rows n,)
         final = at[lengths.cumsum(0)[:rows * n - missing] - 1]     # (N,): where each response ends
         logits = self.head(states[final].float())[:, 0]            # (N,)
@@ -122,14 +123,14 @@ class Discriminator(nn.Module):
         world: the processes that do this together, as in train.py.
         """
         logits = torch.empty(responses.mask.shape[:2], device=responses.mask.device)
-        for part, _ in world.even(parts_of(responses, budget)):
+        for part, _ in world.even(self.parts(responses, budget)):
             logits[part] = self.logits(responses[part])
         return logits.sigmoid()
 
-
-def parts_of(responses: Outputs, budget: int) -> list[list[int]]:
-    """Groups of questions whose responses have up to `budget` tokens."""
-    return micro_batches(responses.mask.sum((1, 2)).tolist(), budget)
+    def parts(self, responses: Outputs, budget: int) -> list[list[int]]:
+        """Groups of questions whose responses have up to `budget` tokens, with a `before` each if unpacked."""
+        sizes = responses.mask.sum(2) + (0 if self.packs else len(self.before))              # (B, K)
+        return micro_batches(sizes.sum(1).tolist(), budget)
 
 
 def update(D: Discriminator, optimizer, responses: Outputs, is_student: Tensor, budget: int,
@@ -142,7 +143,7 @@ def update(D: Discriminator, optimizer, responses: Outputs, is_student: Tensor, 
     """
     questions = questions or len(is_student)
     loss, right = torch.zeros(2, device=is_student.device)
-    for part, weight in optimizer.world.even(parts_of(responses, budget)):
+    for part, weight in optimizer.world.even(D.parts(responses, budget)):
         logits, label = D.logits(responses[part]), is_student[part]
         share = weight * discriminator_loss(logits, label) * len(label) / questions
         share.backward()

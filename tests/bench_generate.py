@@ -15,6 +15,7 @@ response's keys and values) over a large copy's rate.
 """
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -99,7 +100,9 @@ def measure(vlm, prompts, cases, rounds, product, copy):
     for case, questions, G, slots in cases:
         part, tokens = prompts[:questions], sum(LENGTHS[j % 16] for j in range(questions * G))
         batch, memory = slots // G, {}
+        in_step = replace(vlm, packs=False)                        # as for families that have no slots
         arms = {"ours": lambda: ours(vlm, part, G, slots, sampling),
+                "ours, in step": lambda: ours(in_step, part, G, slots, sampling),
                 "transformers": lambda: theirs(vlm, part[:batch], G, sampling, batch),
                 "transformers, static cache": lambda: theirs(vlm, part[:batch], G, sampling, batch,
                                                              cache_implementation="static")}
@@ -110,7 +113,7 @@ def measure(vlm, prompts, cases, rounds, product, copy):
             memory[name] = peak_memory_gb(device)
         times = alternate(arms, rounds, device)
         for name in arms:                                  # transformers' batches are all alike: one is timed
-            share = 1 if name == "ours" else batch / questions
+            share = 1 if name.startswith("ours") else batch / questions
             rate = tokens * share / times[name]
             flops = 2 * N * (tokens + questions * P) * share / times[name] / product
             steps = (64 if case == "batch" else tokens / slots) if name == "ours" else 64

@@ -51,7 +51,8 @@ def compare(whole: Path, cut: Path):
 
 
 # What is called again and again in each stage: there a process may die.
-PLACES = ((train, "toy_world", 1), (train.AdamW, "step", 5), (teachers, "decode", 5), (evaluation, "decode", 5))
+PLACES = ((train, "toy_world", 1), (train.AdamW, "step", 5), (teachers, "decode", 5),
+          (evaluation, "decode", 5))
 
 
 def worker(options: list[str]):

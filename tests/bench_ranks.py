@@ -110,8 +110,9 @@ def difference(folder: Path, processes: int, first: int, stage: str) -> str:
         one, other = (folder / f"collection{n}.jsonl" for n in (first, processes))
         return "same bytes" if one.read_bytes() == other.read_bytes() else "OTHER BYTES"
     if stage == "evaluation":
-        one, other = ([row["text"] for row in json.loads((folder / f"out{n}/evaluation-after.json").read_text()
-                                                         )["rows"]] for n in (first, processes))
+        scores = (json.loads((folder / f"out{n}/evaluation-after.json").read_text())
+                  for n in (first, processes))
+        one, other = ([row["text"] for row in score["rows"]] for score in scores)
         return "same texts" if one == other else "OTHER TEXTS"
     if stage not in SAME:
         return ""

@@ -12,6 +12,7 @@ token of the packed row, the vocabulary head on response tokens only) over the r
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,10 @@ def plain_logps(vlm, prompts, outputs):
                        mm_token_type_ids=(ids == vlm.model.config.image_token_id).int()).logits
     logps = logits[:, -R - 1:-1].float().log_softmax(-1).gather(2, ids[:, -R:, None])
     return logps.squeeze(2).view(B, K, R) * outputs.mask
+
+
+def score_in_rows(vlm, prompts, outputs):
+    return score(replace(vlm, packs=False), prompts, outputs)
 
 
 def loss_of(logp, advantage, mask):
@@ -75,7 +80,8 @@ def measure(folder, vlm, questions, rounds, product):
         work = partial(update, vlm, prompts=prompts, outputs=outputs, advantage=advantage)
         arms = {"packed": partial(work, score, budget=10 ** 9),
                 "packed, --token-budget 500": partial(work, score, budget=500),
-                "a row per response": partial(work, plain_logps, budget=10 ** 9)}
+                "rows, as for families that cannot be packed": partial(work, score_in_rows, budget=10 ** 9),
+                "a row per response, all logits": partial(work, plain_logps, budget=10 ** 9)}
         held = compare(vlm, case, arms)
         times = alternate({name: lambda arm=arm: (arm(), vlm.model.zero_grad())
                            for name, arm in arms.items()}, rounds, vlm.device)

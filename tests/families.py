@@ -171,8 +171,8 @@ def exaone4_5():
 
 
 def gemma4(**more):
-    """Layers with a window and without, inputs of each layer, keys that layers share; with a cap of the logits,
-    or images that are seen both ways."""
+    """Layers with a window and without, inputs of each layer, keys that layers share; with a cap of the
+    logits, or images that are seen both ways."""
     more |= dict(sliding_window=8, layer_types=LAYERS, hidden_activation="gelu_pytorch_tanh",
                  global_head_dim=16, hidden_size_per_layer_input=8, num_kv_shared_layers=2)
     eye = vision(num_hidden_layers=1, num_key_value_heads=2, head_dim=16, patch_size=8, pooling_kernel_size=2,
@@ -220,8 +220,8 @@ def aya_vision():
     eye = vision(model_type="siglip_vision_model", num_hidden_layers=2, image_size=32, patch_size=8,
                  vision_use_head=False)
     return (names, "<image>", {"patch_size": 8, "img_size": 32, "downsample_factor": 2},
-            lambda size, ids: dict(text_config=decoder("cohere2", size, 4, sliding_window=8, logit_scale=0.0625,
-                                                       layer_types=LAYERS), vision_config=eye,
+            lambda size, ids: dict(text_config=decoder("cohere2", size, 4, sliding_window=8, layer_types=LAYERS,
+                                                       logit_scale=1 / 16), vision_config=eye,
                                    image_token_index=ids["patch_token_id"]),
             GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=4))
 

@@ -5,8 +5,8 @@
 
 takes the options of train.py, and of how many processes each is one. A line for each stage of the run is for
 one of its processes. Weights, gradients, optimizer states and the KV cache are counted; activations follow
-from the sizes of a layer; all tokens of a prompt are taken for those of images. Prompt lengths are measured on
-the first 32 examples of --data, or taken as 1,024 tokens. Left out: a local judge, and memory that is free
+from the sizes of a layer; all tokens of a prompt are taken for those of images. Prompt lengths are measured
+on the first 32 examples of --data, or taken as 1,024 tokens. Left out: a local judge, and memory that is free
 but scattered.
 tests/bench_memory.py and tests/bench_ranks.py compare this with what is measured.
 """
@@ -37,7 +37,7 @@ class Sizes:
         text, self.size, self.checkpointed = model.config.get_text_config(), size, checkpointed
         self.d, self.ff, self.layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
         self.V, heads, self.vision = text.vocab_size, text.num_attention_heads, model.config.vision_config
-        self.a = heads * (getattr(text, "head_dim", None) or self.d // heads)          # width of the attention
+        self.a = heads * (getattr(text, "head_dim", None) or self.d // heads)      # width of the attention
         self.kv = self.a // heads * text.num_key_value_heads
         self.layer = sum(w.numel() for w in next(iter(model.get_decoder().layers)).parameters())
         # the head: its own gradient, and a chunk of logits, three times in float32 (model.py's head_chunk)

@@ -1,6 +1,6 @@
 """Random Qwen2.5-VL checkpoints of real shape for the benchmarks, and data for them.
 
-    python tests/shapes.py ...                         train.py, with the peak memory of each phase in its timings
+    python tests/shapes.py ...                         train.py, with each phase's peak memory in its timings
 """
 import ctypes
 import json

@@ -107,8 +107,8 @@ def test_gradient_checkpointing_changes_no_gradient(vlm, prompts):
                                 vlm.model.get_input_embeddings().weight)[0]
     checkpoint_layers(vlm.model)
     calls = []
-    hooks = [(m.mlp if hasattr(m, "mlp") else m.feed_forward).register_forward_hook(lambda *_: calls.append(1))
-             for m in vlm.model.get_decoder().layers]
+    inner = [m.mlp if hasattr(m, "mlp") else m.feed_forward for m in vlm.model.get_decoder().layers]
+    hooks = [m.register_forward_hook(lambda *_: calls.append(1)) for m in inner]
     try:
         again = torch.autograd.grad(score(vlm, prompts, outputs).sum(),
                                     vlm.model.get_input_embeddings().weight)[0]
@@ -190,8 +190,8 @@ def test_a_model_that_packing_would_misread_is_refused(folders):
 
 
 def test_who_can_share_a_row_is_told_by_the_model(vlm, folders):
-    """Linear attention, convolutions, chunks, a window that no layer names, or images that are seen both ways:
-    packed, each runs, and sees the wrong tokens."""
+    """Linear attention, convolutions, chunks, a window that no layer names, or images that are seen both
+    ways: packed, each runs, and sees the wrong tokens."""
     assert vlm.packs == (Path(vlm.model.name_or_path).name not in families.IN_ROWS)
     other = load_vlm(folders["llava"], "cpu").model
     text = other.config.get_text_config()
@@ -204,11 +204,12 @@ def test_who_can_share_a_row_is_told_by_the_model(vlm, folders):
 
 
 def test_the_cap_and_the_scale_of_logits_are_the_familys(vlm):
-    """Gemma 4 sampled from other probabilities (0.97 instead of 0.85); Aya's scale, which stands in its config
-    and is not heeded, followed. With a cap, the gradient has its slope."""
+    """Gemma 4 sampled from other probabilities (0.97 instead of 0.85); Aya's scale, which stands in its
+    config and is not heeded, followed. With a cap, the gradient has its slope."""
     name = Path(vlm.model.name_or_path).name
     assert (vlm.scale, vlm.cap) == (1.0, 30.0 if name == "gemma4" else None)
-    prompt, outputs = encode(vlm, "How many?", [noise_image(32, 32)]), encode_responses(vlm, [["There are 3."]])
+    prompt = encode(vlm, "How many?", [noise_image(32, 32)])
+    outputs = encode_responses(vlm, [["There are 3."]])
     head, response = vlm.model.get_output_embeddings().weight, outputs.ids[0, 0]
     for temperature in (1.0, 0.5):
         plain = (model.plain_logits(vlm, prompt, response) / temperature).log_softmax(-1)
@@ -227,8 +228,8 @@ def test_an_image_that_is_read_one_way_only_is_noticed(folders, tmp_path, monkey
     first = {name: value for name, value in json.loads(first).items() if name != "image"}
     data.write_text("\n".join([json.dumps(first), *others]) + "\n")
     monkeypatch.setattr(model, "sees_image_both_ways", lambda trunk: False)
-    done = call("train.py", "--student", folders["gemma3"], "--data", data, "--collection", responses, "--out",
-                tmp_path / "run", "--device", "cpu")
+    done = call("train.py", "--student", folders["gemma3"], "--data", data, "--collection", responses,
+                "--out", tmp_path / "run", "--device", "cpu")
     assert done.returncode == 2 and "it reads responses in rows differently" in done.stderr
 
 

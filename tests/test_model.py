@@ -251,23 +251,25 @@ def test_packed_scores_and_gradients_equal_one_row_per_response(vlm, prompts):
     assert ((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_log_probs_in_chunks_equal_autograds_own(monkeypatch, bias):
+@pytest.mark.parametrize("bias, scale, cap", [(False, 1.0, None), (True, 1.0, None), (True, 0.5, 2.0)])
+def test_log_probs_in_chunks_equal_autograds_own(monkeypatch, bias, scale, cap):
     """Chunks of the head that lose or repeat a token; a hand-written gradient that is wrong."""
     import model
     torch.manual_seed(0)
     head, states = torch.nn.Linear(16, 60, bias), torch.randn(50, 16, requires_grad=True)
     targets = torch.randint(60, (50,))
     weights, inputs = torch.randn(50), [states, *head.parameters()]
-    plain = (head(states) / 0.7).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    logits = scale * head(states)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    plain = (logits / 0.7).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     expected = torch.autograd.grad((plain * weights).sum(), inputs)
     for size in (7, 50, 1000):
         monkeypatch.setattr(model, "head_chunk", lambda weight, size=size: size)
-        ours = model.TokenLogps.apply(states, head.weight, head.bias, targets, 0.7)
+        ours = model.TokenLogps.apply(states, head.weight, head.bias, targets, 0.7, scale, cap)
         torch.testing.assert_close(ours, plain)
         torch.testing.assert_close(torch.autograd.grad((ours * weights).sum(), inputs), expected)
     head.weight.requires_grad_(False)                              # --freeze lm_head
-    ours = model.TokenLogps.apply(states, head.weight, head.bias, targets, 0.7)
+    ours = model.TokenLogps.apply(states, head.weight, head.bias, targets, 0.7, scale, cap)
     torch.testing.assert_close(torch.autograd.grad((ours * weights).sum(), states)[0], expected[0])
 
 

@@ -130,8 +130,8 @@ def broken_losses(monkeypatch, bad):
 
 
 def test_a_log_that_lacks_bytes_costs_one_checkpoint(checkpoints, whole, tmp_path, monkeypatch):
-    """A power cut: logs that were only flushed are behind the checkpoint; and the advice is to remove all. Or a
-    run that is given fewer steps than it has done, and passes its student off as one of so many."""
+    """A power cut: logs that were only flushed are behind the checkpoint; and the advice is to remove all. Or
+    a run that is given fewer steps than it has done, and passes its student off as one of so many."""
     lamp_files(tmp_path)
     process = started(checkpoints, tmp_path)
     wait_for(lambda: lines(tmp_path) >= 6)
@@ -201,8 +201,8 @@ def test_a_state_of_other_weights_is_refused():
 
 
 def test_a_zero_gradient_moves_nothing():
-    """Momentum that moves the vision tower in steps without images, where several processes have a gradient of
-    zero and one process has none."""
+    """Momentum that moves the vision tower in steps without images, where several processes have a gradient
+    of zero and one process has none."""
     weight = torch.nn.Parameter(torch.zeros(3))
     other = torch.nn.Parameter(torch.zeros(3))
     optimizer, seen = train.AdamW(torch.nn.ParameterList([weight, other]), 0.1), []

@@ -191,8 +191,8 @@ class Never(Program):
 
 
 def test_what_several_processes_have_collected_is_merged_once(tmp_path, checkpoints):
-    """A kill in the middle of a collection by three processes, or of the merge: a line lost, torn or doubled; an
-    order that tells who was first."""
+    """A kill in the middle of a collection by three processes, or of the merge: a line lost, torn or doubled;
+    an order that tells who was first."""
     data, _ = lamp_files(tmp_path, 6)
     examples, sampling = load_examples(str(data)), Sampling(max_new_tokens=5)
     teacher = make_teacher(checkpoints["qwen2_5_vl"], "cpu")
