@@ -102,17 +102,18 @@ class Discriminator(nn.Module):
         padded = torch.where(responses.mask, responses.ids, -1).flatten(0, 1)                # (B K, R)
         ids, which = padded.unique(dim=0, return_inverse=True)     # (N, R): D reads equal responses once
         mask, F = ids >= 0, len(self.before)
-        n = max(1, 3 * F * len(ids) // int(mask.sum()))
-        n = min(n, len(ids))
+        n = 3 * F * len(ids) // int(mask.sum())                    # 3 F / (mean length of a response)
+        n = min(max(1, n), len(ids))
         rows = -(-len(ids) // n)                                   # N / n, rounded up
-        missing = rows * n - len(ids)                              # the last row may have fewer
+        missing = rows * n - len(ids)                              # how many the last row has fewer
         ids, mask = (nn.functional.pad(x, (0, 0, 0, missing)).unflatten(0, (rows, n)) for x in (ids, mask))
 
         prompt = Prompt(torch.tensor(self.before), {}, torch.arange(F)[None])
         states_of = packed_states if self.packs else row_states
         states, at, _ = states_of(self.backbone, [prompt] * rows, ids, mask)                 # (T, d)
-        lengths = mask.flatten(0, 1).sum(1)                        # (rows n,)
-        final = at[lengths.cumsum(0)[:rows * n - missing] - 1]     # (N,): where each response ends
+        # where each response ends: of lengths 2 and 3, whose tokens are at[0:2] and at[2:5], at[1] and at[4]
+        lengths = mask.flatten(0, 1).sum(1)                        # (rows n,), 0 for those missing
+        final = at[lengths.cumsum(0)[:rows * n - missing] - 1]     # (N,)
         logits = self.head(states[final].float())[:, 0]            # (N,)
         return logits[which.view(responses.mask.shape[:2])]
 

@@ -405,7 +405,7 @@ class LLMJudge:
 
 
 def check_judge(name: str):
-    """UserError where the judge cannot be had. It is loaded only after all responses are there."""
+    """UserError if the judge is unavailable. It is loaded only once all responses are there."""
     if endpoint := endpoint_of(name):
         check_endpoint(endpoint)
     elif name != "rule":

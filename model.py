@@ -226,8 +226,8 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
     `tails`, if any, gets the tail of each response, summed over its tokens.
 
     noise: for each prompt uniform numbers (G, max_new_tokens), one a token. Continuous batching: where a
-    response ends (.), the last one moves up, and the next in line begins behind it. Here, prompts a b c,
-    G = 2, three slots:
+    response ends (.), the last running one takes its slot, and the next in line begins behind it. Here,
+    prompts a b c, G = 2, three slots:
 
         step      1    2    3    4    5    6    7
         slot 0    a1   a1   a1.  b2   b2   b2.  c2
@@ -246,7 +246,7 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
     owners, done = [], defaultdict(dict)
     while True:
         while len(owners) < slots:                                 # owners[s]: whose response slot s holds
-            if not ready:
+            if not ready:                                          # (prompt, sample, its row in the block)
                 block = None                                       # frees the last ones' cache
                 ahead = list(islice(line, max(1, slots // G)))     # prefill the next prompts, once each
                 if not ahead:
@@ -852,9 +852,9 @@ class Slots:
         slot 0    p   p   p   p   r   r   *   .        * is written in this step
         slot 1    p   p   r   *   .   .   .   .        . is hidden by the mask
 
-    A decode step is the same work on the same memory whatever the responses are at. On CUDA it is recorded
-    once for each number of slots (halves of all) and replayed as a graph: a small step is otherwise spent on
-    launching its kernels.
+    A decode step is the same work on the same memory however far each response has got. On CUDA it is
+    recorded once for each number of slots (halves of all) and replayed as a graph: a small step is otherwise
+    spent on launching its kernels.
     """
 
     stride = None                                                  # tokens between two looks of the host
@@ -925,8 +925,8 @@ class Slots:
         return self.rows["end"][:live, 0].tolist()
 
     def capture(self, n: int):
-        """Record a decode step of n slots; one that cannot be is run as on the CPU, and that is said. Graphs
-        are replayed one at a time, so all share the memory of the first for what a step makes."""
+        """Record a decode step of n slots; one that cannot be runs as on the CPU, and a notice says so.
+        Graphs are replayed one at a time, so all share the memory of the first for what a step makes."""
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         shared = next(iter(self.graphs.values())).pool() if self.graphs else None
         try:
@@ -1321,13 +1321,17 @@ class World:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
             backend, on_device = "nccl", {"device_id": device}
+        # when torchrun starts all again, its store still has the addresses of those that have died
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(hours=1)))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # they may wait for days, as while rank 0 asks a server; in training nobody keeps the others an hour
-        dist.init_process_group(backend, timeout=timedelta(days=30), **on_device)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(days=30),
+                                **on_device)
         group = dist.new_group(timeout=timedelta(hours=1))
-        if dist.get_rank():                                        # of the others nothing is shown but errors
+        if rank:                                                   # of the others nothing is shown but errors
             sys.stdout = open(os.devnull, "w")
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-        return cls(dist.get_rank(), dist.get_world_size(), DeviceMesh.from_group(group, device.type))
+        return cls(rank, size, DeviceMesh.from_group(group, device.type))
 
     def wait(self):
         """Until all processes have come here."""

@@ -38,12 +38,15 @@ import sys
 import time
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import zip_longest
+from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import Iterable, Iterator, NamedTuple
 
 # before torch is imported: threads that wait sleep, as spinning beside a busy program is three times as slow
@@ -75,7 +78,7 @@ from teachers import (Collection, Example, Split, add_sampling_options, build_ti
 
 @dataclass
 class Group:
-    """B questions with K = 2G responses each, students' first, and all of these that a reward may look at."""
+    """B questions with K = 2G responses each, the student's first, and everything that a reward may use."""
     batch: list[Example]
     outputs: Outputs                   # text: B lists of K strings; ids and mask: (B, K, R)
     sources: list[list[str]]           # "student", or the name of a teacher
@@ -88,10 +91,10 @@ REWARD_WEIGHTS = {"similarity": 1.0, "answer": 1.0}
 
 
 def reward_terms(group: Group, args) -> dict[str, Tensor]:
-    """The terms of R(q, o) = 1[D(q, o) < 0.5] + judge(q, a, o) by name, each (B, K).
+    """The terms of R(q, o) = 1[D(o) < 0.5] + judge(q, a, o) by name, each (B, K).
 
-    One more entry here, and its weight in REWARD_WEIGHTS, is one more reward: it is logged, printed and drawn
-    under its name. NaN means that there is no such reward for a response, which then leaves its group.
+    To add a reward, add an entry here and its weight to REWARD_WEIGHTS: it is logged, printed and drawn under
+    its name. NaN means that a response has no such reward; it then leaves its group.
     """
     terms = {}
     if group.p_student is not None:
@@ -103,7 +106,8 @@ def reward_terms(group: Group, args) -> dict[str, Tensor]:
 def total_reward(terms: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, Tensor]:
     """The weighted sum of the terms, (B, K), and where it exists, (B, K) bool.
 
-    A term of weight 0 is logged and nothing else. NaN is a judge that failed: no reward, and not reward 0.
+    A term of weight 0 is only logged. Where the judge failed (NaN) there is no reward; the 0 in its place is
+    masked out by the second.
     """
     counted = [weights[name] * term for name, term in terms.items() if weights[name] != 0]
     reward = torch.stack(counted).sum(0)
@@ -154,8 +158,9 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Ten
 
         (1/2G) sum_i  sum_t [ min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) - beta KL_t ]
 
-    logp, old_logp, ref_logp, mask: (B, K, R); advantage, valid: (B, K). The sum over tokens is Dr.GRPO's.
-    GRPO takes their mean instead, which makes each token of a long wrong answer cheaper.
+    logp, old_logp, ref_logp, mask: (B, K, R), where the mask includes the stop token; advantage, valid:
+    (B, K). The sum over tokens is Dr.GRPO's. GRPO takes their mean instead, which makes each token of a long
+    wrong answer cheaper.
     """
     ratio = importance_ratio(logp, old_logp, mask, loss)
     A = advantage[..., None]                                                          # (B, K, 1)
@@ -175,11 +180,11 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
                   questions: int) -> dict[str, float]:
     """Lines 11-13: mu updates of the policy by Eq. 2, each summed over micro-batches of questions.
 
-    prompts: B; outputs: (B, K, R); advantage, valid, own (sampled by the policy): (B, K); questions: those of
-    all processes. Returns loss, kl, clip_fraction and grad_norm.
+    prompts: B; outputs: (B, K, R); advantage, valid, own (sampled by the policy): (B, K); questions: their
+    number across all processes. Returns loss, kl, clip_fraction and grad_norm.
     """
     args, policy, reference, form = run.args, run.policy, run.reference, LOSSES[run.args.loss]
-    # micro-batches of questions; of several processes, those with fewer repeat a question, with weight 0
+    # pairs (micro-batch of questions, weight); alone, every weight is 1 (see World.even)
     parts = run.world.even(micro_batches(row_sizes(policy.packs, prompts, outputs.mask), args.token_budget))
     old_logps, ref_logps, norms, stats = {}, {}, [], defaultdict(float)
 
@@ -196,7 +201,7 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
             if update == 0:
                 old_logps[i] = logp.detach()                                          # line 4
             old_logp, mask = old_logps[i], outputs.mask[part]
-            ref_logp = ref_logps[i] if args.beta else old_logp             # then only the metric heeds it
+            ref_logp = ref_logps[i] if args.beta else old_logp     # with beta 0, for the logged KL only
             loss = weight / questions * policy_loss(logp, old_logp, ref_logp, advantage[part], mask,
                                                     valid[part], args.eps, args.beta, form)
             loss.backward()
@@ -217,16 +222,15 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
 
 
 def ask(judge, batch: list[Example], outputs: Outputs):
-    """Asks for verdicts on B questions with K responses each; returns a function that waits for them.
+    """Ask a judge about B questions with K responses each; returns a function that waits for its verdicts.
 
-    A judge on another machine works in a thread meanwhile; any other when that function is called. What it
-    returns, (B, K) float32, is 1, 0, between them from a judge that grades, or NaN where it failed.
+    A judge on another machine works in a thread meanwhile; any other works when that function is called,
+    which returns (B, K) float32: 1 right, 0 wrong, between them if the judge grades, NaN where it failed.
     """
     triples = [(e.dialogue, e.truth, without_thoughts(text))
                for e, texts in zip(batch, outputs.text) for text in texts]
-    answer = partial(judge, triples)
-    if getattr(judge, "remote", False):
-        answer = ThreadPoolExecutor(1).submit(judge, triples).result
+    in_thread = getattr(judge, "remote", False)
+    answer = ThreadPoolExecutor(1).submit(judge, triples).result if in_thread else partial(judge, triples)
 
     def wait() -> Tensor:
         verdicts = [float("nan") if verdict is None else float(verdict) for verdict in answer()]
@@ -264,11 +268,12 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     if D:
         with run.phase("discriminator"), run.using(D):
             responses = D.encode([example.text for example in batch], outputs.text)
-            # while the judge is down, D does not go on alone
-            for _ in range(0 if args.freeze_discriminator or run.unheard else args.mu):              # line 7
+            # D pauses while the judge is down, as the student does
+            for update in range(0 if args.freeze_discriminator or run.unheard else args.mu):    # line 7
                 d_stats = eq1.update(D, run.d_optimizer, responses, is_student, args.token_budget,
                                      len(questions))                                  # line 8   Eq. 1
-                row = d_stats | row                    # what is logged is D before the first of its updates
+                if update == 0:
+                    row |= d_stats                     # of D before the step's updates
             p_student = D.p_student(responses, args.token_budget, run.world)          # line 10, by the new D
     with run.phase("judge"):
         verdicts = verdicts_of()                                                      # line 10  (B, 2G)
@@ -298,7 +303,7 @@ def ril(run, collection: Collection | None, judge, held_out: Task | None):
 
 
 def main():
-    """The stages of a run. Each leaves its result in --out, and is passed over where it has."""
+    """The stages of a run. Each leaves its result in --out, and is skipped if that is there already."""
     args = parse_args()
     transformers.utils.logging.disable_progress_bar()
     if args.student == "toy":
@@ -371,8 +376,7 @@ class Run:
     """Everything that the loop changes, and what it needs beside the algorithm.
 
     networks and optimizers: what a checkpoint holds, by file. step: how many are done. rng draws batches and
-    teachers' responses; torch's own generators draw the rest. phase(name) measures seconds;
-    sampler() is the policy with all its weights in this process for a while.
+    teachers' responses; torch's own generators draw the rest. phase(name) measures seconds.
     """
 
     def __init__(self, args, world, out: Path, policy: VLM, examples: list[Example], D: Discriminator | None):
@@ -392,7 +396,7 @@ class Run:
             frozen_copy = copy.deepcopy(policy.model).requires_grad_(False)
             self.reference = replace(policy, model=frozen_copy)                              # line 1
         freeze(policy.model, args.freeze, args.student)                                      # line 2
-        self.sampler = partial(world.unsharded, policy, world.without_weights(policy))
+        self.empty = world.without_weights(policy)
         for vlm in filter(None, (policy, self.reference)):
             world.shard(vlm.model, vlm.model.get_decoder())
         self.optimizer = AdamW(policy.model, args.lr, offload=args.offload, world=world)
@@ -402,7 +406,9 @@ class Run:
                 waiting.to("cpu")
         self.batches = Batches(examples, args.batch_size, self.rng)
 
-    # all processes draw the same for all questions, and each takes its own part
+    def sampler(self):
+        """A context in which the policy has all its weights in this process, as sampling needs them."""
+        return self.world.unsharded(self.policy, self.empty)
 
     def draw(self, questions: list[Example], collection: Collection) -> list[list[tuple[str, str]]]:
         """G pairs (teacher, response) from the collection for each question."""
@@ -445,7 +451,7 @@ class Run:
                         f"and lower --lr or --discriminator-lr; the last checkpoint is kept")
                 due = self.world.rank == 0 and self.is_due(saved)
                 wishes = torch.tensor([len(caught), due], device=self.policy.device)
-                stops, due = self.world.sum(wishes).tolist()       # what any process wishes, all do
+                stops, due = self.world.sum(wishes).tolist()       # if any process asks, all comply
                 if stops or due:
                     save_checkpoint(self)
                     saved = time.monotonic()
@@ -674,7 +680,7 @@ def checkpoints(out: Path) -> list[Path]:
 def save_checkpoint(run: Run):
     """Write checkpoint-STEP into --out. It is there in full or not at all, and of the older ones one stays.
 
-    A disk that is full ends no run: that is said, and the older checkpoints stay.
+    A full disk does not end the run: a warning says so, and the older checkpoints stay.
     """
     files = {"rng": {"cpu": torch.get_rng_state()}}
     if (device := run.policy.device.type) != "cpu":
@@ -941,7 +947,7 @@ class Folder:
     """--out. Its run.json records what all in it is made from: options, inputs by content, and code.
 
     A command with other options or inputs is refused, so a result that is there is what this command makes,
-    and is not made again. Other code is no reason to refuse, but it is said. --from copies what another run
+    and is not made again. Changed code is not refused, but a notice says so. --from copies what another run
     made before its loop, if that would come out the same here.
     """
 
@@ -978,7 +984,7 @@ class Folder:
 
     def compare(self, there: Path, record: dict, wanted: dict, parts: tuple[str, ...]):
         """UserError with what differs between the records of a folder and of this command, of which the older
-        may lack an option. Other code is said."""
+        may lack an option. Changed code triggers a notice."""
         defaults, differ = vars(make_parser(self.args.student).parse_args([])), []
         for part in parts:
             for name in record[part] | wanted[part]:
@@ -1130,18 +1136,16 @@ def read_collection(path, examples: list[Example], processor, args) -> Collectio
 
 
 def toy_world_and_teachers(folder: Folder, args, data: dict) -> list:
-    """The teachers. Where no data is given, the toy world is drawn, its teachers are trained, and its
-    examples and tasks are put into `data`."""
+    """The teachers. Where no data is given, the toy world is drawn, and its examples and tasks are put into
+    `data`. The toy student is trained with the toy teachers, as their stages do not need one another."""
+    models, words = {}, []                             # by stage: family, lessons, width, steps
     if not args.data:
-        with folder.clock.phase("toy world and its teachers"):
-            drawn = folder.stage("data", partial(toy_world, seed=args.seed, world=folder.world))
-            for name, family in (("qwen", "qwen2_5_vl"), ("internvl", "internvl")):
-                def make(path):
-                    lessons = [load_examples(str(drawn / f"{file}.jsonl")) for file in ("words", name)]
-                    tiny_vlm_from_scratch(path, family, lessons, 96, args.teacher_steps, args, folder.world)
-                folder.stage(f"teachers/{name}", make)
-        if not args.sft_data:
-            data["sft_words"] = load_examples(str(drawn / "words.jsonl"))
+        drawn = folder.stage("data", partial(toy_world, seed=args.seed, world=folder.world))
+        words = load_examples(str(drawn / "words.jsonl"))
+        for name, family in (("qwen", "qwen2_5_vl"), ("internvl", "internvl")):
+            lessons = [words, load_examples(str(drawn / f"{name}.jsonl"))]
+            models[f"teachers/{name}"] = (family, lessons, 96, args.teacher_steps)
+        words = [] if args.sft_data else words
         for option, name, load in (("data", "train", load_examples), ("sft_data", "sft", load_examples),
                                    ("eval_data", "heldout", task_of)):
             if not getattr(args, option):
@@ -1149,8 +1153,43 @@ def toy_world_and_teachers(folder: Folder, args, data: dict) -> list:
                 data[option] = load(getattr(args, option))
         args.teachers = args.teachers or [str(folder.out / "teachers" / name)
                                           for name in ("qwen", "internvl")]
+    if args.student == "toy":
+        lessons = [lesson for lesson in (words, data["sft_data"]) if lesson]
+        models["sft"] = ("qwen2_5_vl", lessons, 64, args.sft_steps)
+        with folder.clock.phase("toy models"):
+            side_by_side(folder, args, models)
     slots = max(1, 2 * args.num_samples * args.rollout_batch // args.collect) * args.collect
     return [make_teacher(name, args.device, args.dtype, slots) for name in args.teachers]
+
+
+def side_by_side(folder: Folder, args, models: dict[str, tuple]):
+    """The stages of tiny models, each in a process of its own, as many at a time as there are cores. Several
+    processes of torchrun, which have the cores already, do one after the other together."""
+    if folder.world.size > 1:
+        for name, model in models.items():
+            folder.stage(name, lambda path: tiny_vlm_from_scratch(path, *model, args, folder.world))
+        return
+    todo = {folder.out / name: model for name, model in models.items() if not folder.has(name)}
+    try:
+        with ProcessPoolExecutor(min(len(todo), os.cpu_count()) or 1, get_context("spawn"), leave_with_parent,
+                                 (os.getpid(),)) as processes:
+            for job in [processes.submit(tiny_vlm_from_scratch, path, *model, args, folder.world)
+                        for path, model in todo.items()]:
+                job.result()
+    except BrokenProcessPool as error:
+        raise UserError(f"a process that trained one of {', '.join(models)} has died; was its memory full?"
+                        ) from error
+
+
+def leave_with_parent(parent: int):
+    """What a process of side_by_side does first: it will end when its parent has been killed."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+    Thread(target=watch, daemon=True).start()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
 
 
 def toy_world(path: Path, seed: int, world: World):
@@ -1205,18 +1244,15 @@ def fine_tuned_student(folder: Folder, args, data: dict) -> str:
     UserError where packed rows do not suit its family: before teachers are paid for.
     """
     start, world = args.student, folder.world
-    if args.student == "toy" or args.sft_steps:
-        examples = data["sft_data"]
 
-        def make(path):
-            if args.student == "toy":
-                lessons = [data["sft_words"], examples] if "sft_words" in data else [examples]
-                tiny_vlm_from_scratch(path, "qwen2_5_vl", lessons, 64, args.sft_steps, args, world)
-                return
-            student = load_student(args.student, args)
-            world.shard(student.model, student.model.get_decoder())
-            sft(student, examples, args.sft_steps, "student", args, world)
-            save_student(world, student, args.student, path)
+    def make(path):
+        student = load_student(args.student, args)
+        world.shard(student.model, student.model.get_decoder())
+        sft(student, data["sft_data"], args.sft_steps, "student", args, world)
+        save_student(world, student, args.student, path)
+    if args.student == "toy":
+        start = str(folder.out / "sft")                            # see toy_world_and_teachers
+    elif args.sft_steps:
         with folder.clock.phase("SFT"):
             start = str(folder.stage("sft", make))
 
