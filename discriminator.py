@@ -24,9 +24,8 @@ from model import (VLM, Outputs, Prompt, as_outputs, micro_batches, needs_bos, o
                    render, row_states, without_thoughts)
 
 SYSTEM = ("You are a discriminator. Inside a <response> tag stands a response to a question about an image. "
-          "It was "
-          "written by a teacher, a large model, or by a student, a small one: 0 means teacher, 1 means "
-          "student.")
+          "It was written by a teacher, a large model, or by a student, a small one: 0 means teacher, 1 "
+          "means student.")
 BEFORE, AFTER = "Who wrote this response? Answer 0 or 1.\n<response>", "</response>"
 
 # What of p_student becomes the similarity reward, in [0, 1]. The paper's choice is binary, 1[D(q, o) < 0.5];
@@ -119,17 +118,15 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def p_student(self, responses: Outputs, budget: int, world) -> Tensor:
-        """(B, K) probabilities that the student wrote each response, computed `budget` tokens at a time.
-
-        world: the processes that do this together, as in train.py.
-        """
+        """(B, K) probabilities that the student wrote each response, `budget` tokens at a time in each of
+        the processes."""
         logits = torch.empty(responses.mask.shape[:2], device=responses.mask.device)
         for part, _ in world.even(self.parts(responses, budget)):
             logits[part] = self.logits(responses[part])
         return logits.sigmoid()
 
     def parts(self, responses: Outputs, budget: int) -> list[list[int]]:
-        """Groups of questions whose responses have up to `budget` tokens, with a `before` each if unpacked."""
+        """Groups of questions whose responses have up to `budget` tokens (unpacked: with `before`)."""
         sizes = responses.mask.sum(2) + (0 if self.packs else len(self.before))              # (B, K)
         return micro_batches(sizes.sum(1).tolist(), budget)
 

@@ -28,6 +28,7 @@ says nothing.
 """
 import argparse
 import copy
+import gc
 import json
 import os
 import random
@@ -312,10 +313,6 @@ def main():
     folder = Folder(args, world)
     data = world.rank_0(partial(check_inputs, args, folder))
     folder.record = world.rank_0(partial(folder.open, data))
-    if args.truncate_rollouts:
-        print(f"rollouts are truncated (top-p {args.top_p}, top-k {args.top_k}), as the paper's: what is "
-              "never sampled is never pushed down; watch `tail` and `heldout_sampled`, or give "
-              "--no-truncate-rollouts")
     teachers = toy_world_and_teachers(folder, args, data)
     start = fine_tuned_student(folder, args, data)                                    # SFT
     collection = teachers_responses(folder, args, teachers, data, start)
@@ -1007,6 +1004,7 @@ class Folder:
         path = self.out / name
         if not self.world.rank_0(path.exists):
             make(path)
+            gc.collect()                               # models in shards hold on to themselves
             self.world.wait()
         return path
 
@@ -1110,6 +1108,10 @@ def check_inputs(args, folder: Folder) -> dict[str, list]:
         freeze(skeleton(args.student), args.freeze, args.student)
     if args.collection:
         read_collection(args.collection, given["data"], processor, args)
+    if args.truncate_rollouts:
+        print(f"rollouts are truncated (top-p {args.top_p}, top-k {args.top_k}), as the paper's: what is "
+              "never sampled is never pushed down; watch `tail` and `heldout_sampled`, or give "
+              "--no-truncate-rollouts")
     return given
 
 
@@ -1345,6 +1347,8 @@ def trained_student(folder: Folder, args, data: dict, collection: Collection | N
         for old in checkpoints(folder.out)[:-1]:
             remove(old)                                   # the last one is for a run that is given more steps
     folder.clock.seconds["loop"] = time.perf_counter() - begin
+    del run, policy, D
+    gc.collect()                                       # as in Folder.stage
 
 
 def save_student(world: World, vlm: VLM, start: str, path: Path):

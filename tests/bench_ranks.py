@@ -5,9 +5,10 @@ and whether what comes out is the same.
                                                        1, 2 and 3 processes: ten minutes on two cores
     python tests/bench_ranks.py --shape 0.3B --processes 1 2 4       0.25B weights: an hour
 
-The real command line over gloo on the CPU, one thread a process, greedy, as sampling would magnify rounding.
-Memory is the most of any process, less what a process holds that has only imported torch and transformers.
-Processes that outnumber the cores share them, so their seconds say nothing.
+The real command line over gloo on the CPU, one thread a process. Memory is the most of any process, less what
+a process holds that has only imported torch and transformers; the plan is for responses that all differ.
+--temperature 0 is for the comparison of results, as sampling may magnify rounding. Processes that outnumber
+the cores share them, so their seconds say nothing.
 """
 import argparse
 import json
@@ -73,8 +74,8 @@ def measure(folder: Path, processes: int, args) -> dict[str, tuple[float, float,
     notes.mkdir()
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes),
                 "--standalone"] * (processes > 1)
-    common = ["--data", folder / "data.jsonl", "--device", "cpu", "--dtype", "float32", "--temperature", 0,
-              "--max-new-tokens", args.tokens]
+    common = ["--data", folder / "data.jsonl", "--device", "cpu", "--dtype", "float32", "--temperature",
+              args.temperature, "--max-new-tokens", args.tokens]
     student = folder / "model"
     options = [*common, "--student", student, "--eval-data", folder / "data.jsonl", "--sft-data",
                folder / "data.jsonl", "--out", out, "--batch-size", args.questions, "--sft-batch-size",
@@ -143,6 +144,7 @@ def main():
     parser.add_argument("--questions", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--token-budget", type=int, default=1024)
+    parser.add_argument("--temperature", type=float, default=1.0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -52,6 +52,11 @@ def qwen(checkpoints):
     return load_vlm(checkpoints["qwen2_5_vl"], "cpu")
 
 
+def quick(values, chosen):
+    """Parameters of a test of which only the chosen run by default."""
+    return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def noise_image(width, height, seed=0):
     return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(3 * width * height))
 

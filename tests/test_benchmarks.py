@@ -247,6 +247,7 @@ def test_what_the_model_is_shown(tmp_path):
     assert open_image(bench.images[0], "").tobytes() == noise_image(32, 32, 0).tobytes()
 
 
+@pytest.mark.slow
 def test_the_command_line_with_checkpoints(checkpoints, tmp_path):
     """Two models side by side on every format, with report; asked again, nothing is generated anew."""
     data = [make(tmp_path) for make, _, _ in CASES.values()]
@@ -323,6 +324,7 @@ def test_a_verdict_that_failed_is_not_shown_as_wrong(tmp_path):
     assert 'class="down"' in "".join(e.example_cards({"m": [score | {"rows": [row | {"verdict": 0.0}]}]}))
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_resumes(checkpoints, tmp_path):
     """Killed twice and once with half a line written: the same responses as without, and none asked twice."""
     rng = random.Random(0)

@@ -18,7 +18,7 @@ import model
 import pytest
 import torch
 import train
-from conftest import lamp_files, noise_image
+from conftest import lamp_files, noise_image, quick
 from eval import make_judge, task_of
 from model import Sampling, Slots, check_scoring, checkpoint_layers, encode, load_vlm, stream
 from teachers import load_examples
@@ -235,7 +235,8 @@ def sampled(vlm, prompts, noise):
     return {b: [ids.tolist() for ids in rows] for b, rows in stream(vlm, prompts, noise, 3, sampling, 5)}
 
 
-@pytest.mark.parametrize("family", [*sorted(set(families.FAMILIES) - set(families.IN_ROWS)), "dynamic"])
+@pytest.mark.parametrize("family", quick([*sorted(set(families.FAMILIES) - set(families.IN_ROWS)), "dynamic"],
+                                         ("qwen2_5_vl", "gemma4", "dynamic")))
 def test_replayed_graphs_sample_the_same_tokens(family, folders, dynamic, played):
     """Not: a step that depends on what changes between captures (columns, memory that has moved), effects of
     a capture itself, or a model that cannot be captured and is not decoded."""
@@ -288,7 +289,8 @@ def test_a_failed_capture_says_why_and_frees_the_stream(what, says, folders, pla
     assert says in printed and "previous error" not in printed
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "gemma3", "gemma4", *families.IN_ROWS])
+@pytest.mark.parametrize("family", quick(["qwen2_5_vl", "internvl", "gemma3", "gemma4", *families.IN_ROWS],
+                                         ("qwen2_5_vl",)))
 def test_a_step_of_the_loop_mixes_no_devices(family, folders, played, tmp_path):
     """Not: a mask, a label, a position that was made on the CPU; in bfloat16, also types that do not go
     together."""

@@ -137,6 +137,7 @@ def test_two_hundred_responses_through_every_fault(tmp_path):
     assert settings.items() <= calm.bodies[0].items()
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_resumes_to_the_same_file(tmp_path):
     """Responses that were paid for and are lost, or asked for again; half a line that stops the next run."""
     data, _ = lamp_files(tmp_path, 25)
@@ -421,6 +422,7 @@ def test_verdicts_stay_with_their_responses_and_are_asked_once(tmp_path):
     assert server.calls == unique + failures and len(cache.read_text().splitlines()) == unique - failures
 
 
+@pytest.mark.slow
 def test_a_fifth_of_garbage_changes_no_other_reward(tmp_path):
     """In a run, a failed verdict is left out of the baseline, counted in judge/failed, and never a score."""
     data, responses = lamp_files(tmp_path, 10)
@@ -525,6 +527,7 @@ def test_a_judge_without_a_vision_tower(tmp_path):
 # -------------------------------------------------------------------------------- a real server
 
 
+@pytest.mark.slow
 def test_a_real_server(tmp_path):
     """`transformers serve` on loopback: what it refuses and ignores, and an image that a real model reads."""
     pytest.importorskip("fastapi", reason="the server needs fastapi, uvicorn, openai, rich and accelerate")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import families
 import model
-from conftest import call, lamp_files, noise_image
+from conftest import call, lamp_files, noise_image, quick
 from discriminator import Discriminator, update
 from train import AdamW, skeleton
 from model import (Sampling, UserError, check_scoring, checkpoint_layers, decode, encode, encode_responses,
@@ -24,7 +24,10 @@ from test_model import transformers_inputs, unpacked
 GREEDY = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=8)
 
 
-@pytest.fixture(scope="session", params=families.FAMILIES)
+QUICK = ("qwen2_5_vl", "gemma3", "gemma4", "lfm3_vl")
+
+
+@pytest.fixture(scope="session", params=quick(families.FAMILIES, QUICK))
 def vlm(request, folders):
     return load_vlm(folders[request.param], "cpu")
 
@@ -155,7 +158,7 @@ def test_saved_and_loaded_again_it_scores_the_same(vlm, prompts, tmp_path):
     torch.testing.assert_close(score(again, prompts, outputs), score(vlm, prompts, outputs))
 
 
-@pytest.mark.parametrize("student", families.FAMILIES)
+@pytest.mark.parametrize("student", quick(families.FAMILIES, ("gemma4", "lfm3_vl")))
 def test_a_ril_step_with_teachers_of_two_other_families(student, folders, tmp_path):
     """The command line itself, on photographs rather than the toy world."""
     data, _ = lamp_files(tmp_path, 6)

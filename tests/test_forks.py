@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, lamp_files
+from conftest import ROOT, lamp_files, quick
 
 FORKS = sorted((ROOT / "tests" / "forks").glob("*.diff"))
 # What the command says to use a fork; and what it would say without, where a default would differ anyway.
@@ -89,7 +89,8 @@ def trained(folder, checkpoint, options, fork=None):
     return (folder / "out" / "student" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("fork", FORKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("fork", quick(FORKS, [path for path in FORKS if path.stem == "gspo"]),
+                         ids=lambda path: path.stem)
 def test_a_fork_runs_and_changes_something(fork, checkpoints, plain_weights, tmp_path):
     """A fork of a function which has gone; or whose change no run would show."""
     options = OPTIONS.get(fork.stem, [])

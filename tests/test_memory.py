@@ -94,6 +94,7 @@ def test_frozen_weights_do_not_move_and_the_others_do(qwen):
         freeze(policy.model, "attention_head", "here")
 
 
+@pytest.mark.slow
 def test_bfloat16_student_with_offload_and_checkpointing_learns_from_the_command_line(tmp_path, checkpoints):
     """bfloat16 weights at a rate that bfloat16 alone would round away; the same --out without those options
     resumes."""

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import families
 import train
 from conftest import ROOT, lamp_files
 from model import load_vlm, save_vlm
@@ -65,6 +64,7 @@ def close(one, other):
     assert distance(one / "student/model.safetensors", other / "student/model.safetensors") < 1e-5
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_and_one_goes_on_where_two_were_stopped(checkpoints, tmp_path):
     """A mean of means; a question asked by both or by none (also a held-out one); noise by rank; shards that
     a checkpoint does not put together; processes that torchrun starts again, and that look for those that
@@ -96,7 +96,8 @@ def test_two_processes_do_what_one_does_and_one_goes_on_where_two_were_stopped(c
     close(tmp_path / "one", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma4", *families.IN_ROWS])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5", "gemma4-two-way"])
 def test_processes_keep_step_whatever_their_questions_are(family, folders, tmp_path):
     """Ranks that differ in the number of micro-batches, in who runs the vision tower, or in the order of sums
     of gradients (with a frozen embedding and no image, layer 0 has no gradient to pass on)."""
@@ -128,6 +129,7 @@ def speaker(checkpoints, tmp_path_factory):
     return folder / "speaker"
 
 
+@pytest.mark.slow
 def test_every_stage_is_shared_out_and_comes_out_the_same(checkpoints, speaker, tmp_path):
     """SFT, collection, D's pre-training or an evaluation by rank 0 alone, twice, or of one rank's part; the
     order of responses by who was first; a report of a part."""

@@ -66,6 +66,7 @@ def lines(folder, name="metrics.jsonl"):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(checkpoints, whole, tmp_path):
     """A step repeated or left out, a draw or a moment of Adam forgotten: then the bytes differ from the
     uninterrupted run's."""
@@ -83,6 +84,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(checkpoints, whole, tmp
     assert [path.name for path in train.checkpoints(tmp_path / "run")] == ["checkpoint-000012"]
 
 
+@pytest.mark.slow
 def test_a_signal_saves_first(checkpoints, whole, tmp_path):
     """Ctrl-C that loses the last minutes, or ends in a traceback."""
     lamp_files(tmp_path)
@@ -98,6 +100,7 @@ def test_a_signal_saves_first(checkpoints, whole, tmp_path):
     same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_corrupt_checkpoint_is_refused_and_nothing_lost(checkpoints, whole, tmp_path):
     """Half a file taken for a whole one; a run that begins again at step 1 and cuts its logs to nothing."""
     lamp_files(tmp_path)
@@ -129,6 +132,7 @@ def broken_losses(monkeypatch, bad):
     monkeypatch.setattr(train, "policy_loss", loss)
 
 
+@pytest.mark.slow
 def test_a_log_that_lacks_bytes_costs_one_checkpoint(checkpoints, whole, tmp_path, monkeypatch):
     """A power cut: logs that were only flushed are behind the checkpoint; and the advice is to remove all. Or
     a run that is given fewer steps than it has done, and passes its student off as one of so many."""

@@ -29,6 +29,7 @@ def finished(tmp_path_factory):
     return out, done
 
 
+@pytest.mark.slow
 def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
     out, done = finished
     names = {"student", "sft", "data", "teachers", "collection.jsonl", "metrics.jsonl", "timings.jsonl",
@@ -69,6 +70,7 @@ def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
     AutoModelForImageTextToText.from_pretrained(out / "student")
 
 
+@pytest.mark.slow
 def test_no_answer_reward_can_teach_the_toy_shapes(finished):
     """A training truth that somebody says, which would give that response an answer reward."""
     def said(name):
@@ -81,6 +83,7 @@ def test_no_answer_reward_can_teach_the_toy_shapes(finished):
     assert "square" not in said("qwen") and "circle" not in said("internvl")       # their blind spots
 
 
+@pytest.mark.slow
 def test_a_second_run_repeats_nothing_and_other_settings_are_refused(finished):
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
@@ -92,6 +95,7 @@ def test_a_second_run_repeats_nothing_and_other_settings_are_refused(finished):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_numbers(finished, tmp_path):
     """A seed that is not used everywhere: the loop again from the same stages must give the same weights and
     rollouts."""
@@ -129,6 +133,7 @@ def test_data_that_is_not_the_toy_world(lamps, tmp_path):
 @pytest.mark.parametrize("options", [["--algorithm", "rl"], ["--freeze-discriminator"],
                                      ["--reward-weights", "answer=0"], ["--no-teacher-rollouts"],
                                      ["--beta", "0"]])
+@pytest.mark.slow
 def test_every_ablation_runs(finished, tmp_path, options):
     out, _ = finished
     done = call("train.py", "--student", out / "sft", "--data", out / "data" / "train.jsonl", "--collection",
@@ -146,6 +151,7 @@ def test_every_ablation_runs(finished, tmp_path, options):
         assert all(row["advantage"] == 0 for row in rollouts if row["source"] != "student")
 
 
+@pytest.mark.slow
 def test_collecting_alone(finished, tmp_path):
     out, _ = finished
     done = call("teachers.py", "--teachers", out / "teachers" / "qwen", out / "teachers" / "internvl",
