@@ -220,8 +220,9 @@ def aya_vision():
     eye = vision(model_type="siglip_vision_model", num_hidden_layers=2, image_size=32, patch_size=8,
                  vision_use_head=False)
     return (names, "<image>", {"patch_size": 8, "img_size": 32, "downsample_factor": 2},
-            lambda size, ids: dict(text_config=decoder("cohere2", size, 4, sliding_window=8, layer_types=LAYERS,
-                                                       logit_scale=1 / 16), vision_config=eye,
+            lambda size, ids: dict(text_config=decoder("cohere2", size, 4, sliding_window=8,
+                                                       layer_types=LAYERS, logit_scale=1 / 16),
+                                   vision_config=eye,
                                    image_token_index=ids["patch_token_id"]),
             GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=4))
 
