@@ -45,9 +45,9 @@ class Sizes:
 
     def activations(self, tokens: int, length: int) -> float:
         """Kept for the backward pass of so many tokens in rows of `length`."""
+        # (the gradient of the embedding, before it is added, comes when little of this is left)
         mask = tokens * max(length, ROW) * 12
-        # the last is the embedding's gradient, before it is added
-        return self.kept(tokens, self.d, self.a, self.ff, self.layers) + mask + self.V * self.d * self.size
+        return self.kept(tokens, self.d, self.a, self.ff, self.layers) + mask
 
     def kept(self, tokens: int, d: int, a: int, ff: int, layers: int) -> float:
         """By so many layers for their backward pass."""
