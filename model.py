@@ -442,8 +442,28 @@ def pick_dtype(device: str | None, dtype: str | None) -> str:
 def load_vlm(path: str, device: str | None = None, dtype: str | None = None, text_only: bool = False) -> VLM:
     """Load any image-text-to-text checkpoint, a folder or a hub id; in bfloat16 on a GPU, else float32.
 
-    text_only: or a language model without a vision tower (for a judge). Raises UserError where it is neither.
+    text_only: or a language model without a vision tower (for a judge). Raises UserError where it is neither,
+    or where it cannot be decoded, which is tried on prompts without a picture and with one.
     """
+    vlm = read_vlm(path, device, dtype, text_only)
+    with naming(path):
+        picture = Image.linear_gradient("L").convert("RGB")
+        shown = [[picture], [picture.resize((200, 80))]] if hasattr(vlm.processor, "image_processor") else []
+        prompts = [encode(vlm, "?", images) for images in ([], *shown)]
+        vlm.scale, vlm.cap = find_head(vlm, prompts[0])
+    try:
+        check_decoding(vlm, prompts)
+    except UserError as error:
+        if not vlm.packs:
+            raise
+        print(f"{error}; so its responses are scored in rows, and decoded in step")
+        vlm.packs = False
+        check_decoding(vlm, prompts)
+    return vlm
+
+
+def read_vlm(path: str, device: str | None, dtype: str | None, text_only: bool = False) -> VLM:
+    """See load_vlm, which also finds out how the model is asked."""
     processor, device = load_processor(path, text_only), pick_device(device)
     dtype = pick_dtype(device, dtype)
     kind = AutoModelForImageTextToText if hasattr(processor, "image_processor") else AutoModelForCausalLM
@@ -459,21 +479,7 @@ def load_vlm(path: str, device: str | None = None, dtype: str | None = None, tex
     # Under a mask, cuDNN's attention gives NaN gradients at some lengths (torch 2.11 and later on an H100,
     # github.com/pytorch/pytorch/issues/196678), and is compiled anew for each length (.../pull/155958).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    vlm = VLM(model.to(device).eval(), processor, *special_ids(model, processor), can_pack(model))
-    with naming(path):
-        picture = Image.linear_gradient("L").convert("RGB")
-        shown = [[picture], [picture.resize((200, 80))]] if hasattr(processor, "image_processor") else []
-        prompts = [encode(vlm, "?", images) for images in ([], *shown)]
-        vlm.scale, vlm.cap = find_head(vlm, prompts[0])
-        try:
-            with naming(path):
-                check_decoding(vlm, prompts)
-        except UserError:
-            if not vlm.packs:
-                raise
-            vlm.packs = False                      # perhaps it can be asked in the other way
-            check_decoding(vlm, prompts)
-    return vlm
+    return VLM(model.to(device).eval(), processor, *special_ids(model, processor), can_pack(model))
 
 
 def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
@@ -725,6 +731,10 @@ def prompt_text(processor: ProcessorMixin, question: str, images: int,
     return render(processor, turns, add_generation_prompt=True)
 
 
+# What the code of a family raises over what it was not made for.
+FAMILY_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError)
+
+
 def process(processor: ProcessorMixin, text: str, images: list[Image.Image]):
     """The tensors that a processor makes of a prompt; UserError where it refuses, as over an odd image."""
     tokenizer = tokenizer_of(processor)
@@ -732,7 +742,7 @@ def process(processor: ProcessorMixin, text: str, images: list[Image.Image]):
     try:
         return processor(text=[text], **shown, return_tensors="pt",
                          add_special_tokens=needs_bos(tokenizer, text))
-    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+    except FAMILY_ERRORS as error:
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
         raise UserError(f"{type(processor).__name__} refuses a prompt with images of {sizes or 'no'} "
                         f"pixels ({reason(error)})") from error
@@ -1213,24 +1223,29 @@ def check_scoring(vlm: VLM, prompts: list[Prompt]):
 
 @torch.no_grad()
 def check_decoding(vlm: VLM, prompts: list[Prompt]):
-    """Decode a few tokens as `stream` does; UserError where their probabilities are not those of the model's
-    own forward pass."""
-    sampling = Sampling(top_p=1, top_k=1, repetition_penalty=1, max_new_tokens=6)
+    """Decode a few tokens as `stream` does; UserError where that fails, or where their probabilities are not
+    those of the model's own forward pass."""
+    sampling, rest = Sampling(top_p=1, top_k=1, repetition_penalty=1, max_new_tokens=6), 0.0
     noise = [torch.zeros(1, sampling.max_new_tokens, device=vlm.device)] * len(prompts)
-    outputs, rest = generate(vlm, prompts, 1, sampling, noise=noise), 0.0      # the likeliest: tail is 1 - p
-    for b, prompt in enumerate(prompts):
-        response = outputs.ids[b, 0][outputs.mask[b, 0]]
-        logits = plain_logits(vlm, prompt, response)
-        logits[:, vlm.banned_ids] = -torch.inf
-        rest += (1 - logits.softmax(-1).gather(1, response[:, None])).sum()
+    try:
+        outputs = generate(vlm, prompts, 1, sampling, noise=noise)             # the likeliest: tail is 1 - p
+        for b, prompt in enumerate(prompts):
+            response = outputs.ids[b, 0][outputs.mask[b, 0]]
+            logits = plain_logits(vlm, prompt, response)
+            logits[:, vlm.banned_ids] = -torch.inf
+            rest += (1 - logits.softmax(-1).gather(1, response[:, None])).sum()
+    except torch.OutOfMemoryError:
+        raise
+    except FAMILY_ERRORS as error:
+        raise UserError(f"{vlm.model.name_or_path} cannot be decoded ({reason(error)})") from error
     refuse(vlm, "it decodes", (outputs.tail - rest).abs() / outputs.mask.sum())
 
 
 def refuse(vlm: VLM, what: str, error: Tensor):
     """UserError where an error is above what rounding explains."""
     if not error < MOST_ERROR[vlm.model.dtype]:
-        raise UserError(f"{type(vlm.model).__name__} cannot be used here: {what} differently (off by "
-                        f"{error:.3g} from its own forward pass)")
+        raise UserError(f"{vlm.model.name_or_path} ({type(vlm.model).__name__}) cannot be used: {what} "
+                        f"differently (off by {error:.3g} from its own forward pass)")
 
 
 def can_pack(model: PreTrainedModel) -> bool:

@@ -67,8 +67,8 @@ from eval import (Task, check_judge, draw_curves, make_judge, predict, predict_s
                   rule_check, score_responses, task_of, write_report)
 from model import (VLM, Outputs, UserError, World, all_or_nothing, check_scoring, checkpoint_layers,
                    encode_responses, gathered, generate, image_tokens, join, load_processor, load_vlm, local,
-                   micro_batches, naming, pick_device, pick_dtype, remove, row_sizes, save_vlm, score, stamp,
-                   without_thoughts, write_atomic)
+                   micro_batches, naming, pick_device, pick_dtype, read_vlm, remove, row_sizes, save_vlm,
+                   score, stamp, without_thoughts, write_atomic)
 from model import run as run_main
 from teachers import (Collection, Example, Split, add_sampling_options, build_tiny_vlm, draw_toy_world,
                       encode_examples, endpoint_of, fill_collection, load_examples,
@@ -1357,7 +1357,7 @@ def save_student(world: World, vlm: VLM, start: str, path: Path):
     if world.rank:
         return
     if world.size > 1:                                    # fully_shard has changed the classes of its modules
-        vlm = load_vlm(start, "cpu", str(vlm.model.dtype).removeprefix("torch."))
+        vlm = read_vlm(start, "cpu", str(vlm.model.dtype).removeprefix("torch."))
         for name, weight in vlm.model.named_parameters():
             weight.data.copy_(weights[name])
     remove(path)

@@ -236,8 +236,9 @@ def test_an_image_that_is_read_one_way_only_is_noticed(folders, tmp_path, monkey
     assert done.returncode == 2 and "it reads responses in rows differently" in done.stderr
 
 
-def test_slots_that_decode_differently_are_noticed(qwen, monkeypatch):
-    """A family that scores right and samples from something else."""
+def test_slots_that_decode_differently_are_noticed(qwen, checkpoints, monkeypatch, capsys):
+    """A family that scores right and samples from something else; or one that is asked in the slower way, and
+    nobody hears of it."""
     prompt, prefill = encode(qwen, "How many?", [noise_image(32, 32)]), model.prefill
 
     def shifted(vlm, prompts):
@@ -247,6 +248,11 @@ def test_slots_that_decode_differently_are_noticed(qwen, monkeypatch):
     monkeypatch.setattr(model, "prefill", shifted)
     with pytest.raises(UserError, match="it decodes differently"):
         check_scoring(qwen, [prompt])
+    assert not load_vlm(checkpoints["qwen2_5_vl"], "cpu").packs
+    assert "it decodes differently" in (said := capsys.readouterr().out) and "decoded in step" in said
+    monkeypatch.setattr(model, "read_prompts", lambda *_: 1 / 0)   # and where neither way goes
+    with pytest.raises(UserError, match="cannot be decoded .ZeroDivisionError"):
+        load_vlm(checkpoints["qwen2_5_vl"], "cpu")
 
 
 def test_a_response_that_sees_its_sibling_is_noticed_in_bfloat16(vlm, prompts, folders, monkeypatch):

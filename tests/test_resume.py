@@ -85,6 +85,23 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(checkpoints, whole, tmp
 
 
 @pytest.mark.slow
+def test_a_killed_toy_run_leaves_nobody_training(tmp_path):
+    """Processes that train the toy's models go on after kill -9, beside those of the run that resumes."""
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--teacher-steps", "100000"], cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def children():
+        found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True)
+        return found.stdout.split()
+    wait_for(lambda: (tmp_path / "runs/toy/teachers/qwen.random").exists())
+    trained = children()
+    process.kill()
+    process.communicate()
+    assert trained
+    wait_for(lambda: not any(Path(f"/proc/{number.decode()}").exists() for number in trained), seconds=10)
+
+
+@pytest.mark.slow
 def test_a_signal_saves_first(checkpoints, whole, tmp_path):
     """Ctrl-C that loses the last minutes, or ends in a traceback."""
     lamp_files(tmp_path)
