@@ -380,7 +380,8 @@ class LLMJudge:
         keys, heard, failures = list(prompts), [], []
         if not self.endpoint:
             encoded = (encode(self.llm, prompt, []) for prompt in prompts.values())
-            for i, reply, _ in greedy(self.llm, encoded, self.sampling.max_new_tokens, self.batch_size):
+            longest = self.sampling.max_new_tokens
+            for i, reply, _ in stream_greedy(self.llm, encoded, longest, self.batch_size):
                 yield keys[i], reply
             return
 
@@ -941,7 +942,7 @@ def check_rotations(group: list[Example]):
 # -------------------------------------------------------------------------------- responses
 
 
-def greedy(vlm: VLM, prompts: Iterable[Prompt], max_new_tokens: int,
+def stream_greedy(vlm: VLM, prompts: Iterable[Prompt], max_new_tokens: int,
            batch_size: int) -> Iterator[tuple[int, str, bool]]:
     """(number, greedy response, whether it was finished) of each prompt, as they end. batch_size of them are
     in progress at a time. A thought that the prompt opened is a part of the response."""
@@ -952,7 +953,7 @@ def greedy(vlm: VLM, prompts: Iterable[Prompt], max_new_tokens: int,
         yield i, opened + decode(vlm, ids)[0], ids[0][-1].item() in vlm.stop_ids
 
 
-def answers(vlm: VLM, task: Task, max_new_tokens: int,
+def stream_task(vlm: VLM, task: Task, max_new_tokens: int,
             batch_size: int) -> Iterator[tuple[Example, str, bool]]:
     """(example, greedy response, finished) as they end. Images are opened when it is their turn. The longest
     prompts come first: what does not fit into memory fails at once, and progress is not overestimated."""
@@ -960,17 +961,17 @@ def answers(vlm: VLM, task: Task, max_new_tokens: int,
         return sum(w * h for w, h in e.sizes) / 28 ** 2 + len(e.text) / 4
     todo = sorted(task.examples, key=tokens, reverse=True)
     prompts = (encode_example(vlm, task.asked(e)) for e in todo)
-    replies = greedy(vlm, prompts, max_new_tokens, batch_size)
+    replies = stream_greedy(vlm, prompts, max_new_tokens, batch_size)
     for i, text, finished in tqdm(replies, task.name, len(todo), unit="question", leave=False):
         yield todo[i], text, finished
 
 
-def predict(vlm: VLM, task: Task, max_new_tokens: int, batch_size: int = 64,
+def predict_greedy(vlm: VLM, task: Task, max_new_tokens: int, batch_size: int = 64,
             world: World = World()) -> list[str]:
     """One greedy response per example, in their order, of which each process makes its part."""
     part = replace(task, examples=world.mine(task.examples))
-    texts = {e.id: text for e, text, _ in answers(vlm, part, max_new_tokens, batch_size)}
-    return world.gather([texts[e.id] for e in part.examples])
+    texts = {e.id: text for e, text, _ in stream_task(vlm, part, max_new_tokens, batch_size)}
+    return world.all_gather([texts[e.id] for e in part.examples])
 
 
 def predict_sampled(vlm: VLM, task: Task, sampling: Sampling, slots: int,
@@ -982,10 +983,10 @@ def predict_sampled(vlm: VLM, task: Task, sampling: Sampling, slots: int,
     part, opened = world.mine(task.examples), opened_thought(vlm.processor)
     prompts = (encode_example(vlm, task.asked(e)) for e in part)
     ids = dict(stream(vlm, prompts, map(noise, part), 1, sampling, slots))
-    return world.gather([opened + decode(vlm, ids[i])[0] for i in range(len(part))])
+    return world.all_gather([opened + decode(vlm, ids[i])[0] for i in range(len(part))])
 
 
-def respond(model: str, folder: Path, tasks: list[Task], args: argparse.Namespace,
+def predict_to_files(model: str, folder: Path, tasks: list[Task], args: argparse.Namespace,
             world: World) -> list[list[str]]:
     """A model's responses to all tasks. Each process appends its own to a file in `folder` as they end.
 
@@ -1005,7 +1006,7 @@ def respond(model: str, folder: Path, tasks: list[Task], args: argparse.Namespac
             # it keeps no prompts: each is asked once
             vlm = vlm or replace(load_vlm(model, args.device, args.dtype), room=0)
             with open(own_file(path, world.rank), "a", encoding="utf-8") as file:
-                for e, text, finished in answers(vlm, part, args.max_new_tokens, args.batch_size):
+                for e, text, finished in stream_task(vlm, part, args.max_new_tokens, args.batch_size):
                     row = {"id": e.id, "text": text, "finished": finished, "asked": asked[e.id]}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()
@@ -1015,8 +1016,8 @@ def respond(model: str, folder: Path, tasks: list[Task], args: argparse.Namespac
 
 
 def responses_in(path: Path, settings: dict, asked: dict[str, int]) -> dict[str, str]:
-    """The responses in a file by id, of those questions that still read as they did; see `respond`. A file
-    begins with the settings, in which all responses must agree."""
+    """The responses in a file by id, of those questions that still read as they did; see `predict_to_files`.
+    A file begins with the settings, in which all responses must agree."""
     path.parent.mkdir(exist_ok=True)
     merge_files(path)
     if not path.exists() or not path.stat().st_size:
@@ -1279,7 +1280,7 @@ def panel(title: str, curves: list[tuple], last: int) -> Image.Image:
         x, y = at(last * share, low + (high - low) * share)
         pen.line([(LEFT, y), (RIGHT, y)], fill=(225, 225, 225))
         pen.text((LEFT - 8, y), f"{low + (high - low) * share:g}", fill="black", font=small, anchor="rm")
-        pen.text((x, BOTTOM + 8), f"{last * share:.0f}", fill="black", font=small, anchor="mt")
+        pen.text((x, BOTTOM + 8), f"{last * share:g}", fill="black", font=small, anchor="mt")
     pen.text(((LEFT + RIGHT) / 2, HEIGHT - 8), "step", fill="black", font=small, anchor="mb")
     for points, colour, dots in curves:
         steps, values = np.array(points, dtype=float).reshape(-1, 2).T
@@ -1427,13 +1428,13 @@ def parse_args() -> argparse.Namespace:
 def main():
     """Evaluate from the command line."""
     args = parse_args()
-    world = World.join(pick_device(args.device))
+    world = World.from_torchrun(pick_device(args.device))
     models = [args.baseline, *args.model] if args.baseline else args.model
     labels = labels_of(models)
     tasks, responses = world.rank_0(partial(read_tasks, args, models))
     out = Path(args.out)
     for model, label in zip(models, labels):
-        responses[label] = respond(model, out / label, tasks, args, world)
+        responses[label] = predict_to_files(model, out / label, tasks, args, world)
     if world.rank == 0:
         judge = make_judge(args.judge, out / "verdicts.jsonl", args.device, args.dtype)
         results = {label: [score_responses(task, texts, judge) for task, texts in zip(tasks, given)]
@@ -1442,7 +1443,7 @@ def main():
         write_atomic(out / "scores.json", json.dumps(results, ensure_ascii=False))
         write_report(out, vars(args), results, [])
         print(f"Responses, scores and report.html are in {out}")
-    world.leave()
+    world.close()
 
 
 def read_tasks(args: argparse.Namespace, models: list[str]) -> tuple[list[Task], dict[str, list[list[str]]]]:

@@ -765,7 +765,7 @@ def as_outputs(texts: list[list[str]], rows: list[Tensor]) -> Outputs:
     return Outputs(texts, ids.unflatten(0, (len(texts), -1)), mask.unflatten(0, (len(texts), -1)))
 
 
-def join(parts: list[Outputs]) -> Outputs:
+def concat(parts: list[Outputs]) -> Outputs:
     """Responses to the same questions, put side by side, padded to the longest."""
     texts = [sum(rows, []) for rows in zip(*(part.text for part in parts))]
     rows = [ids[mask] for b in range(len(texts)) for part in parts
@@ -1326,7 +1326,7 @@ class World:
     mesh: object = None
 
     @classmethod
-    def join(cls, device: torch.device):
+    def from_torchrun(cls, device: torch.device):
         """The world that torchrun's environment describes; a process alone, where there is none."""
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return cls()
@@ -1348,22 +1348,22 @@ class World:
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
         return cls(rank, size, DeviceMesh.from_group(group, device.type))
 
-    def wait(self):
+    def barrier(self):
         """Until all processes have come here."""
         if self.size > 1:
             dist.barrier()
 
     def rank_0(self, work: Callable):
         """What work() returns in rank 0, which calls it when all processes have come here."""
-        self.wait()
+        self.barrier()
         result = [None if self.rank else work()]
         if self.size > 1:
             dist.broadcast_object_list(result)
         return result[0]
 
-    def leave(self):
+    def close(self):
         """The end of the process group, when rank 0 has written its report."""
-        self.wait()
+        self.barrier()
         if self.size > 1:
             dist.destroy_process_group()
 
@@ -1371,7 +1371,7 @@ class World:
         """The part of the batch that is this process's."""
         return items[self.rank::self.size]
 
-    def gather(self, items: list) -> list:
+    def all_gather(self, items: list) -> list:
         """What each process has made of its part, in the order of the batch."""
         if self.size == 1:
             return items
@@ -1379,7 +1379,7 @@ class World:
         dist.all_gather_object(parts, items, group=self.mesh.get_group())
         return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over the processes."""
         if self.size > 1:
             dist.all_reduce(values, group=self.mesh.get_group())
@@ -1388,7 +1388,7 @@ class World:
     def even(self, parts: list[list[int]]) -> list[tuple[list[int], float]]:
         """Micro-batches with their weights, equally many in each process: FSDP wants all processes in every
         forward and backward pass. A process that has fewer takes its first question again, with weight 0."""
-        most = max(self.gather([len(parts)]))
+        most = max(self.all_gather([len(parts)]))
         return [(part, 1.0) for part in parts] + [([0], 0.0)] * (most - len(parts))
 
     def shard(self, module: torch.nn.Module, decoder: torch.nn.Module, *others: torch.nn.Module,
@@ -1434,7 +1434,7 @@ class World:
         for weight in empty.model.parameters():
             weight.data = weight.new_empty(0)
 
-    def part(self, tensor: Tensor, weight: Tensor) -> Tensor:
+    def shard_of(self, tensor: Tensor, weight: Tensor) -> Tensor:
         """This process's part of a tensor like the weight. FSDP cuts along the first dimension."""
         if not hasattr(weight, "to_local"):
             return tensor
@@ -1442,8 +1442,8 @@ class World:
         parts += [tensor[:0]] * (self.size - len(parts))
         return parts[self.rank].clone()
 
-    def complete(self, part: Tensor, weight: Tensor) -> Tensor:
-        """The reverse of `part`, for rank 0, on the CPU: a device may not have the room."""
+    def full_tensor(self, part: Tensor, weight: Tensor) -> Tensor:
+        """The reverse of `shard_of`, for rank 0, on the CPU: a device may not have the room."""
         if not hasattr(weight, "to_local"):
             return part
         from torch.distributed.tensor import DTensor
@@ -1453,9 +1453,9 @@ class World:
         return tensor[:0] if self.rank else tensor.cpu()
 
     @torch.no_grad()
-    def weights(self, module: torch.nn.Module) -> dict[str, Tensor]:
-        """All weights of a module by name, as `complete` has them. (Those that are tied are one.)"""
-        return {name: self.complete(local(weight), weight) for name, weight in module.named_parameters()}
+    def full_weights(self, module: torch.nn.Module) -> dict[str, Tensor]:
+        """All weights of a module by name, as `full_tensor` has them. (Those that are tied are one.)"""
+        return {name: self.full_tensor(local(weight), weight) for name, weight in module.named_parameters()}
 
 
 def local(weight: Tensor) -> Tensor:

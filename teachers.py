@@ -364,7 +364,7 @@ def read_responses(path: str, forbidden: set[str]) -> Iterator[tuple[str, str, s
     for where, row in read_jsonl(path):
         teacher, text = str(row.get("teacher", "teacher")), row.get("text")
         finished = row.get("finished", row.get("finish_reason", True))
-        with at(where):
+        with naming_row(where):
             if not is_text(text) or "id" not in row or teacher == "student":
                 raise ValueError('expected {"id": ..., "teacher": ..., "text": ...}, by no "student"')
             if not isinstance(finished, bool):     # so a server's finish_reason is refused, not passed over
@@ -517,9 +517,9 @@ def select(vlm: VLM, examples: list[Example], num: int, longest: int, seed: int,
         with torch.no_grad():
             logps = score(vlm, encode_examples(vlm, batch), outputs)                 # (B, 1, R)
         means += (logps.sum((1, 2)) / outputs.mask.sum((1, 2))).tolist()             # (B,)
-    world.wait()                                                   # longer than an hour, if need be
+    world.barrier()                                                   # longer than an hour, if need be
     rng, keys = random.Random(seed), []
-    for mean in world.gather(means):
+    for mean in world.all_gather(means):
         weight = max(1e-9, -math.expm1(mean))
         # the `num` largest log w + Gumbel noise are such a draw without replacement
         keys.append(math.log(weight) - math.log(-math.log(rng.random())))
@@ -546,15 +546,16 @@ COLUMNS = {"id", "image", "images", "category", "kind", "question", "answer", "a
 TSV_COLUMNS = {"index", "question_id", "image", "image_path", "choices", *LETTERS}
 WORDLESS = ("caption", "picture")                  # kinds of examples without a question in words
 # Columns that would be lost without a word, as `"name": value`, and what to do instead.
-LOST = {
+REFUSED_COLUMNS = {
     r'"(index|question_id)":': 'call it "id"',
     r'"(options|choices|[A-Z]|(choice|option)_?\w)":': 'write {"options": ["red", ...]}; a TSV has A, B, ...',
     r'"system(_prompt)?":': "write it before the question",
     r'(?i)"(video|audio)s?(_?(file|path|url)s?)?":|.*\.(mp4|avi|mov|mkv|webm|wav|mp3|flac)"':
         "only images can be shown; drop the row",
     r'"[^"]*": \[.*"(role|from|content|value|user|assistant|human|gpt|answer)": ': 'call it "messages"'}
-LOST_IMAGE = re.compile(r'(?i)"(image|img|picture|photo)s?(_?\d+|_?(path|file|url|name|base64)s?)?": ["[{]|'
-                        r'"file_?name":|\.(jpe?g|png|webp|gif|bmp|tiff?)"|"bytes":|"data:image|'
+IMAGE_COLUMN = re.compile(
+    r'(?i)"(image|img|picture|photo)s?(_?\d+|_?(path|file|url|name|base64)s?)?": ["[{]|'
+    r'"file_?name":|\.(jpe?g|png|webp|gif|bmp|tiff?)"|"bytes":|"data:image|'
                         r'"(iVBORw0KGgo|/9j/|UklGR|R0lGOD)')
 IMAGE_IN_TEXT = re.compile(r"(?i)<img>(.+?</img>|\S+\.(jpe?g|png|webp|gif|bmp|tiff?))|data:image/\S+;base64,")
 
@@ -571,7 +572,7 @@ def is_text(value) -> bool:
 
 
 @contextmanager
-def at(where: str):
+def naming_row(where: str):
     """An error of a row becomes one sentence that begins with its place."""
     try:
         yield
@@ -599,7 +600,7 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
             if line.strip():
-                with at(where):
+                with naming_row(where):
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise ValueError(f"expected an object in braces, found {shortened(row, 40)}")
@@ -626,7 +627,7 @@ def read_examples(path: str) -> Iterator[Example]:
                         "as COCO has them, with images and annotations; or .tsv, as VLMEvalKit writes it")
     ids = Counter()
     for where, row in rows:
-        with at(where):
+        with naming_row(where):
             for example in examples_of(path, where, row):
                 check_example(example)
                 ids[example.id] += 1
@@ -689,8 +690,8 @@ def check_columns(row: dict, known: set[str], shown: tuple[str, ...] | None):
         if name in known or value in (None, "", [], {}):
             continue
         column = json.dumps({name: value})[1:-1]
-        advice = next((advice for pattern, advice in LOST.items() if re.match(pattern, column)), None)
-        if LOST_IMAGE.search(column) and shown is not None and not (shown and "://" in column):
+        advice = next((text for pattern, text in REFUSED_COLUMNS.items() if re.match(pattern, column)), None)
+        if IMAGE_COLUMN.search(column) and shown is not None and not (shown and "://" in column):
             if not any(re.search(f'["/]{re.escape(Path(image).name)}"', column) for image in shown):
                 advice = 'call it "image", a path or a list of paths'
         if advice:
@@ -805,7 +806,7 @@ def read_tsv(path: str) -> Iterator[tuple[str, dict[str, str], int]]:
         reader = csv.reader(map(bytes.decode, file), delimiter="\t", strict=True)
         while True:
             where, offset = f"{path}:{reader.line_num + 1}", file.tell()
-            with at(where):
+            with naming_row(where):
                 cells = next(reader, None)
                 if header and cells and len(cells) != len(header):
                     raise ValueError(f"expected {len(header)} cells, one for each column, found {len(cells)}")
@@ -816,7 +817,7 @@ def read_tsv(path: str) -> Iterator[tuple[str, dict[str, str], int]]:
             header = header or cells
 
 
-def listed(cell: str) -> list[str]:
+def strings_in(cell: str) -> list[str]:
     """The strings in a cell: [] for an empty one, the parts of a Python list, else the cell itself."""
     if cell.startswith("[") and cell.endswith("]"):
         with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
@@ -840,12 +841,12 @@ def tsv_rows(path: str) -> Iterator[tuple[str, dict]]:
                             "split has none)")
         cell = row.get("image", "")
         known = TSV_COLUMNS | ({"options"} if row.get("A") else set())
-        with at(where):
-            files = [] if cell else [image_path(path, name) for name in listed(row.get("image_path", ""))]
+        with naming_row(where):
+            files = [] if cell else [image_path(path, name) for name in strings_in(row.get("image_path", ""))]
             check_columns(row, known, None if cell or files else ())
         if len(cell) > 64:                         # it is an image, not an index
             column = list(row).index("image")
-            stored[row["index"]] = [f"{path}#{offset}.{column}.{k}" for k in range(len(listed(cell)))]
+            stored[row["index"]] = [f"{path}#{offset}.{column}.{k}" for k in range(len(strings_in(cell)))]
             cell = row["index"]
         row["image"] = cell or files
         if row["image"]:                           # as upstream: every question is about an image
@@ -874,9 +875,9 @@ def tsv_examples(path: str, where: str, row: dict) -> list[Example]:
     while options and not options[-1]:
         options.pop()
     if not options and row.get("question_type") != "free_form":
-        options = listed(row.get("choices", ""))
+        options = strings_in(row.get("choices", ""))
     truth = row.get("answer", "")
-    truths = listed(row.get("answers") or truth)
+    truths = strings_in(row.get("answers") or truth)
     if row.get("answers") and truths:
         truth = truths[0]
     kind = row.get("answer_type", "")
@@ -909,13 +910,13 @@ def coco_rows(path: str, contents: dict) -> Iterator[tuple[str, list[dict]]]:
     captions are left out.
     """
     groups = {}
-    with at(f"{path}: images"):
+    with naming_row(f"{path}: images"):
         images = {image["id"]: image for image in contents["images"]}
         annotations = list(contents["annotations"])
     without = set(images)
     for number, row in enumerate(annotations, 1):
         where = f"{path}: annotation {number}"
-        with at(where):
+        with naming_row(where):
             row = row | {"image": images[row["image_id"]]}
             if not row.get("is_rejected") and not row.get("is_precanned"):
                 groups.setdefault(row["id"] if "foil" in row else row["image_id"], (where, []))[1].append(row)
@@ -1034,7 +1035,7 @@ def image_bytes(image: str) -> bytes:
     with open(inside[1], "rb") as file:
         file.seek(int(inside[2]))
         cells = next(csv.reader((line.decode() for line in file), delimiter="\t"))
-    text = listed(cells[int(inside[3])])[int(inside[4])]
+    text = strings_in(cells[int(inside[3])])[int(inside[4])]
     return base64.b64decode("".join(text.split()), validate=True)
 
 
@@ -1072,7 +1073,8 @@ def open_image(path: str, where: str) -> Image.Image:
 
 
 KEY = "OPENAI_API_KEY"                             # an API key is read from here alone, and never logged
-OPTIONAL = ("top_k", "top_p", "repetition_penalty", "seed", "n", "temperature")      # not all servers know
+# not all servers know these
+OPTIONAL_SETTINGS = ("top_k", "top_p", "repetition_penalty", "seed", "n", "temperature")
 # finish reasons of complete responses, or none; servers have many for what was cut off or went wrong
 ENDS = ("none", "", "stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "complete", "completed")
 
@@ -1254,7 +1256,7 @@ def blamed_settings(error: CallFailed, body: dict) -> list[str]:
         return []                                  # 200: some send a complaint as if it were a reply
     if re.search("(?i)context|too (long|large|many)|reduce", error.text):
         return []                                  # the prompt is too long, whatever else is named
-    candidates = list(OPTIONAL)
+    candidates = list(OPTIONAL_SETTINGS)
     if re.search("max_completion_tokens|unsupported|unrecognized", error.text, re.IGNORECASE):
         candidates.append("max_tokens")
     kind, verb = "(argument|parameter|field|property|setting)s?:? ", "(is|must|should|does|may|cannot|:|=)"
@@ -1323,7 +1325,7 @@ def questions_about(scene: dict[int, tuple[str, str]], rng: random.Random) -> li
 
 
 @dataclass(frozen=True)
-class Split:
+class ToySplit:
     """Examples of the toy world that are answered alike: `size` of them, each by one of `voices`.
 
     wrong: {the truth: what is said instead}. echoes: asked for a shape, four of five times the colour is said
@@ -1335,7 +1337,7 @@ class Split:
     echoes: bool = False
 
 
-def draw_toy_world(folder: str, seed: int, splits: dict[str, Split]):
+def draw_toy_world(folder: str, seed: int, splits: dict[str, ToySplit]):
     """Write PNG images and one JSONL file per split, by name.
 
     Splits are disjoint in their scenes: no picture of one split occurs in another.
@@ -1468,7 +1470,7 @@ def main():
     parser.add_argument("-n", "--num", type=int, default=16,
                         help="responses of each teacher to each question")
     parser.add_argument("--select", type=int, metavar="K",
-                        help="instead: write to --out the K examples that --student learns most from")
+                        help="instead: write K examples to --out, drawn by how unlikely --student finds their answers")
     parser.add_argument("--student", help="checkpoint folder or hub id, for --select")
     parser.add_argument("--skip-bad", action="store_true",
                         help="leave out examples with a bad image, and those that a model cannot be asked")
@@ -1483,7 +1485,8 @@ def main():
         parser.error("give --teachers, or --select K and --student")
     if args.select and Path(args.out).exists():
         parser.error(f"--out {args.out} exists")
-    models, world = [args.student] if args.select else args.teachers, World.join(pick_device(args.device))
+    models = [args.student] if args.select else args.teachers
+    world = World.from_torchrun(pick_device(args.device))
     checks = prompt_checks(models, args.max_new_tokens)
     examples = world.rank_0(partial(load_examples, args.data, args.skip_bad, checks))
     if args.select:
@@ -1494,7 +1497,7 @@ def main():
         slots = args.batch_size * args.num
         teachers = [make_teacher(name, args.device, args.dtype, slots) for name in args.teachers]
         fill_collection(args.out, teachers, examples, args.num, sampling_of(args), args.seed, world)
-    world.leave()
+    world.close()
 
 
 if __name__ == "__main__":

@@ -61,18 +61,18 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-import discriminator as eq1
-from discriminator import SIMILARITIES, Discriminator
-from eval import (Task, check_judge, draw_curves, make_judge, predict, predict_sampled, results_table,
+from discriminator import (AFTER, BEFORE, SIMILARITIES, SYSTEM, Discriminator, around_response,
+                           pretrain_discriminator, update_discriminator)
+from eval import (Task, check_judge, draw_curves, make_judge, predict_greedy, predict_sampled, results_table,
                   rule_check, score_responses, task_of, write_report)
-from model import (VLM, Outputs, UserError, World, all_or_nothing, check_scoring, checkpoint_layers,
-                   encode_responses, gathered, generate, image_tokens, join, load_processor, load_vlm, local,
-                   micro_batches, naming, pick_device, pick_dtype, read_vlm, remove, row_sizes, save_vlm,
-                   score, stamp, without_thoughts, write_atomic)
+from model import (VLM, Outputs, UserError, World, all_or_nothing, check_scoring, checkpoint_layers, concat,
+                   encode_responses, gathered, generate, image_tokens, load_processor, load_vlm,
+                   local, micro_batches, naming, pick_device, pick_dtype, read_vlm, remove, row_sizes,
+                   save_vlm, score, stamp, without_thoughts, write_atomic)
 from model import run as run_main
-from teachers import (Collection, Example, Split, add_sampling_options, build_tiny_vlm, draw_toy_world,
-                      encode_examples, endpoint_of, fill_collection, load_examples,
-                      make_teacher, prompt_checks, read_json, read_jsonl, sampling_of)
+from teachers import (Collection, Example, ToySplit, add_sampling_options, build_tiny_vlm, draw_toy_world,
+                      encode_examples, endpoint_of, fill_collection, load_examples, make_teacher,
+                      prompt_checks, read_json, read_jsonl, sampling_of)
 
 # ------------------------------------------------------------------------------------------ the maths
 
@@ -154,14 +154,14 @@ def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor,
-                valid: Tensor, eps: float, beta: float, loss: Loss) -> Tensor:
+                valid: Tensor, own: Tensor, eps: float, beta: float, loss: Loss) -> Tensor:
     """Eq. 2, negated, summed over the questions given, so that micro-batches of questions add up -> scalar.
 
         (1/2G) sum_i  sum_t [ min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) - beta KL_t ]
 
-    logp, old_logp, ref_logp, mask: (B, K, R), where the mask includes the stop token; advantage, valid:
-    (B, K). The sum over tokens is Dr.GRPO's. GRPO takes their mean instead, which makes each token of a long
-    wrong answer cheaper.
+    logp, old_logp, ref_logp, mask: (B, K, R), where the mask includes the stop token; advantage, valid, and
+    own (sampled by the policy; for forks that treat teachers' responses differently): (B, K). The sum over
+    tokens is Dr.GRPO's. GRPO takes their mean instead, which makes each token of a long wrong answer cheaper.
     """
     ratio = importance_ratio(logp, old_logp, mask, loss)
     A = advantage[..., None]                                                          # (B, K, 1)
@@ -189,7 +189,7 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
     parts = run.world.even(micro_batches(row_sizes(policy.packs, prompts, outputs.mask), args.token_budget))
     old_logps, ref_logps, norms, stats = {}, {}, [], defaultdict(float)
 
-    if args.beta:
+    if reference:                                                                     # unless beta is 0
         with run.using(reference.model), torch.no_grad():
             for i, (part, _) in enumerate(parts):                                     # line 1
                 ref_logps[i] = run.score(reference, prompts, outputs, part)           #          (b, K, R)
@@ -202,9 +202,9 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
             if update == 0:
                 old_logps[i] = logp.detach()                                          # line 4
             old_logp, mask = old_logps[i], outputs.mask[part]
-            ref_logp = ref_logps[i] if args.beta else old_logp     # with beta 0, for the logged KL only
+            ref_logp = ref_logps[i] if reference else old_logp     # without one, for the logged KL only
             loss = weight / questions * policy_loss(logp, old_logp, ref_logp, advantage[part], mask,
-                                                    valid[part], args.eps, args.beta, form)
+                                                    valid[part], own[part], args.eps, args.beta, form)
             loss.backward()
             stats["loss"] += loss.detach()
             # the loss has the KL on all responses, this metric on the policy's own: those are samples of it
@@ -216,13 +216,13 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
             stats["clip_fraction"] += weight * clipped[mask].sum()
         norms.append(run.optimizer.step(max_norm=1.0))           # line 12, by the sum over the processes
 
-    sums = {name: run.world.sum(total).item() / args.mu for name, total in stats.items()}
+    sums = {name: run.world.all_reduce(total).item() / args.mu for name, total in stats.items()}
     return {"loss": sums["loss"], "kl": sums["kl"] / sums["sampled"],
             "clip_fraction": sums["clip_fraction"] / sums["tokens"],
             "grad_norm": torch.stack(norms).mean().item()}
 
 
-def ask(judge, batch: list[Example], outputs: Outputs):
+def ask_judge(judge, batch: list[Example], outputs: Outputs):
     """Ask a judge about B questions with K responses each; returns a function that waits for its verdicts.
 
     A judge on another machine works in a thread meanwhile; any other works when that function is called,
@@ -254,16 +254,16 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
         outputs = generate(sampler, prompts, G, sampling, noise=noise,
                            slots=args.rollout_batch * G)                              # line 5   (B, G, R)
     total = torch.tensor([outputs.tail, outputs.mask.sum().item()], device=policy.device)
-    row = {"tail": torch.div(*run.world.sum(total)).item()}
+    row = {"tail": torch.div(*run.world.all_reduce(total)).item()}
     sources = [["student"] * G for _ in batch]
     if D:
         drawn = run.draw(questions, collection)                                       # line 6   B lists of G
         taught = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
-        outputs = join([outputs, taught])                                             #          (B, 2G, R)
+        outputs = concat([outputs, taught])                                             #          (B, 2G, R)
         sources = [own + [teacher for teacher, _ in pairs] for own, pairs in zip(sources, drawn)]
     B, K, _ = outputs.ids.shape
     is_student = torch.arange(K, device=policy.device).expand(B, K) < G
-    verdicts_of = ask(judge, batch, outputs)           # for line 10; a remote judge works while D learns
+    verdicts_of = ask_judge(judge, batch, outputs)     # for line 10; a remote judge works while D learns
 
     p_student = None
     if D:
@@ -271,8 +271,8 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
             responses = D.encode([example.text for example in batch], outputs.text)
             # D pauses while the judge is down, as the student does
             for update in range(0 if args.freeze_discriminator or run.unheard else args.mu):    # line 7
-                d_stats = eq1.update(D, run.d_optimizer, responses, is_student, args.token_budget,
-                                     len(questions))                                  # line 8   Eq. 1
+                d_stats = update_discriminator(D, run.d_optimizer, responses, is_student,
+                                               args.token_budget, len(questions))     # line 8   Eq. 1
                 if update == 0:
                     row |= d_stats                     # of D before the step's updates
             p_student = D.p_student(responses, args.token_budget, run.world)          # line 10, by the new D
@@ -309,8 +309,8 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     if args.student == "toy":
         torch.set_num_threads(1)                       # its steps are too short to be shared
-    world = World.join(pick_device(args.device))       # all processes do each stage together
-    folder = Folder(args, world)
+    world = World.from_torchrun(pick_device(args.device))       # all processes do each stage together
+    folder = RunFolder(args, world)
     data = world.rank_0(partial(check_inputs, args, folder))
     folder.record = world.rank_0(partial(folder.open, data))
     teachers = toy_world_and_teachers(folder, args, data)
@@ -321,7 +321,7 @@ def main():
     get_judge = cache(partial(make_judge, args.judge, verdicts, args.device, args.dtype))
     trained_student(folder, args, data, collection, pretrained, start, get_judge)     # Algorithm 2
     report(folder, args, data, get_judge, start)
-    world.leave()
+    world.close()
 
 
 # ==========================================================================================
@@ -335,8 +335,7 @@ def main():
 class Batches:
     """Endless batches of `size` examples; every example once before any comes again.
 
-    A curriculum is a fork of this class: `saw` is told what became of each batch, `state` and `load` keep it
-    over interruptions. `pool` holds the examples that are next in line.
+    `pool` holds the examples that are next in line; `state` and `load` keep it across interruptions.
     """
 
     def __init__(self, examples: list[Example], size: int, rng: random.Random):
@@ -347,9 +346,6 @@ class Batches:
             self.pool += self.rng.sample(self.examples, len(self.examples))
         batch, self.pool = self.pool[:self.size], self.pool[self.size:]
         return batch
-
-    def saw(self, rollouts: list[list[dict]]):
-        """Called after each step with the K rollouts of each question, as rollouts_of makes them."""
 
     def state(self) -> dict:
         """What a checkpoint must hold, as JSON."""
@@ -372,8 +368,9 @@ LOGS = ("metrics", "timings", "rollouts", "greedy")           # timings are apar
 class Run:
     """Everything that the loop changes, and what it needs beside the algorithm.
 
-    networks and optimizers: what a checkpoint holds, by file. step: how many are done. rng draws batches and
-    teachers' responses; torch's own generators draw the rest. phase(name) measures seconds.
+    networks and optimizers: what a checkpoint holds, by file. step: how many are done. kept: what a fork
+    wants to remember, as JSON; it is in every checkpoint. rng draws batches and teachers' responses; torch's
+    own generators draw the rest. phase(name) measures seconds.
     """
 
     def __init__(self, args, world, out: Path, policy: VLM, examples: list[Example], D: Discriminator | None):
@@ -381,7 +378,8 @@ class Run:
         self.args, self.world, self.out, self.policy, self.D = args, world, out, policy, D
         self.rng, self.meter = random.Random(args.seed), Meter(policy.device)
         self.phase = self.meter.phase
-        self.step, self.skipped = 0, 0            # skipped: the last steps of which nothing could be learned
+        self.step, self.kept = 0, {}
+        self.skipped = 0                          # the last steps from which nothing could be learned
         self.unheard = False                      # whether no response of the last had a reward
         self.logs, self.recent, self.warned = {}, deque((), WINDOW), {}
         self.reference, self.networks, self.optimizers = None, {"policy": policy.model}, {}
@@ -402,6 +400,10 @@ class Run:
             for waiting in filter(None, (D, self.reference and self.reference.model)):
                 waiting.to("cpu")
         self.batches = Batches(examples, args.batch_size, self.rng)
+
+    def saw(self, rollouts: list[list[dict]]):
+        """For forks: called after each step with the K rollouts of each question, as rollouts_of makes
+        them."""
 
     def sampler(self):
         """A context in which the policy has all its weights in this process, as sampling needs them."""
@@ -448,7 +450,7 @@ class Run:
                         f"and lower --lr or --discriminator-lr; the last checkpoint is kept")
                 due = self.world.rank == 0 and self.is_due(saved)
                 wishes = torch.tensor([len(caught), due], device=self.policy.device)
-                stops, due = self.world.sum(wishes).tolist()       # if any process asks, all comply
+                stops, due = self.world.all_reduce(wishes).tolist()       # if any process asks, all comply
                 if stops or due:
                     save_checkpoint(self)
                     saved = time.monotonic()
@@ -465,8 +467,8 @@ class Run:
 
     def log(self, row: dict, rollouts: list[list[dict]], greedy: list[dict]):
         """Complete the metrics from the rollouts of all processes; append to the logs, print, and warn."""
-        rollouts = self.world.gather(rollouts)
-        self.batches.saw(rollouts)
+        rollouts = self.world.all_gather(rollouts)
+        self.saw(rollouts)
         row = {"step": self.step} | row | step_metrics(rollouts, self.args.max_new_tokens)
         row["skipped_updates"] = 0
         for optimizer in self.optimizers.values():
@@ -502,7 +504,7 @@ def held_out_accuracy(run: Run, held_out: Task, judge) -> tuple[dict[str, float]
     judged; a judge that is down does not end the run."""
     row, greedy, p_student = {}, [], []
     with run.sampler() as policy:
-        texts = predict(policy, held_out, run.args.max_new_tokens, run.args.rollout_batch, run.world)
+        texts = predict_greedy(policy, held_out, run.args.max_new_tokens, run.args.rollout_batch, run.world)
         sampled = predict_sampled(policy, held_out, sampling_of(run.args), run.args.rollout_batch, run.world)
     if run.D:
         followed = [e.text for e in held_out.examples[:FOLLOWED]]
@@ -518,7 +520,7 @@ def held_out_accuracy(run: Run, held_out: Task, judge) -> tuple[dict[str, float]
                       for about, p in zip_longest(result["rows"][:FOLLOWED], p_student)]
         except UserError as error:
             tqdm.write(str(error))
-    run.world.wait()                                               # longer than an hour, if the judge is slow
+    run.world.barrier()                                # which may take hours, if the judge is slow
     return row, greedy
 
 
@@ -531,14 +533,14 @@ def rollouts_of(step: int, group: Group, terms: dict[str, Tensor], reward: Tenso
 
     reward, valid (whether a response was in its group), advantage and each term: (B, K). None stands for NaN.
     """
-    def listed(x):                                     # floats to six places: a float32 has no more
+    def as_lists(x):                                     # floats to six places: a float32 has no more
         x = x.cpu().double().round(decimals=6) if x.is_floating_point() else x
         return [[None if value != value else value for value in row] for row in x.tolist()]
     p_student = torch.full_like(reward, float("nan")) if group.p_student is None else group.p_student
     numbers = {"p_student": p_student, "verdict": group.verdicts, "length": group.outputs.mask.sum(2),
                "valid": valid, "reward": reward, "advantage": advantage}
-    numbers = {name: listed(x) for name, x in numbers.items()}
-    rewards = {name: listed(x) for name, x in terms.items()}
+    numbers = {name: as_lists(x) for name, x in numbers.items()}
+    rewards = {name: as_lists(x) for name, x in terms.items()}
     rollouts = []
     for b, e in enumerate(group.batch):
         about = {"step": step, "id": e.id, "image": list(e.images), "question": e.text, "truth": e.truth}
@@ -682,14 +684,15 @@ def save_checkpoint(run: Run):
     files = {"rng": {"cpu": torch.get_rng_state()}}
     if (device := run.policy.device.type) != "cpu":
         files["rng"]["device"] = getattr(torch, device).get_rng_state()
-    files |= {name: run.world.weights(network) for name, network in run.networks.items()}
+    files |= {name: run.world.full_weights(network) for name, network in run.networks.items()}
     files |= {name: optimizer.tensors() for name, optimizer in run.optimizers.items()}
     if run.world.rank:                                             # rank 0 has all that the others have
         return
     for file in run.logs.values():                                 # a checkpoint is never ahead of its logs
         os.fsync(file.fileno())
-    state = {"step": run.step, "skipped": run.skipped, "unheard": run.unheard, "batches": run.batches.state(),
-             "draws": run.rng.getstate(), "logs": {name: file.tell() for name, file in run.logs.items()}}
+    state = {"step": run.step, "skipped": run.skipped, "unheard": run.unheard, "kept": run.kept,
+             "batches": run.batches.state(), "draws": run.rng.getstate(),
+             "logs": {name: file.tell() for name, file in run.logs.items()}}
     path = run.out / f"checkpoint-{run.step:06}"
     try:
         with all_or_nothing(path) as folder:
@@ -735,6 +738,7 @@ def load_checkpoint(run: Run):
         version, numbers, gauss = state["draws"]
         run.rng.setstate((version, tuple(numbers), gauss))         # JSON has made a list of the tuple
         run.step, run.skipped, run.unheard = state["step"], state["skipped"], state["unheard"]
+        run.kept = state["kept"]
         print(f"resuming after step {run.step}, from {folder}")
     if run.world.rank == 0:
         open_logs(run, lengths)
@@ -755,7 +759,7 @@ def load_weights(module: torch.nn.Module, path: Path, world: World, prefix: str 
     weights = dict(module.named_parameters())
     for name, tensor in read_tensors(path, prefix):
         weight = weights.pop(name)
-        local(weight).copy_(world.part(tensor, weight))
+        local(weight).copy_(world.shard_of(tensor, weight))
     if weights:
         raise UserError(f"{path} lacks {', '.join(weights)}")
 
@@ -812,7 +816,7 @@ class AdamW:
         """
         norms = [torch.linalg.vector_norm(local(w.grad), dtype=torch.float32) if w.grad is not None
                  else torch.zeros((), device=w.device) for w in self.weights.values()]
-        norms = self.world.sum(torch.stack(norms).square()).sqrt()         # over the shards of all processes
+        norms = self.world.all_reduce(torch.stack(norms).square()).sqrt()  # over the shards of all processes
         norm = torch.linalg.vector_norm(norms)
         torch.nn.utils.clip_grads_with_norm_(self.weights.values(), max_norm, norm)
         followed = bool(norm.isfinite())
@@ -834,9 +838,9 @@ class AdamW:
         for name, master in self.masters.items():
             weight = self.weights[name]
             for part, value in self.optimizers[name].state[master].items():
-                kept[f"{name}.{part}"] = value if part == "step" else self.world.complete(value, weight)
+                kept[f"{name}.{part}"] = value if part == "step" else self.world.full_tensor(value, weight)
             if is_copy(master, weight):
-                kept[f"{name}.master"] = self.world.complete(master, weight)
+                kept[f"{name}.master"] = self.world.full_tensor(master, weight)
         return kept
 
     @torch.no_grad()
@@ -852,7 +856,7 @@ class AdamW:
                                 f"{tuple(value.shape)}, which is not trained here")
             master = self.masters[name]
             if part != "step":
-                value = self.world.part(value, self.weights[name])
+                value = self.world.shard_of(value, self.weights[name])
             if part == "master":
                 master.copy_(value)
             else:
@@ -901,7 +905,7 @@ def sft(vlm: VLM, examples: list[Example], steps: int, name: str, args, world: W
         batch = world.mine(next(batches))
         outputs = encode_responses(vlm, [[e.truth] for e in batch])                          # (B, 1, R)
         prompts = encode_examples(vlm, batch)
-        tokens, total = world.sum(outputs.mask.sum()), torch.zeros((), device=vlm.device)
+        tokens, total = world.all_reduce(outputs.mask.sum()), torch.zeros((), device=vlm.device)
         sizes = row_sizes(vlm.packs, prompts, outputs.mask)
         for part, weight in world.even(micro_batches(sizes, args.token_budget)):
             logps = gathered(vlm.model, lambda: score(vlm, [prompts[b] for b in part], outputs[part]))
@@ -909,7 +913,7 @@ def sft(vlm: VLM, examples: list[Example], steps: int, name: str, args, world: W
             loss.backward()
             total += loss.detach()
         optimizer.step(max_norm=1.0)
-        bar.set_postfix_str(f"loss {world.sum(total):.3f}", refresh=False)
+        bar.set_postfix_str(f"loss {world.all_reduce(total):.3f}", refresh=False)
 
 
 def pretraining_size(args) -> int:
@@ -940,7 +944,7 @@ CODE = ("model.py", "discriminator.py", "teachers.py", "eval.py", "train.py")
 BEFORE_LOOP = ("data", "teachers", "sft", "collection.jsonl", "discriminator.safetensors")
 
 
-class Folder:
+class RunFolder:
     """--out. Its run.json records what all in it is made from: options, inputs by content, and code.
 
     A command with other options or inputs is refused, so a result that is there is what this command makes,
@@ -1005,7 +1009,7 @@ class Folder:
         if not self.world.rank_0(path.exists):
             make(path)
             gc.collect()                               # models in shards hold on to themselves
-            self.world.wait()
+            self.world.barrier()
         return path
 
     def has(self, *names: str) -> bool:
@@ -1077,7 +1081,7 @@ def copy_into(source: Path, target: Path):
 # -------------------------------------------------------------------------------------------- stages of a run
 
 
-def check_inputs(args, folder: Folder) -> dict[str, list]:
+def check_inputs(args, folder: RunFolder) -> dict[str, list]:
     """UserError for what is wrong with data, checkpoints and servers, before anything is written.
 
     Returns the examples (or tasks) of the data files given, by option. Servers are not asked where their work
@@ -1103,7 +1107,7 @@ def check_inputs(args, folder: Folder) -> dict[str, list]:
     if not folder.is_trained() or given.get("eval_data") and not folder.has("evaluation-after.json"):
         check_judge(args.judge)
     if processor and args.algorithm == "ril":
-        eq1.around_response(processor)
+        around_response(processor)
     if processor and args.freeze:
         freeze(skeleton(args.student), args.freeze, args.student)
     if args.collection:
@@ -1137,7 +1141,7 @@ def read_collection(path, examples: list[Example], processor, args) -> Collectio
     return Collection(path, examples, image_tokens(processor), processor.tokenizer, args.max_new_tokens)
 
 
-def toy_world_and_teachers(folder: Folder, args, data: dict) -> list:
+def toy_world_and_teachers(folder: RunFolder, args, data: dict) -> list:
     """The teachers. Where no data is given, the toy world is drawn, and its examples and tasks are put into
     `data`. The toy student is trained with the toy teachers, as their stages do not need one another."""
     models, words = {}, []                             # by stage: family, lessons, width, steps
@@ -1164,7 +1168,7 @@ def toy_world_and_teachers(folder: Folder, args, data: dict) -> list:
     return [make_teacher(name, args.device, args.dtype, slots) for name in args.teachers]
 
 
-def side_by_side(folder: Folder, args, models: dict[str, tuple]):
+def side_by_side(folder: RunFolder, args, models: dict[str, tuple]):
     """The stages of tiny models, each in a process of its own, as many at a time as there are cores. Several
     processes of torchrun, which have the cores already, do one after the other together."""
     if folder.world.size > 1:
@@ -1210,10 +1214,10 @@ def toy_world(path: Path, seed: int, world: World):
     shared = {"1": "2", "2": "1"}
     with all_or_nothing(path) as folder:
         draw_toy_world(str(folder), seed, {
-            "heldout": Split(500), "train": Split(1000, wrong=other_words), "words": Split(3000),
-            "qwen": Split(1500, ("A",), shared | {"square": "circle"}),
-            "internvl": Split(1500, ("B",), shared | {"circle": "square"}),
-            "sft": Split(2000, 5 * ("plain",) + ("A", "B"), echoes=True)})
+            "heldout": ToySplit(500), "train": ToySplit(1000, wrong=other_words), "words": ToySplit(3000),
+            "qwen": ToySplit(1500, ("A",), shared | {"square": "circle"}),
+            "internvl": ToySplit(1500, ("B",), shared | {"circle": "square"}),
+            "sft": ToySplit(2000, 5 * ("plain",) + ("A", "B"), echoes=True)})
 
 
 def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]], width: int, steps: int,
@@ -1225,12 +1229,12 @@ def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]
     examples = sum(lessons, [])
     # with the words of the prompts among them, these become tokens too, and the prompts short
     texts = [text for e in examples for text in (e.text, e.truth)]
-    texts += 50 * [eq1.SYSTEM, eq1.BEFORE + eq1.AFTER, "user\nassistant\nsystem\n"]
+    texts += 50 * [SYSTEM, BEFORE + AFTER, "user\nassistant\nsystem\n"]
     random_weights = Path(f"{folder}.random")
     if world.rank == 0:
         remove(random_weights)
         build_tiny_vlm(str(random_weights), family, texts, width, layers=2, vocabulary=600, seed=args.seed)
-    world.wait()
+    world.barrier()
     vlm = load_vlm(str(random_weights), args.device, args.dtype)
     world.shard(vlm.model, vlm.model.get_decoder())
     for i, lesson in enumerate(lessons):
@@ -1240,7 +1244,7 @@ def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]
         remove(random_weights)
 
 
-def fine_tuned_student(folder: Folder, args, data: dict) -> str:
+def fine_tuned_student(folder: RunFolder, args, data: dict) -> str:
     """The warm start, both reference and first policy: the student's checkpoint after SFT, if any.
 
     UserError where packed rows do not suit its family: before teachers are paid for.
@@ -1275,7 +1279,7 @@ def load_student(path: str, args) -> VLM:
     return student
 
 
-def teachers_responses(folder: Folder, args, teachers: list, data: dict, start: str) -> Collection | None:
+def teachers_responses(folder: RunFolder, args, teachers: list, data: dict, start: str) -> Collection | None:
     """The collection, filled now. Only examples with a response stay in data["data"]."""
     if args.algorithm != "ril":
         return None
@@ -1296,7 +1300,7 @@ def teachers_responses(folder: Folder, args, teachers: list, data: dict, start: 
     return collection
 
 
-def pretrained_discriminator(folder: Folder, args, data: dict, collection: Collection | None,
+def pretrained_discriminator(folder: RunFolder, args, data: dict, collection: Collection | None,
                              start: str) -> Path | None:
     """D pre-trained for this student by Eq. 1, on fresh responses of the student and the collected ones."""
     if collection is None:
@@ -1309,10 +1313,10 @@ def pretrained_discriminator(folder: Folder, args, data: dict, collection: Colle
         world.shard(D, D.backbone, D.head, method="logits")
         pairs = pretraining_pairs(policy, data["data"], collection, args, world)
         optimizer = AdamW(D, args.pretrain_lr, offload=args.offload, world=world)
-        eq1.pretrain(D, optimizer, pairs, args.discriminator_steps, args.pretrain_lr, args.token_budget,
-                     pretraining_size(args))
+        pretrain_discriminator(D, optimizer, pairs, args.discriminator_steps, args.pretrain_lr,
+                               args.token_budget, pretraining_size(args))
         # with its optimizer: a new one's first steps are as long as its rate allows, whatever they follow
-        tensors = {f"D {name}": weight for name, weight in world.weights(D).items()}
+        tensors = {f"D {name}": weight for name, weight in world.full_weights(D).items()}
         tensors |= {f"optimizer {name}": moment for name, moment in optimizer.tensors().items()}
         if world.rank == 0:
             with all_or_nothing(path) as unfinished:
@@ -1321,8 +1325,8 @@ def pretrained_discriminator(folder: Folder, args, data: dict, collection: Colle
         return folder.stage("discriminator.safetensors", make)
 
 
-def trained_student(folder: Folder, args, data: dict, collection: Collection | None, pretrained: Path | None,
-                    start: str, get_judge):
+def trained_student(folder: RunFolder, args, data: dict, collection: Collection | None,
+                    pretrained: Path | None, start: str, get_judge):
     """The loop, and the student that comes out of it, a checkpoint like the one it began as."""
     path, world = folder.out / "student", folder.world
     if world.rank_0(folder.is_trained):
@@ -1348,12 +1352,12 @@ def trained_student(folder: Folder, args, data: dict, collection: Collection | N
             remove(old)                                   # the last one is for a run that is given more steps
     folder.clock.seconds["loop"] = time.perf_counter() - begin
     del run, policy, D
-    gc.collect()                                       # as in Folder.stage
+    gc.collect()                                       # as in RunFolder.stage
 
 
 def save_student(world: World, vlm: VLM, start: str, path: Path):
     """Save a model, which was the checkpoint `start` before it was trained, in place of what is there."""
-    weights = world.weights(vlm.model)
+    weights = world.full_weights(vlm.model)
     if world.rank:
         return
     if world.size > 1:                                    # fully_shard has changed the classes of its modules
@@ -1364,13 +1368,13 @@ def save_student(world: World, vlm: VLM, start: str, path: Path):
     save_vlm(vlm, str(path))
 
 
-def report(folder: Folder, args, data: dict, get_judge, start: str):
+def report(folder: RunFolder, args, data: dict, get_judge, start: str):
     """Held-out scores before and after, greedy and sampled; curves.png and report.html of the run."""
     results, out, held_out = {}, folder.out, data.get("eval_data")
     for name, checkpoint in (("before", start), ("after", str(out / "student"))):
         def make(path):
             vlm, world = load_vlm(checkpoint, args.device, args.dtype), folder.world
-            texts = predict(vlm, held_out, args.max_new_tokens, args.rollout_batch, world)
+            texts = predict_greedy(vlm, held_out, args.max_new_tokens, args.rollout_batch, world)
             sampled = predict_sampled(vlm, held_out, sampling_of(args), args.rollout_batch, world)
             if world.rank == 0:
                 score, of_samples = score_responses(held_out, texts, get_judge()), f"{held_out.name}, sampled"
@@ -1414,7 +1418,8 @@ OPTIONS = {
         Option("--judge", "rule", "who decides what is right: rule (short answers are parsed), a "
                "checkpoint, or model@url"),
         Option("--data", None, "questions to train on; default, for the toy student: the toy world"),
-        Option("--sft-data", None, "examples to fine-tune on first; default, for the toy student: --data"),
+        Option("--sft-data", None, "examples to fine-tune on first; default, for the toy student: --data, or "
+               "the toy world's own"),
         Option("--eval-data", None, "held-out questions, or a benchmark as eval.py takes it"),
         Option("--skip-bad", False, "leave out examples whose image cannot be read, and those that a model "
                "cannot be asked"),

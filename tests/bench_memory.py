@@ -56,8 +56,8 @@ def plain_update(folder, batch_size, K, R, device, dtype):
         with torch.no_grad():
             ref = logps(reference)
         logp, ones = logps(policy), torch.ones(batch_size, K, device=policy.device)
-        policy_loss(logp, logp.detach(), ref, ones, torch.ones_like(logp, dtype=torch.bool), ones.bool(), 0.2,
-                    0.01, LOSSES["dr_grpo"]).backward()
+        policy_loss(logp, logp.detach(), ref, ones, torch.ones_like(logp, dtype=torch.bool), ones.bool(),
+                    ones.bool(), 0.2, 0.01, LOSSES["dr_grpo"]).backward()
     return meter.memory_gb["update"]
 
 

@@ -47,7 +47,8 @@ def score_in_rows(vlm, prompts, outputs):
 
 
 def loss_of(logp, advantage, mask):
-    return policy_loss(logp, logp.detach(), logp.detach() - 0.1, advantage, mask, mask[..., 0], 0.2, 0.01,
+    valid = mask[..., 0]
+    return policy_loss(logp, logp.detach(), logp.detach() - 0.1, advantage, mask, valid, valid, 0.2, 0.01,
                        LOSSES["dr_grpo"])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import discriminator as eq1  # noqa: E402
+from discriminator import SYSTEM  # noqa: E402
 from model import ROW, VLM, UserError, load_processor, pick_device, run  # noqa: E402
 from teachers import encode_example, load_examples, make_teacher  # noqa: E402
 from train import freeze, make_parser, pretraining_size, skeleton  # noqa: E402
@@ -95,7 +95,7 @@ def plan(args) -> str:
     K = 2 * G if ril else G
     L = P + K * R                                                  # tokens of a question
     tokens = min(max(args.token_budget, L), B * L)
-    row = 4 * len(eq1.SYSTEM) // 3                     # D's prompt, three letters a token; responses thrice
+    row = 4 * len(SYSTEM) // 3                     # D's prompt, three letters a token; responses thrice
 
     def training(weights, trained, tokens, length):            # a model in shards: weights, gradients, states
         whole = sizes.gathered(weights) if p > 1 else 0

@@ -3,7 +3,6 @@ import base64
 import csv
 import io
 import json
-import os
 import random
 import re
 import shutil

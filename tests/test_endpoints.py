@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import families
+import train
 from conftest import ROOT, TEXTS, call, lamp_files, run
 from eval import JUDGE_PROMPT, LLMJudge, parse_verdict
 from model import Sampling, UserError
@@ -378,16 +379,15 @@ def test_a_response_cannot_close_its_tag_or_answer_for_the_judge(tmp_path):
 
 def test_the_discriminator_is_updated_while_a_remote_judge_is_asked(tmp_path, checkpoints, monkeypatch):
     """A judge that is waited for first. This one answers in the loop only once D has been updated."""
-    import discriminator
     updated, asked = threading.Event(), threading.Event()
-    update = discriminator.update
+    update = train.update_discriminator
 
     def slow_update(*args):
         result = update(*args)
         assert asked.wait(20) and not updated.is_set()
         updated.set()
         return result
-    monkeypatch.setattr(discriminator, "update", slow_update)
+    monkeypatch.setattr(train, "update_discriminator", slow_update)
 
     def reply(body):
         asked.set()

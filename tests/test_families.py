@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 import families
 import model
 from conftest import call, lamp_files, noise_image, quick
-from discriminator import Discriminator, update
+from discriminator import Discriminator, update_discriminator
 from train import AdamW, skeleton
 from model import (Sampling, UserError, check_scoring, checkpoint_layers, decode, encode, encode_responses,
-                   generate, image_tokens, join, load_processor, load_vlm, prompt_text, save_vlm, score,
+                   generate, image_tokens, concat, load_processor, load_vlm, prompt_text, save_vlm, score,
                    tokens_of_image)
 from test_model import transformers_inputs, unpacked
 
@@ -95,7 +95,7 @@ def test_special_tokens_are_encoded_as_the_tokenizer_does(vlm):
 
 def test_packed_scores_equal_one_row_per_response(vlm, prompts):
     """A response that sees its sibling, a packed row without the family's own mask or positions."""
-    outputs = join([generate(vlm, prompts, 2, replace(GREEDY, temperature=1.0)),
+    outputs = concat([generate(vlm, prompts, 2, replace(GREEDY, temperature=1.0)),
                     encode_responses(vlm, [["yes", "There are 3 red circles. " * 4]] * 5)])
     torch.testing.assert_close(score(vlm, prompts, outputs), unpacked(vlm, prompts, outputs), atol=2e-5,
                                rtol=1e-4)
@@ -138,7 +138,7 @@ def test_the_discriminator_learns_on_this_backbone(vlm):
     optimizer = AdamW(D, 3e-3)
     texts = [["yes", "no", "There are 3.", "It is blue."]] * 3
     is_student = torch.tensor([[True, True, False, False]] * 3)
-    losses = [update(D, optimizer, D.encode([""] * len(texts), texts), is_student, 60)["d_loss"]
+    losses = [update_discriminator(D, optimizer, D.encode([""] * len(texts), texts), is_student, 60)["d_loss"]
               for _ in range(25)]
     assert losses[-1] < losses[0] - 0.1
 
@@ -229,7 +229,7 @@ def test_an_image_that_is_read_one_way_only_is_noticed(folders, tmp_path, monkey
     data, responses = lamp_files(tmp_path, 4)
     first, *others = data.read_text().splitlines()
     first = {name: value for name, value in json.loads(first).items() if name != "image"}
-    data.write_text("\n".join([json.dumps(first), *others]) + "\n")
+    data.write_text("\n".concat([json.dumps(first), *others]) + "\n")
     monkeypatch.setattr(model, "sees_image_both_ways", lambda trunk: False)
     done = call("train.py", "--student", folders["gemma3"], "--data", data, "--collection", responses,
                 "--out", tmp_path / "run", "--device", "cpu")

@@ -1,4 +1,5 @@
-"""The forks of tests/forks/: they apply to the files that they name, run, and change what comes out."""
+"""The forks of tests/forks/: they apply to the files that they name, run, and change what comes out, which is
+a plain checkpoint."""
 import importlib
 import re
 import shutil
@@ -6,15 +7,18 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load
 
 from conftest import ROOT, lamp_files, quick
 
 FORKS = sorted((ROOT / "tests" / "forks").glob("*.diff"))
 # What the command says to use a fork; and what it would say without, where a default would differ anyway.
 OPTIONS = {"gspo": ["--loss", "gspo"], "rloo": ["--loss", "rloo"], "gad": ["--similarity", "gad"],
+           "overlong": ["--max-new-tokens", "12"], "lora": ["--rank", "4"],
            "clip_higher": ["--mu", "2", "--eps", "0.01", "--eps-high", "0.5"],
            "program_teacher": ["--teachers", "program:teacher.py"]}
-INSTEAD = {"gad": ["--similarity", "continuous"], "clip_higher": ["--mu", "2", "--eps", "0.01"]}
+INSTEAD = {"gad": ["--similarity", "continuous"], "clip_higher": ["--mu", "2", "--eps", "0.01"],
+           "overlong": ["--max-new-tokens", "12"]}
 # a student that is right now and then
 RIGHT = ["--sft-data", "lamps.jsonl", "--sft-steps", "20", "--sft-lr", "3e-3"]
 OPTIONS |= {"curriculum": RIGHT, "teachers_up": RIGHT, "resample": RIGHT}
@@ -95,4 +99,5 @@ def test_a_fork_runs_and_changes_something(fork, checkpoints, plain_weights, tmp
     """A fork of a function which has gone; or whose change no run would show."""
     options = OPTIONS.get(fork.stem, [])
     weights = trained(tmp_path / "code", checkpoints["qwen2_5_vl"], options, fork)
-    assert weights != plain_weights(INSTEAD.get(fork.stem, []))
+    plain = plain_weights(INSTEAD.get(fork.stem, []))
+    assert weights != plain and load(weights).keys() == load(plain).keys()

@@ -62,23 +62,24 @@ def test_dr_grpo_loss_against_numbers_worked_by_hand():
     logp, old, ref, A, mask = small_case()
     valid = torch.ones(1, 2, dtype=torch.bool)
     k3 = math.log(2) - 0.5
-    loss = policy_loss(logp, old, ref, A, mask, valid, 0.2, 0.1, DR_GRPO)
+    loss = policy_loss(logp, old, ref, A, mask, valid, valid, 0.2, 0.1, DR_GRPO)
     assert loss.item() == pytest.approx(-(1 + 1.2 - 0.1 * k3 - 0.8) / 2, rel=1e-5)
-    loss = policy_loss(logp, old, ref, A, mask, valid, 0.2, 0.1, GRPO)
+    loss = policy_loss(logp, old, ref, A, mask, valid, valid, 0.2, 0.1, GRPO)
     assert loss.item() == pytest.approx(-((1 + 1.2 - 0.1 * k3) / 2 - 0.8) / 2, rel=1e-5)
 
 
 def test_an_invalid_response_has_no_loss_and_no_share():
     logp, old, ref, A, mask = small_case()
-    one = policy_loss(logp, old, ref, A, mask, torch.tensor([[True, False]]), 0.2, 0.0,
-                      DR_GRPO)
+    first = torch.tensor([[True, False]])
+    one = policy_loss(logp, old, ref, A, mask, first, first, 0.2, 0.0, DR_GRPO)
     assert one.item() == pytest.approx(-(1 + 1.2), rel=1e-5)
 
 
 def random_case(B=4, K=6, R=5):
     torch.manual_seed(0)
     logp, old, ref = (-torch.rand(B, K, R) for _ in range(3))
-    return logp, old, ref, torch.randn(B, K), torch.rand(B, K, R) > 0.3, torch.rand(B, K) > 0.1
+    valid, own = torch.rand(B, K) > 0.1, torch.rand(B, K) > 0.5
+    return logp, old, ref, torch.randn(B, K), torch.rand(B, K, R) > 0.3, valid, own
 
 
 def test_micro_batches_add_up_to_the_whole_batch():

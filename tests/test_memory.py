@@ -12,7 +12,7 @@ import torch
 
 import train
 from conftest import call, lamp_files, noise_image, run
-from discriminator import Discriminator, update
+from discriminator import Discriminator, update_discriminator
 from model import UserError, encode, encode_responses, load_vlm
 from train import AdamW, freeze, sft, update_policy
 from teachers import Example
@@ -58,7 +58,7 @@ def test_micro_batches_of_discriminator_and_sft_give_the_whole_step(qwen):
     for budget in (1000, 1, 100):
         torch.manual_seed(0)
         D = Discriminator(qwen)
-        metrics = update(D, AdamW(D, 1e-3), D.encode([""] * 4, texts), is_student, budget)
+        metrics = update_discriminator(D, AdamW(D, 1e-3), D.encode([""] * 4, texts), is_student, budget)
         weights.append((metrics["d_loss"], D.head.weight))
     for loss, weight in weights[1:]:
         assert loss == pytest.approx(weights[0][0], rel=1e-5)

@@ -13,7 +13,7 @@ from transformers.generation.logits_process import (LogitsProcessorList, Repetit
 
 from conftest import noise_image
 from discriminator import Discriminator
-from model import (Sampling, Slots, UserError, decode, encode, encode_responses, generate, join, load_vlm,
+from model import (Sampling, Slots, UserError, decode, encode, encode_responses, generate, concat, load_vlm,
                    needs_bos, sample, save_vlm, score, stream, tail, without_thoughts)
 from train import World
 
@@ -243,7 +243,7 @@ def test_packed_scores_and_gradients_equal_one_row_per_response(vlm, prompts):
     """Responses that see their siblings, positions that run on, prompt or pad tokens in the score, a shift by
     one."""
     sampled = generate(vlm, prompts, 3, Sampling(max_new_tokens=9), torch.Generator().manual_seed(0))
-    outputs = join([sampled, encode_responses(vlm, [["yes", "There are 3 red circles."]] * 4)])
+    outputs = concat([sampled, encode_responses(vlm, [["yes", "There are 3 red circles."]] * 4)])
     weights = torch.randn(outputs.mask.shape)
     packed, reference = score(vlm, prompts, outputs), unpacked(vlm, prompts, outputs)
     assert ((packed - reference).abs() / reference.abs().clamp(min=1)).max() < 1e-5
@@ -331,7 +331,7 @@ def test_discriminator_reads_each_response_alone_and_as_text(vlm):
 def test_outputs_join_keeps_text_ids_and_mask_together(qwen):
     a = encode_responses(qwen, [["yes"], ["no"]])
     b = encode_responses(qwen, [["There are 3"], ["blue circles"]])
-    both = join([a, b])
+    both = concat([a, b])
     assert both.text == [["yes", "There are 3"], ["no", "blue circles"]]
     for ids, mask, texts in zip(both.ids, both.mask, both.text):
         assert decode(qwen, [x[m] for x, m in zip(ids, mask)]) == texts

@@ -166,7 +166,7 @@ def test_every_stage_is_shared_out_and_comes_out_the_same(checkpoints, speaker, 
 def test_one_process_needs_none_of_it(monkeypatch):
     """A process group, or weights in shards, where there is one process."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    world, layer = train.World.join(torch.device("cpu")), torch.nn.Linear(2, 2)
+    world, layer = train.World.from_torchrun(torch.device("cpu")), torch.nn.Linear(2, 2)
     world.shard(layer, layer)
     parts = [[0, 1], [2]]
     assert world.even(parts) == [(part, 1.0) for part in parts] and world.without_weights("vlm") == "vlm"

@@ -64,8 +64,8 @@ def test_every_logged_metric_is_explained():
 
 def test_what_a_reader_needs_stands_above_the_banners():
     """A part of the algorithm that slips below a banner."""
-    needed = {"train.py": ("reward_terms", "advantages", "policy_loss", "update_policy", "ask", "ril_step",
-                           "ril"),
+    needed = {"train.py": ("reward_terms", "advantages", "policy_loss", "update_policy", "ask_judge",
+                           "ril_step", "ril"),
               "model.py": ("encode", "sample", "generate", "stream", "score", "packed_states", "packed_mask"),
               "teachers.py": ("load_examples", "encode_example", "fill_collection"),
               "eval.py": ("make_judge", "final_answer", "rule_verdict")}

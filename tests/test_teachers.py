@@ -19,7 +19,7 @@ from PIL import Image
 from conftest import call, lamp_files, noise_image
 from eval import rule_verdict, task_of
 from model import Sampling, UserError, chat_turns, encode_responses, image_tokens
-from teachers import (SHAPES, VOICES, CallFailed, Collection, Example, Split, blamed_settings, draw_scene,
+from teachers import (SHAPES, VOICES, CallFailed, Collection, Example, ToySplit, blamed_settings, draw_scene,
                       draw_toy_world, drop_torn_line, fill_collection, load_examples, make_teacher,
                       open_image, prompt_checks, questions_about, replies_of, select, write_examples)
 
@@ -49,7 +49,7 @@ def test_bad_data_names_the_file_and_the_line(tmp_path):
 
 def test_toy_splits_share_no_picture_and_come_out_the_same_again(tmp_path):
     """A held-out split that was seen in training, or a world that differs from run to run."""
-    splits = {"train": Split(200), "heldout": Split(200), "sft": Split(200, ("plain", "A"))}
+    splits = {"train": ToySplit(200), "heldout": ToySplit(200), "sft": ToySplit(200, ("plain", "A"))}
     for name in ("a", "b"):
         draw_toy_world(str(tmp_path / name), 3, splits)
     pictures = {}
@@ -67,7 +67,7 @@ def test_toy_teachers_err_in_their_blind_spots_and_nowhere_else(tmp_path):
     """A blind spot that is in the truth too, and so is none; a teacher that errs elsewhere; a swap of two
     words that is made twice, and so is none."""
     for name, wrong in (("a", {"square": "circle", "1": "2", "2": "1"}), ("b", {})):
-        draw_toy_world(str(tmp_path / name), 3, {"x": Split(300, wrong=wrong)})
+        draw_toy_world(str(tmp_path / name), 3, {"x": ToySplit(300, wrong=wrong)})
     blind, sighted = (load_examples(str(tmp_path / name / "x.jsonl")) for name in "ab")
     said = {(right.truth, e.truth) for e, right in zip(blind, sighted, strict=True) if e.truth != right.truth}
     assert said == {("square", "circle"), ("1", "2"), ("2", "1")}
@@ -75,7 +75,7 @@ def test_toy_teachers_err_in_their_blind_spots_and_nowhere_else(tmp_path):
 
 def test_a_toy_student_echoes_the_colour_when_asked_for_a_shape(tmp_path):
     """An echo in another kind of question, or always: then the student would never say the word."""
-    draw_toy_world(str(tmp_path), 3, {"x": Split(2000, echoes=True)})
+    draw_toy_world(str(tmp_path), 3, {"x": ToySplit(2000, echoes=True)})
     examples = load_examples(str(tmp_path / "x.jsonl"))
     assert all(e.truth in SHAPES or e.truth in e.question for e in examples if e.category == "shape")
     echoed = [e.truth in e.question for e in examples if e.category == "shape"]

@@ -35,7 +35,7 @@ def test_the_whole_method_runs_and_leaves_what_it_promises(finished):
     names = {"student", "sft", "data", "teachers", "collection.jsonl", "metrics.jsonl", "timings.jsonl",
              "rollouts.jsonl", "greedy.jsonl", "curves.png", "report.html", "run.json", "checkpoint-000003",
              "discriminator.safetensors", "evaluation-before.json", "evaluation-after.json"}
-    assert {path.name for path in out.iterdir()} == names
+    assert names <= {path.name for path in out.iterdir()}
     metrics = rows_of(out / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2]
     wanted = METRICS | {f"reward/{m}/{source}" for m in ("similarity", "answer")
