@@ -84,7 +84,7 @@ class Discriminator(nn.Module):
         return as_outputs(texts, [torch.tensor(row + self.after, device=device) for row in rows])
 
     def plain_logit(self, ids: Tensor) -> Tensor:
-        """D's definition: one response, ids (r,) -> the logit of p_student. `logits` gives the same number."""
+        """D's definition: one response, ids (r,) -> the logit of p_student. `logits` computes the same."""
         tokens = torch.cat([torch.tensor(self.before, device=ids.device), ids])              # (F + r,)
         states = self.backbone(input_ids=tokens[None]).last_hidden_state                     # (1, F + r, d)
         return self.head(states[0, -1].float())[0]

@@ -1,16 +1,16 @@
-"""Is a response right? The judge of training; the metrics of benchmarks; curves and the report.
+"""Is a response right? This file has the training judge, the benchmark metrics, the curves and the report.
 
     python eval.py --model runs/toy/student --baseline runs/toy/sft --data runs/toy/data/heldout.jsonl
     python eval.py --model runs/qwen3b/student --data AI2D_TEST.tsv MMBench_DEV_EN.tsv
     python eval.py --predictions responses.tsv --data ChartQA_TEST.tsv
 
-Training needs a judge and nothing else of this file. One judge reads short answers by rule, above the banner;
-the other asks a language model, as the paper does: LLMJudge, below. Of what the rule uses from below,
-options_of reads the options "A. red" of a question, and HARMLESS are phrases that may stand beside a truth.
+From this file, a training step uses only a judge. The rule judge, above the banner, handles short answers.
+LLMJudge, below it, asks a language model, as the paper does. The rule uses two helpers from below: options_of
+reads the options of a question ("A. red"), and HARMLESS lists phrases that may stand beside a truth.
 
-Benchmarks have metrics of their own. Each is scored as its field scores it; where a published scorer is
-wrong, the docstring says so and says what is done instead. A response from which nothing can be extracted is
-wrong (upstream guesses at random), and the share of extracted ones stands beside the score.
+Benchmarks have their own metrics, and each is scored the way its field scores it. If a published scorer is
+wrong, the docstring says so, and says what this file does instead. A response from which no answer can be
+extracted is wrong (upstream guesses at random). The share of extracted answers is reported with the score.
 """
 import argparse
 import base64
@@ -47,26 +47,26 @@ from teachers import (CallFailed, Check, Example, chat, check_endpoint, check_pr
                       encode_example, endpoint_of, load_examples, merge_files, messages_of, open_image,
                       own_file, prompt_checks, question_hash, read_jsonl, read_tsv, shortened)
 
-# A judge is any function from triples (question, truth, response) to verdicts: 0 (wrong) to 1 (right), or
-# None where it could not tell. None is never turned into a score: such a response is left out, and counted.
-# With the attribute `remote` a judge says that it works elsewhere, so that training need not wait for it.
+# A judge is any function from (question, truth, response) triples to verdicts: 0 (wrong) to 1 (right), or
+# None if it could not tell. None never becomes a score: the response is left out and counted as a failure.
+# If a judge's attribute `remote` is true, another process does the work and training need not wait for it.
 Triple = tuple[str, str, str]
 Judge = Callable[[list[Triple]], list[float | None]]
 
 
 def make_judge(name: str, cache: Path | None = None, device: str | None = None,
                dtype: str | None = None) -> Judge:
-    """The judge that --judge names: "rule"; or a checkpoint or model@url, which is asked with JUDGE_PROMPT,
+    """Return the judge that --judge names: "rule", a checkpoint, or model@url. A model reads JUDGE_PROMPT,
     sees no image, and must end its reply with <answer>1</answer> or <answer>0</answer> (see LLMJudge)."""
     return rule_judge if name == "rule" else LLMJudge(name, cache, device, dtype)
 
 
 def final_answer(response: str) -> str:
-    """What a response finally says: what it marks as its answer; else its last conclusion, from the beginning
-    of that clause on; else all of it.
+    """Return the final answer of a response. It is in the part that the response marks as its answer, or else
+    in the whole response. If there are conclusions, it begins with the clause of the last one.
 
-    A mark is a box or an answer tag. A conclusion has "the answer is", "so" or the like; no reason for it
-    counts, and of a calculation only its result. Thoughts are no part of a response.
+    A mark is a box or an answer tag. A conclusion contains "the answer is", "so" or the like. The reasons
+    given for an answer are cut off, and a calculation is reduced to its result. Thoughts are ignored.
     """
     text = marked_answer(without_thoughts(response))
     found = [match for match in CONCLUSION.finditer(text) if re.search(r"\w", text[match.end():])]
@@ -80,12 +80,12 @@ def final_answer(response: str) -> str:
 
 
 def rule_verdict(question: str, truth: str, response: str) -> int:
-    """1 where a response finally says the truth and nothing else, otherwise 0. For truths as in rule_check.
+    """Return 1 if the final answer states only the truth, otherwise 0. The truth must pass rule_check.
 
-    From the final answer the truth is taken off, then what is HARMLESS, then words of the question. If
-    anything is left, the response is wrong: how answers are denied, hedged or bounded need not be known.
-    Where the question names the truth, its words stay: in "red or blue?" they are the rivals. Of yes, no and
-    letters it is enough that one is the first clause, and that no other of them follows.
+    The rule removes the truth from the final answer, then HARMLESS phrases, then words of the question. If
+    a word is left, the response is wrong: the rule need not know how answers are denied, hedged or bounded.
+    If the question names the truth, words of the question stay: in "red or blue?" they are rival answers.
+    For yes, no and option letters, it is enough that the truth is the first clause and no rival follows.
 
     >>> rule_verdict("How many dogs are there?", "2", "There are two dogs, I see.")
     1
@@ -121,14 +121,14 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
 
 
 def take_off(truths: list[str], text: str, rivals: Iterable[str] = ()) -> str | None:
-    """A normalised text with "T" in the place of each of the truths, give or take articles and a plural s.
-    None where no truth is in it, or a rival is: where one is a part of another, the longer counts."""
+    """Replace every truth in a normalised text with "T", ignoring articles and a plural s. Return None if the
+    text contains no truth, or contains a rival. If one phrase is part of another, only the longer counts."""
     def bare(text):
         return re.sub(r"\b(?:an?|the) (?=.)", "", text)
     own, every = {*map(bare, truths)} - {""}, {*map(bare, (*truths, *rivals))} - {""}
     patterns = [re.escape(each).replace(r"\ ", " (?:(?:an?|the) )?") + "(?:e?s)?" * each[-1].isalpha()
                 for each in sorted(every, key=len, reverse=True)]
-    found = set()                                                  # for each that is found: is it a truth?
+    found = set()                                                  # for each match: is it a truth?
 
     def mark(match):
         each = bare(match[0])
@@ -139,8 +139,8 @@ def take_off(truths: list[str], text: str, rivals: Iterable[str] = ()) -> str | 
 
 
 def words_to_repeat(question: str, truths: list[str]) -> set[str]:
-    """The words of a question, without the s of a plural, that an answer may repeat: none of two letters, as
-    "or" and "no", and none of NEVER_HARMLESS; none at all, where the question has all words of a truth."""
+    """The words (without a plural s) of a question that an answer may repeat: none if the question has all
+    words of a truth. Two-letter words ("or", "no"), words with "n't" and NEVER_HARMLESS are excluded."""
     asked = normalise(question.replace("?", " ")).split()
     words = {word.rstrip("s") for word in asked}
     if any({word.rstrip("s") for word in truth.split()} <= words for truth in truths if truth):
@@ -150,8 +150,8 @@ def words_to_repeat(question: str, truths: list[str]) -> set[str]:
 
 
 def normalise(text: str) -> str:
-    """The words of a text in one spelling, with " . " between clauses, and numbers by value. What is grown
-    onto a number makes it another word.
+    """Unify the spelling of words and the form of numbers, and put " . " between clauses. A number with
+    anything attached, such as "3%", counts as a different word.
 
     >>> normalise("Two gray dogs, - 4.0; 1,000 and .5, 3% of 5²")
     '2 grey dogs . -4 . 1000 and 0.5 . 3% of 5²'
@@ -174,10 +174,10 @@ def rule_judge(triples: list[Triple]) -> list[float | None]:
 
 
 def rule_check(example: Example):
-    """UserError, naming file and line, for a truth that the rule judge could be wrong about.
+    """Raise UserError, naming file and line, for a truth that the rule judge could get wrong.
 
-    It knows numbers, yes and no, English phrases of up to 5 words, and one of several options, by its letter
-    or text; not where options read as letters of others, or cannot be found.
+    It handles numbers, yes and no, English phrases of up to 5 words, and one option, given by letter or text.
+    It refuses several letters, options that read as the letters of others, and options it cannot find.
     """
     question, truth = example.dialogue, example.truth
     options, letter, _ = options_of(question, truth)
@@ -191,13 +191,13 @@ def rule_check(example: Example):
         unclear = not PHRASE.fullmatch(normalise(truth)) or NOT_ENGLISH.search(question) is not None
     if unclear or several and letters == sorted(set(letters)):
         raise UserError(f"{example.where}: a rule cannot judge the answer {shortened(truth)!r}; give "
-                        "--judge MODEL, or leave it out by --skip-bad")
+                        "--judge MODEL, or skip the question with --skip-bad")
 
 
 # ==========================================================================================
 #
-#   MACHINERY: skip on first reading. What follows finds words in responses, scores and asks
-#   benchmarks, and draws what came out.
+#   MACHINERY: skip on first reading. The rest of the file finds answers in responses, runs
+#   and scores benchmarks, and draws the results.
 #
 # ==========================================================================================
 
@@ -218,7 +218,7 @@ REASON = re.compile(r"(?i)[,;]?\s(?:because|since)\b|[,;(]\s*as\b(?! (?:well|man
 
 
 def marked_answer(text: str) -> str:
-    """The last that a text marks as its answer, in \\boxed{}, an <answer> tag or a box; or else all of it."""
+    """The last part of a text in \\boxed{}, or else in an <answer> tag or GLM's box, or else all of it."""
     for mark in MARKS:
         marked = [FONT.sub(r"\1", piece) for piece in mark.findall(text) if piece.strip()]
         if marked:
@@ -227,13 +227,13 @@ def marked_answer(text: str) -> str:
 
 
 def conclusions(text: str) -> list[str]:
-    """What follows each "the answer is", "so" or the like, up to the next of them; the last comes first."""
+    """The text after each "the answer is", "so" or the like, up to the next such phrase, last one first."""
     return [part for part in reversed(CONCLUSION.split(text)[1:]) if re.search(r"\w", part)]
 
 
 # -------------------------------------------------------------------------------- words of the rule judge
 
-# What may stand beside a truth (T): the longer first. No word of it hedges, denies, joins or bounds.
+# Phrases that may stand beside a truth (T), longer ones first. None of them hedges, denies, joins or bounds.
 HARMLESS = re.compile("(?<= )(?:" + "|".join(r"""
 (?:it|this|that|there|these|those|they|he|she) (?:is|are|was|were|'s|'re|has|have|says?|shows?|does|do)
 (?:it|this|that|they|there) (?:must|would|will) be|is correct|the (?:total )?number of
@@ -248,7 +248,7 @@ says|reads|called|named|shows|has|have|shown|visible|only|just
 so|thus|hence|then|therefore|yes|well|sure|certainly|clearly|surely|plainly|definitely|exactly
 is|are|was|were|'s|a|an|the|(?:at|in|on|of)(?= (?!(?:at|in|on|of|\.) )\S)
 选|答案是?""".strip().split("\n")) + ")(?= )")
-# These are not harmless, though a question has them.
+# Words that an answer may not repeat even if the question has them.
 NEVER_HARMLESS = set("""not nor never neither none without but except instead hardly almost than more most
 less least fewer about above below over under before after either whether cannot maybe other different
 opposite wrong image picture photo answer""".split())
@@ -262,28 +262,28 @@ NUMBERS |= {f"{tens} {ones}": 10 * i + k for i, tens in enumerate(TENS, 2)
 NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(sorted(NUMBERS, key=len, reverse=True))})(?![\w'])")
 SPELLINGS = {"gray": "grey", "center": "centre", "middle": "centre", "upper": "top", "lower": "bottom",
              "color": "colour"}
-# one form of dashes and apostrophes, and of full-width characters
+# unifies dashes, apostrophes and full-width characters
 ONE_FORM = str.maketrans("−‐‑‒–—’\u3000", "------' ") | {i + 0xFEE0: i for i in range(33, 127)}
 DECIMAL = r"-?(?:\d+(?:\.\d+)?|\.\d+)"
-SEPARATOR = re.compile(r"[;!…。，、]|(?:^|\n)#+ |\n|[,:.](?!\d)|(?<!\S)-+(?!\S)")                  # of clauses
+SEPARATOR = re.compile(r"[;!…。，、]|(?:^|\n)#+ |\n|[,:.](?!\d)|(?<!\S)-+(?!\S)")            # between clauses
 WRAPPER = re.compile(r"[\"“”()\[\]{}`]|(?<!\w)[*_']+|[*_']+(?!\w)")
 WORD = r"[a-zà-öø-ÿ\d]+(?:['.][a-z\d]+)?"
 PHRASE = re.compile(rf"{DECIMAL}|{WORD}(?: '?{WORD}){{0,4}}")
-NOT_ENGLISH = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")                 # Japanese to Korean
-# a capital that names an option: no article, no pronoun, no grade
+NOT_ENGLISH = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")            # Japanese, Chinese, Korean
+# a capital letter that names an option, rather than an article, a pronoun or a grade
 OPTION = re.compile(r"(?<![A-Za-z\d'])([B-HJ-Z]|[AI](?! (?!(?:is|or|and|was|as)\b)[a-z]))"
                     r"(?![A-Za-z\d'+#-])")
 
 
 def by_value(number: str) -> str:
-    """A decimal number in one form: "-04.50" -> "-4.5"."""
+    """A decimal number in canonical form: "-04.50" -> "-4.5"."""
     whole, _, part = number.lstrip("-").partition(".")
     value = f"{whole.lstrip('0') or 0}.{part.rstrip('0')}".rstrip(".")
     return f"-{value}" if number[0] == "-" and value != "0" else value
 
 
 def mark_letters(answer: str) -> str:
-    """An answer whose letters of options cannot be taken for words: "A dog, so B" -> "A dog, so b@"."""
+    """Mark option letters so that they cannot be mistaken for words: "A dog, so B" -> "A dog, so b@"."""
     answer = unicodedata.normalize("NFC", answer).translate(ONE_FORM)
     lower = r"(?:^\W*|\(|(?i:answer|option|choice):? )[a-z](?=\W*$|[.):])"                # "b", "(b)"
     answer = re.sub(lower, lambda match: match[0].upper(), answer)
@@ -309,23 +309,23 @@ JUDGE_PROMPT = JUDGE_TASK + "<answer>1</answer> if the response is correct, or <
 GRADED_PROMPT = JUDGE_TASK + (
     "<answer>x</answer>, where x, from 0.0 to 1.0, is the share of what the true answer asks for that the "
     'response has right. Of several answers joined by "or", one is enough.')
-# No text can close our tags, or spell a special token of the judge, as <|im_end|>: its "<" becomes an entity.
+# If a text could close our tags or spell a special token of the judge (<|im_end|>), its "<" is escaped.
 TAGS = re.compile(r"<(?=\s*/?\s*(question|truth|response|answer)\b|[/|]?[a-z])", re.IGNORECASE)
 
 
 def parse_verdict(reply: str, graded: bool = False) -> float | None:
-    """1 or 0 (graded: 0 to 1) where the reply ends in it, in its only <answer> tag; otherwise None. After it
-    may stand special tokens, as "</s>"."""
+    """The verdict, 1 or 0 (graded: 0 to 1), if the reply ends with it in its only <answer> tag, or else None.
+    Punctuation and special tokens such as "</s>" may follow."""
     number = r"0(?:\.\d+)?|1(?:\.0+)?" if graded else r"[01](?:\.0+)?"
     match = re.fullmatch(rf"(?is).*<answer>\s*({number})\s*</answer>(?:[^\w<]|<[^<>\s]*>)*", reply)
     return float(match[1]) if match and reply.lower().count("<answer>") == 1 else None
 
 
 class LLMJudge:
-    """The paper's judge: a language model that sees question, truth and response, and not the image.
+    """The paper's judge: a language model that sees the question, truth and response, but not the image.
 
-    model: a checkpoint, or "model@http://server/v1"; both decode greedily. cache: a file that keeps verdicts,
-    so that no later run asks the same again. Failures are not kept.
+    model: a checkpoint or "model@http://server/v1"; both decode greedily. cache: a file that keeps verdicts,
+    so that later runs need not ask the same thing again. Failures are not kept.
     """
 
     def __init__(self, model: str, cache: Path | None = None, device: str | None = None,
@@ -334,7 +334,7 @@ class LLMJudge:
         self.batch_size = batch_size
         self.sampling = Sampling(0, 1, 0, 1, max_new_tokens)       # greedy, without filters or penalty
         self.known = {}                                            # hash of a prompt -> verdict
-        self.has_shown = False                                     # a reply without a verdict
+        self.has_shown = False                                     # whether a reply has been shown
         self.endpoint = endpoint_of(model)
         self.remote = self.endpoint is not None
         if self.endpoint:
@@ -350,8 +350,8 @@ class LLMJudge:
     def __call__(self, triples: list[Triple], graded: bool = False) -> list[float | None]:
         """Verdicts in the order of the triples: 0 or 1, or with `graded` a share from 0 to 1.
 
-        Equal triples are asked once, and a response that is the truth itself is right without asking. The
-        first reply without a verdict is shown; its prompt will be asked again.
+        Equal triples are asked once, and a response equal to the truth is right without asking. The first
+        reply without a verdict is shown. Prompts that got no verdict are asked again in a later call.
         """
         template = GRADED_PROMPT if graded else JUDGE_PROMPT
         safe = [[TAGS.sub("&lt;", text) for text in triple] for triple in triples]
@@ -370,13 +370,13 @@ class LLMJudge:
                         file.write(json.dumps({"key": key, "verdict": verdict}) + "\n")
             elif not self.has_shown:
                 self.has_shown = True
-                tqdm.write(f"judge: this reply does not end in an <answer>: {shortened(reply)!r}")
+                tqdm.write(f"judge: this reply does not end with an <answer> tag: {shortened(reply)!r}")
         verdicts = self.known | same
         return [verdicts.get(key) for key in keys]
 
     def replies(self, prompts: dict[str, str]) -> Iterator[tuple[str, str]]:
-        """(key, reply) to prompts {key: text}. A server is asked several at a time; a call that fails brings
-        no reply, and where no call ever went well, the rest is given up."""
+        """Yield (key, reply) for prompts {key: text}. A server gets several prompts at a time. A failed call
+        yields no reply. If as many calls fail as there are workers, and none succeeds, it stops asking."""
         keys, heard, failures = list(prompts), [], []
         if not self.endpoint:
             encoded = (encode(self.llm, prompt, []) for prompt in prompts.values())
@@ -406,7 +406,7 @@ class LLMJudge:
 
 
 def check_judge(name: str):
-    """UserError if the judge is unavailable. It is loaded only once all responses are there."""
+    """Raise UserError if the judge is unavailable. The judge itself is loaded after all responses exist."""
     if endpoint := endpoint_of(name):
         check_endpoint(endpoint)
     elif name != "rule":
@@ -418,28 +418,28 @@ def check_judge(name: str):
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
             "I'm sorry, but without the image provided", "Cannot determine the answer",
             "Failed to obtain answer via API")
-# an article, a pronoun, or a letter that is denied
+# letters that name no option: an article, a pronoun, or a letter that the text rejects
 NO_LETTER = re.compile(r"\bA (?=[a-z])(?!(?:or|and|is|was|as|because|since)\b)|\bI'"
                        r"|\bI (?=[a-z])(?!(?:or|is|because|since)\b)"
                        r"|\bnot (?:option )?\(?[A-Z]\b|[不非][选是]? ?[A-Z](?!\w)"
                        r"|\b[A-Z]\)? (?:is|was) (?:not|wrong|incorrect|false)\b|\b[A-Z]\)? isn't\b")
-# what may stand around a letter; behind it, "C#" and "A-" are no letters
+# characters that may surround a letter; "#" and "-" may not follow it, as in "C#" and "A-"
 WRAPPING = " \t\r\n.,:;!*#\"'`$<>()[]{}\\/_-（）。，、：；“”‘’【】"
 WRAPPED = WRAPPING.replace("#", "").replace("-", "")
 
 
-# the label of an option: "A." where a line begins, or before a space within one; "(A)" anywhere
+# the label of an option: "A." at the start of a line, or before a space within one; "(A)" anywhere
 LABEL = re.compile(r"(?m)(?:^[^\w\n]*([A-Za-z])[^\w\n]*[.):]|(?<!\S)([A-Z])[.):](?=\s)"
                    r"|\(([A-Za-z])\)(?=\s*[^\s?!.,;:)]))\s*")
 
 
 def options_of(question: str, truth: str) -> tuple[dict[str, str], str | None, str]:
-    """(options by letter, the letter that a truth means, the question without them), for a truth as "B",
-    "(B)", "blue" or "B. blue".
+    """Return (options by letter, the letter that the truth means, the question without the options). A truth
+    may read "B", "(B)", "blue" or "B. blue".
 
-    Options are labelled in the order of the alphabet, on lines of their own or in one line; of several such
-    lists the last counts. Where the truth is a letter that none of them has, they are A to at least E,
-    without texts. The letter is None where the truth means no option.
+    Options are labelled in alphabetical order, on separate lines or on one line. If there are several such
+    lists, the last one counts. If the truth is a letter that no option has, the options are A to at least E,
+    without texts. The letter is None if the truth means no option.
     """
     options, start = {}, len(question)
     labels = list(LABEL.finditer(question))
@@ -462,12 +462,12 @@ def options_of(question: str, truth: str) -> tuple[dict[str, str], str | None, s
 def extract_choice(text: str, options: dict[str, str]) -> str | None:
     """The letter of the option that a response commits to, or None. options: letter -> its text.
 
-    First comes what the response marks as its answer or concludes; then VLMEvalKit's rule of October 2025
-    (`can_infer`): the only option letter among the words, if it is among the last four, or else the only
-    option whose text occurs. Ours differs where that is plainly wrong: "A" or "I" before a word in lower case
-    is an article or a pronoun, a letter may also be a label, as in "(B) a dog, which ...", and a text must
-    occur as complete words, outside of a longer option's ("10" in "100"). Not taken over: a guess at random
-    without a judge, and "answer is X" without a word boundary ("The answer is dog": D).
+    A marked answer or a conclusion comes first. Then comes VLMEvalKit's rule of October 2025 (`can_infer`):
+    the only option letter among the words, if it is one of the last four, or else the only option whose text
+    occurs. Ours differs when that is plainly wrong. "A" or "I" before a lower-case word is an article or a
+    pronoun. A letter may also be a label, as in "(B) a dog, which ...". A text must occur as complete words,
+    and not inside a longer option's text ("10" in "100"). We dropped its random guess when there is no judge,
+    and its match of "answer is X" without a word boundary, which reads "The answer is dog" as D.
     """
     if any(refusal in text for refusal in REFUSALS):
         return None
@@ -483,7 +483,7 @@ def extract_choice(text: str, options: dict[str, str]) -> str | None:
 
 
 def bare_choice(text: str, options: dict[str, str]) -> str | None:
-    """The option that a text consists of: its letter, or the text of one option only, in any wrapping."""
+    """The option that is the whole text: its letter, or a text that only this option has, in any wrapping."""
     bare = text.lstrip(WRAPPING).rstrip(WRAPPED)
     if bare in options:
         return bare
@@ -494,7 +494,7 @@ def bare_choice(text: str, options: dict[str, str]) -> str | None:
 
 
 def leading_letter(text: str, options: dict[str, str]) -> str | None:
-    """The letter that a text begins with: "b) a dog", "B, as A is red". Not of "A dog", or of "A or B"."""
+    """The letter that a text begins with, as in "b) a dog" or "B, as A is red". Not "A dog" or "A or B"."""
     start = re.match(r"\W*([a-z])\W*[).:、]|\W*([A-Z])(?![\w'+#-])", NO_LETTER.sub("_ ", text))
     if not start:
         return None
@@ -504,9 +504,9 @@ def leading_letter(text: str, options: dict[str, str]) -> str | None:
 
 
 def only_letter(text: str, options: dict[str, str]) -> str | None:
-    """The only option letter among the words, if it first occurs among the last four (`can_infer_option`); or
-    where the text begins with it, or it is a label: "(B)" or "B)", or "B." where a sentence begins. A letter
-    within the text of an option, as in "vitamin A", is none."""
+    """The only option letter among the words, if it first occurs among the last four (`can_infer_option`), if
+    the text begins with it, or if it is a label: "(B)", "B)", or "B." at the start of a sentence. A letter
+    within the text of an option, such as "vitamin A", does not count."""
     bare = text
     for option in options.values():
         if len(option) > 1 and re.search(r"\b[A-Z]\b", option):
@@ -523,9 +523,9 @@ def only_letter(text: str, options: dict[str, str]) -> str | None:
 
 
 def only_text(text: str, options: dict[str, str]) -> str | None:
-    """The only option whose text occurs, unless the response is twice as long as them all (`can_infer_text`).
-    As complete words: "concatenate" has no "cat" in it, and "100" no "10"; but "10cm" has. Case counts for a
-    text of one letter, as "b": "B" is more likely the option B."""
+    """The only option whose text occurs, unless the response is over twice as long as all options together
+    (`can_infer_text`). Only complete words match: not "cat" in "concatenate" or "10" in "100", but "10" in
+    "10cm". Case matters for a one-letter text such as "b", because "B" more likely means option B."""
     options = {letter: option for letter, option in options.items() if option}
     if len(text) > 2 * sum(map(len, options.values())):
         return None
@@ -533,7 +533,7 @@ def only_text(text: str, options: dict[str, str]) -> str | None:
     for letter, option in options.items():
         before = r"(?<!\w)(?<!\d[.,])" if option[0].isalnum() else ""
         after = r"(?![.,]?\d)" if option[-1].isdigit() else r"(?:e?s)?(?!\w)" if option[-1].isalpha() else ""
-        flags = re.ASCII | (re.IGNORECASE if len(option) > 1 else 0)         # Chinese has no ends of words
+        flags = re.ASCII | (re.IGNORECASE if len(option) > 1 else 0)         # Chinese has no word spaces
         pattern = before + re.escape(option) + after
         spans += [(letter, *match.span()) for match in re.finditer(pattern, text, flags)]
     found = {letter for letter, start, end in spans                # not inside the text of another option
@@ -545,8 +545,8 @@ def only_text(text: str, options: dict[str, str]) -> str | None:
 
 
 def relaxed_accuracy(prediction: str, target: str) -> bool:
-    """ChartQA: numbers within 5% of the target, other texts equal but for case. As in VLMEvalKit, "5%" is
-    0.05, the prediction is stripped of white space and nothing else, and a target of 0 is a text."""
+    """ChartQA: a number must be within 5% of the target, and other text must be equal except for case. As in
+    VLMEvalKit, "5%" is 0.05, predictions lose only surrounding white space, and a target of 0 is a text."""
     def number(text):
         try:
             return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
@@ -568,45 +568,45 @@ you'd you'll you're you've""".split()
 TWO_APOSTROPHES = """
 couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
 something'd've there'd've they'd've we'd've who'd've wouldn't've you'd've""".split()
-# VQA's table: a word that lacks its apostrophe, or one of its two, and what it should be
+# VQA's table: from a word without its apostrophe, or without one of its two, to the correct spelling
 CONTRACTIONS = {word.replace("'", ""): word for word in ONE_APOSTROPHE}
 CONTRACTIONS |= {word[:i] + word[i + 1:]: word for word in TWO_APOSTROPHES
                  for i, letter in enumerate(word) if letter == "'"}
 CONTRACTIONS |= {
     "y'allll": "y'all'll", "yall'll": "y'all'll", "yall'd've": "y'all'd've", "y'alld've": "y'all'd've",
     "y'all'dve": "y'all'd've", "ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at",
-    "somebody'd": "somebodyd",                                     # the wrong way round there, and so here
+    "somebody'd": "somebodyd",                                     # reversed in VQA's table, and so here
 }
 VQA_NUMBERS = {word: str(i) for i, word in enumerate(COUNTS[:11])} | {"none": "0"}
 
 
 def strip_punctuation(text: str) -> str:
-    """VQA's rule: a mark becomes a space; beside a space, or if the text has a "1,000", it is deleted."""
+    """VQA's rule: a mark becomes a space; it is deleted if it is beside a space or the text has "1,000"."""
     has_comma = re.search(r"\d,\d", text)
     result = text
     for mark in ";/[]\"{}()=+\\_-><@`,?!":
         deleted = has_comma or mark + " " in text or " " + mark in text
         result = result.replace(mark, "" if deleted else " ")
-    return re.sub(r"(?<!\d)\.(?!\d)", "", result, count=32)        # upstream passes re.UNICODE, 32, as count
+    return re.sub(r"(?<!\d)\.(?!\d)", "", result, count=32)        # upstream passes re.UNICODE (32) as count
 
 
 def normalize_vqa(text: str) -> str:
-    """VQA v2's normaliser as VLMEvalKit has it: punctuation, case, number words, articles, contractions."""
+    """VQA v2's normaliser, as in VLMEvalKit: punctuation, case, number words, articles, contractions."""
     words = strip_punctuation(text.replace("\n", " ").replace("\t", " ").strip()).lower().split()
     words = [VQA_NUMBERS.get(word, word) for word in words]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
 def vqa_accuracy(prediction: str, truths: list[str]) -> float:
-    """min(1, truths that agree / 3), averaged over leaving each truth out, normalised (VLMEvalKit's VizWiz).
-    With one truth it is always 0, with two at most 1/3: task_of refuses data with fewer than four."""
+    """min(1, matching truths / 3) of normalised texts, averaged over leaving out each truth (VLMEvalKit, for
+    VizWiz). One truth always gives 0, and two give at most 1/3, so task_of refuses fewer than four."""
     said = normalize_vqa(prediction)
     agrees = [normalize_vqa(truth) == said for truth in truths]
     return sum(min(1.0, (sum(agrees) - own) / 3) for own in agrees) / len(agrees)
 
 
 def yes_no(text: str) -> str | None:
-    """"Yes" or "No" where the response holds one of the words alone (VLMEvalKit's `YOrN_Extraction`)."""
+    """"Yes" or "No" if the response has exactly one of the two words (VLMEvalKit's `YOrN_Extraction`)."""
     said = {"yes", "no"} & set(strip_punctuation(text.lower()).split())
     return said.pop().capitalize() if len(said) == 1 else None
 
@@ -627,7 +627,7 @@ def bleu(references: list[list[list[str]]], hypotheses: list[list[str]]) -> list
         length += len(hypothesis)
         reference_length += min((abs(len(ref) - len(hypothesis)), len(ref)) for ref in refs)[1]
         for n in range(4):
-            most = Counter()                                       # the most in any one reference
+            most = Counter()                                       # the highest count in any reference
             for ref in refs:
                 most |= ngrams(ref, n + 1)
             matched[n] += (ngrams(hypothesis, n + 1) & most).total()
@@ -639,9 +639,9 @@ def bleu(references: list[list[list[str]]], hypotheses: list[list[str]]) -> list
 
 
 def cider_each(references: list[list[list[str]]], hypotheses: list[list[str]]) -> list[float]:
-    """CIDEr-D of each image, as coco-caption's class `Cider` computes it, times 10 (Vedantam et al. 2015).
-    The weight of an n-gram is its count times log(images / images that have it in a reference), so the score
-    of one image depends on the others; of one image alone it is 0."""
+    """CIDEr-D of each image (Vedantam et al. 2015), as in coco-caption's class `Cider`, with its factor 10.
+    An n-gram's weight is its count times log(images / images with it in a reference). So the score of an
+    image depends on the other images, and an image alone scores 0."""
     images_with = Counter()
     for refs in references:
         images_with.update({gram for ref in refs for n in range(1, 5) for gram in ngrams(ref, n)})
@@ -660,18 +660,18 @@ def cider_each(references: list[list[list[str]]], hypotheses: list[list[str]]) -
         vectors = [vector(hypothesis, n) for n in range(1, 5)]
         total = 0.0
         for ref in refs:
-            longer = max(0, len(hypothesis) - 1) - max(0, len(ref) - 1)      # by so many bigrams
+            longer = max(0, len(hypothesis) - 1) - max(0, len(ref) - 1)      # in bigrams
             penalty = math.exp(-longer ** 2 / 72)
             total += sum(similarity(vectors[n - 1], vector(ref, n)) for n in range(1, 5)) * penalty / 4
         scores.append(10 * total / len(refs))
     return scores
 
 
-# abbreviations whose dot is a part of them
+# abbreviations that keep their dot
 DOTTED = "|".join("""
 mr mrs ms dr st jr sr prof gen lt col sgt capt maj rep sen gov etc inc ltd corp co bros vs ave blvd rd mt ft
 al est dept univ ph.d jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri""".split())
-# a token is the first of these that fits
+# the first alternative that matches is the token
 TOKEN = re.compile(rf"""
     -[lr][rsc]b-                                                   # brackets, see PLAIN
   | n't\b | '(?:s|m|d|re|ve|ll)\b                                 # is n't; dog 's
@@ -690,9 +690,9 @@ DROPPED = {"''", "'", '"', "``", "`", ".", "?", "!", ",", ":", "-", "--", "...",
 
 
 def tokenize_caption(text: str) -> list[str]:
-    """A caption as coco-caption's PTBTokenizer has it: Penn Treebank words, lower case, without punctuation.
-    These differ: URLs, addresses and HTML tags; "1 1/2"; letters with a dot at the end of a sentence;
-    currency signs. There, a line break within a caption shifts all captions after it. Here it is a space."""
+    """Tokenize a caption like coco-caption's PTBTokenizer: Penn Treebank words, lower case, no punctuation.
+    We differ on URLs, addresses, HTML tags, "1 1/2", letters with a dot at the end of a sentence, and
+    currency signs. Upstream, a line break in a caption shifts all later captions. Here it becomes a space."""
     text = " ".join(text.split()).translate(PLAIN)
     text = CONTRACTED.sub(lambda match: " ".join(filter(None, match.groups())), text)
     text = re.sub(r"(?i)(?<=\w)(n't|'(?:s|m|d|re|ve|ll))\b", r" \1", text)
@@ -701,7 +701,7 @@ def tokenize_caption(text: str) -> list[str]:
 
 # -------------------------------------------------------------------------------- scores of one response
 #
-# (example, marked_answer of the response) -> 0 to 1, or None where nothing could be extracted.
+# (example, marked_answer of the response) -> 0 to 1, or None if no answer could be extracted.
 
 NUMBER = r"(?:(?<!\d)-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?"
 
@@ -712,12 +712,12 @@ def numbers_in(text: str) -> list[float]:
 
 
 def mcq_score(e: Example, text: str) -> float | None:
-    """Multiple choice. Without options (RealWorldQA) they are in the question, or the truth is short."""
+    """Multiple choice. Without options (RealWorldQA), the question lists them or the truth is short."""
     if not e.options and not re.fullmatch("[A-E]", e.truth):
         said, truth = (x.strip().rstrip(".").lower() for x in (text, e.truth))
         return float(said == truth)
     letters = e.letters or dict.fromkeys("ABCDE", "")
-    first = {option: letter for letter, option in reversed(letters.items())}         # of two equal ones
+    first = {option: letter for letter, option in reversed(letters.items())}         # the first of equals
     letter = extract_choice(text, {letter: option * (first[option] == letter)
                                    for letter, option in letters.items()})
     if letter is None:
@@ -726,9 +726,9 @@ def mcq_score(e: Example, text: str) -> float | None:
 
 
 def mmmu_score(e: Example, text: str) -> float | None:
-    """MMMU: multiple choice, or an open question by MMMU's own parser. A truth must be in what follows the
-    last "is", "so", "=", ... of a sentence, or else anywhere: as words, or as a number to 2 decimals.
-    (VLMEvalKit also takes a bare "A" for right.)"""
+    """MMMU: multiple choice, or an open question by MMMU's own parser. A truth must occur after the last
+    "is", "so", "=", ... of a sentence (anywhere if there is none), as words or as a number to 2 decimals.
+    (VLMEvalKit also accepts a bare "A".)"""
     if e.options:
         return mcq_score(e, text)
     marker = r"\b(?:could be|so|is|thus|therefore|final|answer|result)\b|="
@@ -745,16 +745,16 @@ def mmmu_score(e: Example, text: str) -> float | None:
 
 
 def yes_no_score(e: Example, text: str) -> float | None:
-    """Yes or no. "**Yes**" and "yes:", which `yes_no` leaves out as upstream does, count here."""
+    """Yes or no. This also accepts "**Yes**" and "yes:", which `yes_no` misses, as upstream does."""
     said = yes_no(text) or yes_no(re.sub(r"[*:]", " ", text))
     return None if said is None else float(said.lower() == e.truth.lower())
 
 
 SCORES = {
     "mcq": mcq_score,
-    "circular": mcq_score,                                         # of each rotation, see units_of
+    "circular": mcq_score,                                         # for each rotation, see units_of
     "mmmu": mmmu_score,
-    "mathvista": mcq_score,                                        # and what has no options is judged
+    "mathvista": mcq_score,                                        # without options, a judge is asked
     "foil": yes_no_score,
     "relaxed": lambda e, text: float(any(relaxed_accuracy(text, truth) for truth in e.truths or (e.truth,))),
     "vqa": lambda e, text: vqa_accuracy(text, list(e.truths)),
@@ -766,12 +766,12 @@ SCORES = {
 
 
 class Benchmark(NamedTuple):
-    """How a kind of data is asked and scored. `pattern` is sought in "FILE: content", see content_of."""
-    name: str                                                      # "" is the name of the file
+    """How a kind of data is asked and scored. `pattern` is matched with "FILE: content" (see content_of)."""
+    name: str                                                      # "" stands for the file's name
     pattern: str
     metric: str
     prompt: str                                                    # see Task
-    source: str                                                    # of metric and prompt
+    source: str                                                    # where metric and prompt come from
 
 
 MCQ = "{hint}Question: {question}\n{options}Please select the correct answer from the options above. \n"
@@ -791,7 +791,7 @@ OF_FOIL = "Shekhar et al. 2017; prompts are ours"
 NOCAPS = "prompt of lmms-eval's nocaps"
 OUR_JUDGE = "the judge's prompt is ours"
 
-# The first row whose pattern is found counts.
+# The first row whose pattern matches is used.
 BENCHMARKS = (
     Benchmark("FOIL", ": foils", "foil", FOIL, OF_FOIL),
     Benchmark("NoCaps", ": captions of domains", "cider", CAPTION, f"pycocoevalcap; {NOCAPS}"),
@@ -817,7 +817,7 @@ BENCHMARKS = (
     Benchmark("SEED-2-Plus", "SEEDBench2_Plus", "mcq", MCQ, KIT_MCQ),
     Benchmark("SEED", "SEEDBench", "mcq", MCQ, KIT_MCQ),
     Benchmark("RealWorldQA", "RealWorldQA", "mcq", MCQ, "VLMEvalKit image_mcq.py; lmms-eval's realworldqa"),
-    # data of one's own, told by its content alone
+    # your own data, recognised by its content alone
     Benchmark("", ": options in groups", "circular", MCQ, KIT_CIRCULAR),
     Benchmark("", ": options", "mcq", MCQ, KIT_MCQ),
     Benchmark("", ": several answers", "vqa", SHORT, "VQA v2"),
@@ -825,11 +825,11 @@ BENCHMARKS = (
     Benchmark("", "", "judge", "", "the judge of training"),
 )
 METRICS = sorted({benchmark.metric for benchmark in BENCHMARKS})
-JUDGED = ("judge", "graded", "mathvista")                          # two are published with a model's verdicts
+JUDGED = ("judge", "graded", "mathvista")                          # papers judge the last two by a model
 
 
 def content_of(examples: list[Example]) -> str:
-    """What kind of questions these are, in the words that the patterns of BENCHMARKS use."""
+    """Describe the kind of questions, in the words that the patterns of BENCHMARKS look for."""
     first = examples[0]
     if first.kind == "foil":
         return "foils"
@@ -845,8 +845,8 @@ def content_of(examples: list[Example]) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """Examples that are asked and scored alike. What follows {options} in the prompt is left out where a
-    question has none; a prompt of "" is the question as it stands in the data."""
+    """Examples that are asked and scored alike. The prompt is cut at {options} for a question without
+    options. An empty prompt means the question exactly as it stands in the data."""
     name: str
     metric: str
     prompt: str
@@ -869,18 +869,18 @@ class Task:
 
 def task_of(path: str, metric: str | None = None, skip_bad: bool = False,
             limit: int | None = None, checks: Iterable[Check] = ()) -> Task:
-    """The task of a data file, which is recognised by its name, or else by its content.
+    """Make the task of a data file, which is recognised by its name, or else by its content.
 
-    metric: score the data so instead. limit: only so many questions, or groups of what is scored together.
-    checks: as in load_examples; a group is left out as a whole, and rule_check is for what a judge is asked.
-    UserError where a metric makes no sense, see check_task.
+    metric: overrides the recognised one. limit: keep this many questions, or groups that are scored together.
+    checks: as in load_examples, but skipping a question skips its whole group, and rule_check applies only if
+    a judge is used. Raises UserError if the metric makes no sense for the data (see check_task).
     """
     examples = load_examples(path, skip_bad)
     content = f"{Path(path).name}: {content_of(examples)}"
     found = next(b for b in BENCHMARKS if re.search(b.pattern, content, re.IGNORECASE))
     if metric and metric != found.metric:
         found = found._replace(metric=metric)
-        if not found.name:                                         # told by content: its prompt changes too
+        if not found.name:                                         # by content: the prompt changes too
             found = found._replace(prompt=next(b for b in BENCHMARKS if b.metric == metric).prompt)
     examples = grouped(found, examples, path)
     chosen = set(list(dict.fromkeys(e.group for e in examples))[:limit])
@@ -891,16 +891,16 @@ def task_of(path: str, metric: str | None = None, skip_bad: bool = False,
     refused = {e.group for e in examples if e.id not in good}
     task = replace(task, examples=[e for e in examples if e.group not in refused])
     if not task.examples:
-        raise UserError(f"{path}: of every group, a model cannot be asked some question")
+        raise UserError(f"{path}: some question of every group failed a check, so none is left to ask")
     check_task(task, path)
     return task
 
 
 def grouped(benchmark: Benchmark, examples: list[Example], path: str) -> list[Example]:
-    """The examples that a benchmark asks, each with a group: what is counted and resampled together."""
+    """The examples that a benchmark asks. Those with the same `group` are counted and resampled together."""
     if benchmark.name == "MMMU" and len({e.split for e in examples}) > 1:
         examples = [e for e in examples if e.split == "validation"]
-        print(f"{path}: of its splits, only the {len(examples)} questions of validation are asked")
+        print(f"{path}: only the {len(examples)} questions of the validation split are asked")
     circular = benchmark.metric == "circular"                      # rotations have indices i, i + 1e6, ...
     return [replace(e, group=e.group or (str(int(e.id) % 10 ** 6) if circular and e.id.isdigit() else e.id))
             for e in examples]
@@ -910,7 +910,7 @@ TRUTHS_NEEDED = {"vqa": 4, "cider": 1}
 
 
 def check_task(task: Task, path: str):
-    """UserError where the metric of a task makes no sense for its data, as where a rotation is missing."""
+    """Raise UserError if a task's metric makes no sense for its data, e.g. if a rotation is missing."""
     groups = defaultdict(list)
     for e in task.examples:
         groups[e.group].append(e)
@@ -918,25 +918,25 @@ def check_task(task: Task, path: str):
             raise UserError(f"{e.where}: the answer {e.truth!r} is none of the options "
                             f"{', '.join(e.letters)}")
         if len(e.truths) < (needed := TRUTHS_NEEDED.get(task.metric, 0)):
-            raise UserError(f"{e.where}: the metric {task.metric} compares with at least {needed} answers, "
+            raise UserError(f"{e.where}: the metric {task.metric} needs at least {needed} answers, "
                             f"found {len(e.truths)}")
         if task.metric == "yes_no" and e.truth.lower() not in ("yes", "no"):
             raise UserError(f"{e.where}: expected the answer Yes or No, found {e.truth!r}")
     if task.metric == "cider" and len(task.examples) < 2:
-        raise UserError(f"{path}: CIDEr compares images, so one is not enough")
+        raise UserError(f"{path}: CIDEr compares images, so give it at least two")
     if task.metric == "circular":
         for group in groups.values():
             check_rotations(group)
 
 
 def check_rotations(group: list[Example]):
-    """UserError unless a question is there once for each of its options, rotated. Upstream does not rotate
-    options that speak of letters."""
+    """Raise UserError unless a question occurs once per option, with its options rotated. A question whose
+    options mention letters may occur just once, because upstream does not rotate such options."""
     options = group[0].letters
     fixed = len(options) < 2 or any(re.search(r"\b[A-D]\b", option) for option in options.values())
     if len(group) != len(options) and not (fixed and len(group) == 1):
         raise UserError(f"{group[0].where}: {len(group)} rotations of a question with {len(options)} "
-                        "options; --metric mcq scores rows")
+                        "options; give --metric mcq to score each row by itself")
 
 
 # -------------------------------------------------------------------------------- responses
@@ -944,19 +944,19 @@ def check_rotations(group: list[Example]):
 
 def stream_greedy(vlm: VLM, prompts: Iterable[Prompt], max_new_tokens: int,
            batch_size: int) -> Iterator[tuple[int, str, bool]]:
-    """(number, greedy response, whether it was finished) of each prompt, as they end. batch_size of them are
-    in progress at a time. A thought that the prompt opened is a part of the response."""
+    """Yield (prompt number, greedy response, whether it finished) as the responses end, with batch_size of
+    them in progress at a time. A thought that the prompt opened is part of the response."""
     opened = opened_thought(vlm.processor)
     sampling = Sampling(temperature=0, repetition_penalty=1, max_new_tokens=max_new_tokens)
-    noise = torch.zeros(1, max_new_tokens, device=vlm.device)      # of no effect at temperature 0
+    noise = torch.zeros(1, max_new_tokens, device=vlm.device)      # has no effect at temperature 0
     for i, ids in stream(vlm, prompts, repeat(noise), 1, sampling, batch_size):
         yield i, opened + decode(vlm, ids)[0], ids[0][-1].item() in vlm.stop_ids
 
 
 def stream_task(vlm: VLM, task: Task, max_new_tokens: int,
             batch_size: int) -> Iterator[tuple[Example, str, bool]]:
-    """(example, greedy response, finished) as they end. Images are opened when it is their turn. The longest
-    prompts come first: what does not fit into memory fails at once, and progress is not overestimated."""
+    """Yield (example, greedy response, finished) as responses end. An image is opened when its turn comes.
+    The longest prompts come first, so lack of memory shows at once and progress is not overestimated."""
     def tokens(e):                                                 # roughly
         return sum(w * h for w, h in e.sizes) / 28 ** 2 + len(e.text) / 4
     todo = sorted(task.examples, key=tokens, reverse=True)
@@ -968,7 +968,7 @@ def stream_task(vlm: VLM, task: Task, max_new_tokens: int,
 
 def predict_greedy(vlm: VLM, task: Task, max_new_tokens: int, batch_size: int = 64,
             world: World = World()) -> list[str]:
-    """One greedy response per example, in their order, of which each process makes its part."""
+    """One greedy response per example, in the order of the examples. Each process generates its share."""
     part = replace(task, examples=world.mine(task.examples))
     texts = {e.id: text for e, text, _ in stream_task(vlm, part, max_new_tokens, batch_size)}
     return world.all_gather([texts[e.id] for e in part.examples])
@@ -976,7 +976,7 @@ def predict_greedy(vlm: VLM, task: Task, max_new_tokens: int, batch_size: int = 
 
 def predict_sampled(vlm: VLM, task: Task, sampling: Sampling, slots: int,
                     world: World = World()) -> list[str]:
-    """The same, sampled. The noise of a response depends on the example alone."""
+    """Like predict_greedy, but sampled. The noise of a response depends only on the example's id."""
     def noise(e):
         generator = torch.Generator().manual_seed(zlib.crc32(e.id.encode()))
         return torch.rand(1, sampling.max_new_tokens, generator=generator).to(vlm.device)
@@ -990,8 +990,8 @@ def predict_to_files(model: str, folder: Path, tasks: list[Task], args: argparse
             world: World) -> list[list[str]]:
     """A model's responses to all tasks. Each process appends its own to a file in `folder` as they end.
 
-    Those that are there are taken from there, but a question that reads otherwise than it did is asked again.
-    UserError where they were made with other settings. The model is loaded only if a response is missing.
+    Existing responses are reused, but a question that has changed is asked again. Raises UserError if they
+    were made with other settings. The model is loaded only if a response is missing.
     """
     vlm, responses = None, []
     for task in tasks:
@@ -1003,7 +1003,7 @@ def predict_to_files(model: str, folder: Path, tasks: list[Task], args: argparse
         texts = world.rank_0(read)
         part = replace(task, examples=world.mine([e for e in task.examples if e.id not in texts]))
         if part.examples:
-            # it keeps no prompts: each is asked once
+            # room=0: no encoded prompt is kept, because each is asked only once
             vlm = vlm or replace(load_vlm(model, args.device, args.dtype), room=0)
             with open(own_file(path, world.rank), "a", encoding="utf-8") as file:
                 for e, text, finished in stream_task(vlm, part, args.max_new_tokens, args.batch_size):
@@ -1016,8 +1016,8 @@ def predict_to_files(model: str, folder: Path, tasks: list[Task], args: argparse
 
 
 def responses_in(path: Path, settings: dict, asked: dict[str, int]) -> dict[str, str]:
-    """The responses in a file by id, of those questions that still read as they did; see `predict_to_files`.
-    A file begins with the settings, in which all responses must agree."""
+    """The responses in a file by id, for questions that have not changed since (see `predict_to_files`). The
+    first line of the file holds the settings, which must be the same for all its responses."""
     path.parent.mkdir(exist_ok=True)
     merge_files(path)
     if not path.exists() or not path.stat().st_size:
@@ -1033,22 +1033,22 @@ PREDICTIONS = {".tsv": ("index", "prediction"), ".jsonl": ("id", "text")}
 
 
 def read_predictions(path: str, task: Task) -> list[str]:
-    """Responses made elsewhere, in the order of the task. UserError for a file of another form than those in
-    PREDICTIONS, an id that is repeated or unknown, and a question without a response."""
+    """Read responses made elsewhere, in the order of the task. Raises UserError for a format that is not in
+    PREDICTIONS, a repeated or unknown id, or a question without a response."""
     if not Path(path).is_file() or Path(path).suffix not in PREDICTIONS:
         raise UserError(f"{path}: expected a file of responses, .tsv with the columns index and prediction, "
                         'or .jsonl with lines {"id": ..., "text": ...}')
     name, text = PREDICTIONS[Path(path).suffix]
     found = dict.fromkeys(e.id for e in task.examples)
     for where, row, *_ in (read_tsv if name == "index" else read_jsonl)(path):
-        if "settings" in row:                                      # the first line of a file of ours
+        if "settings" in row:                                      # the first line of our own files
             continue
         if name not in row or not isinstance(row.get(text), str):
             raise UserError(f'{where}: expected a response with "{name}" and "{text}"')
         key = str(row[name])
         if key not in found:
             raise UserError(f"{where}: the id {shortened(key)} is not among the questions of {task.name}: "
-                            "answers to another file?")
+                            "are these responses to another file?")
         if found[key] is not None:
             raise UserError(f"{where}: a second response to {key}")
         found[key] = row[text]
@@ -1062,12 +1062,12 @@ def read_predictions(path: str, task: Task) -> list[str]:
 
 
 def score_responses(task: Task, texts: list[str], judge: Judge) -> dict:
-    """Score one response per example, in percent (CIDEr: 100 times it).
+    """Score one response per example, in percent (for CIDEr, 100 times its value).
 
     Returns {"task", "metric", "questions", "extracted" (share), "failed" (judge), "score", "interval" (95%),
-    "by" (scores of categories and splits), "units" ({what is resampled: [sum, count]}), "rows" (one per
-    example)}. A response from which nothing could be extracted is wrong; one on which the judge failed is
-    left out. Resampled are questions; the rotations of one, or a caption and its foils, stay together.
+    "by" (scores of categories and splits), "units" ({unit of resampling: [sum, count]}), "rows" (one per
+    example)}. A response from which no answer could be extracted is wrong. One on which the judge failed is
+    left out. Questions are resampled; the rotations of a question, or a caption and its foils, stay together.
     """
     shown = [without_thoughts(text) for text in texts]
     metric, values, extracted = values_of(task, shown, judge)
@@ -1085,8 +1085,8 @@ def score_responses(task: Task, texts: list[str], judge: Judge) -> dict:
 
 
 def values_of(task: Task, texts: list[str], judge: Judge) -> tuple[str, list[float | None], float]:
-    """(name of the metric, value of each response, share extracted). None: the judge failed. It is asked in
-    the metrics of JUDGED, but not about MathVista's choices. MM-Vet's truths name parts and alternatives."""
+    """(name of the metric, value of each response or None if the judge failed, share extracted). Metrics in
+    JUDGED ask the judge, except for MathVista's multiple choice. <AND> and <OR> occur in MM-Vet's truths."""
     metric, pairs = task.metric, list(zip(task.examples, texts))
     if metric == "cider":
         return metric, cider_each(*tokens_of(task, texts)), 1.0
@@ -1108,14 +1108,14 @@ def values_of(task: Task, texts: list[str], judge: Judge) -> tuple[str, list[flo
 
 
 def tokens_of(task: Task, texts: list[str]) -> tuple[list[list[list[str]]], list[list[str]]]:
-    """References and responses of a task of captions, as tokens."""
+    """References and responses of a caption task, as tokens."""
     references = [[tokenize_caption(truth) for truth in e.truths] for e in task.examples]
     return references, [tokenize_caption(marked_answer(text)) for text in texts]
 
 
 def units_of(task: Task, values: list[float | None]) -> dict[str, list[float]]:
-    """{group: [sum of its scores, how many there are]}, without values of None. In a circular task a question
-    counts once, and is right if every rotation is."""
+    """{group: [sum of its scores, number of them]}, ignoring values of None. In a circular task, a question
+    counts once, and is right if all its rotations are."""
     groups = defaultdict(list)
     for e, value in zip(task.examples, values):
         if value is not None:
@@ -1126,10 +1126,10 @@ def units_of(task: Task, values: list[float | None]) -> dict[str, list[float]]:
 
 
 def breakdown(task: Task, texts: list[str], values: list[float | None]) -> dict[str, float]:
-    """Scores by category and by split, where there is more than one. MM-Vet's capabilities each count where a
-    question needs it. Captions of a domain are compared within it, and have BLEU too. FOIL's pairs count
-    where the caption and all its foils are right."""
-    members = defaultdict(list)                                    # category or split -> its examples' places
+    """Scores by category and by split, if there is more than one. An MM-Vet question counts towards each
+    capability that it needs. Captions are compared within their domain, and their task also gets BLEU. A FOIL
+    pair is right if the caption and all its foils are."""
+    members = defaultdict(list)                                    # category or split -> indices of examples
     for i, e in enumerate(task.examples):
         for name in {*re.split("[;,]" if task.metric == "graded" else ";", e.category), e.split} - {""}:
             members[name].append(i)
@@ -1142,7 +1142,7 @@ def breakdown(task: Task, texts: list[str], values: list[float | None]) -> dict[
     for name, chosen in sorted(members.items()):
         part, own = replace(task, examples=[task.examples[i] for i in chosen]), [values[i] for i in chosen]
         if task.metric == "cider" and len(chosen) == 1:
-            continue                                               # it compares images
+            continue                                               # CIDEr compares images
         if task.metric == "cider":
             own = cider_each(*tokens_of(part, [texts[i] for i in chosen]))
         if units := units_of(part, own):
@@ -1164,8 +1164,8 @@ def mean_and_interval(totals: list[float], counts: list[int]) -> tuple[float, fl
 
 
 def difference(score: dict, baseline: dict) -> tuple[float, float, float]:
-    """Score less the baseline's, in percent, and its 95% interval. Paired: both are resampled together, and
-    only units that both have a score of are compared."""
+    """Score minus the baseline's, in percent, and its 95% interval. The comparison is paired: both models are
+    resampled together, and only units with a score from both are compared."""
     both = [(*score["units"][name], *baseline["units"][name])
             for name in score["units"] if name in baseline["units"]]
     totals = [total - base * count / base_count for total, count, base, base_count in both]
@@ -1173,15 +1173,15 @@ def difference(score: dict, baseline: dict) -> tuple[float, float, float]:
 
 
 def results_table(results: dict[str, list[dict]]) -> str:
-    """{model: scores of the tasks} as text, in percent, with 95% intervals. A line for each task and each of
-    its categories; a column for each model, then for the difference of each from the first, the baseline."""
+    """{model: scores of the tasks} as text, in percent, with 95% intervals. Each task and category has a row.
+    Each model has a column; then come the differences from the first model, which is the baseline."""
     lines = []
 
     def line(name, scored, cells):
         lines.append(f"{name[:30]:30} {scored:>7} {' '.join(f'{cell:>22}' for cell in cells)}".rstrip())
     names = [name[-22:] for name in results]
     line("task (metric)", "scored", names + ["difference"] * len(names[1:]))
-    for scores in zip(*results.values()):                          # one task, as each model did it
+    for scores in zip(*results.values()):                          # one task's scores, one per model
         first = scores[0]
         means = ["{:.1f} ({:.1f} to {:.1f})".format(score["score"], *score["interval"]) for score in scores]
         changes = ["{:+.1f} ({:+.1f} to {:+.1f})".format(*difference(score, first)) for score in scores[1:]]
@@ -1201,15 +1201,15 @@ def results_table(results: dict[str, list[dict]]) -> str:
 
 COLOURS = ((40, 110, 200), (30, 140, 80), (140, 70, 160), (200, 150, 20), (20, 150, 160))
 ACCURACY_COLOUR, SAMPLED_COLOUR, TAIL_COLOUR = (200, 80, 40), (150, 60, 200), (120, 120, 120)
-WIDTH, HEIGHT = 560, 380                                           # of a panel, in pixels
-LEFT, TOP, RIGHT, BOTTOM = 60, 46, 540, 330                        # of the area of its curve
+WIDTH, HEIGHT = 560, 380                                           # size of a panel, in pixels
+LEFT, TOP, RIGHT, BOTTOM = 60, 46, 540, 330                        # its plot area
 
 
 def draw_curves(metrics: list[dict], greedy: list[dict], path: str):
-    """Figure 5 of the paper from metrics.jsonl, as a PNG: each reward term of the student, held-out accuracy;
-    and from greedy.jsonl, what became of the response to a question. Thin is every step, thick the mean of
-    the steps up to 5 away. The terms are those that a row has, as "reward/<term>/student". A held-out
-    accuracy is a mean already: each is a dot, violet for sampled responses. Grey is the tail."""
+    """Draw Figure 5 of the paper as a PNG. It shows the student's reward terms (metrics.jsonl's keys
+    "reward/<term>/student"), the held-out accuracy, and how the reply to one question changed (greedy.jsonl).
+    Thin lines show every step, thick ones the mean of the steps up to 5 away. A held-out accuracy is already
+    a mean, so it is drawn as a dot, violet for sampled responses. The tail is grey."""
     terms = [name for name in dict.fromkeys(name for row in metrics for name in row)
              if re.fullmatch("reward/.+/student", name)]
     last = max((row["step"] + 1 for row in metrics), default=1)
@@ -1232,7 +1232,7 @@ def draw_curves(metrics: list[dict], greedy: list[dict], path: str):
 
 
 def most_changed(greedy: list[dict]) -> list[dict]:
-    """Of the questions in greedy.jsonl, the rows of the first that became right; or else of the first."""
+    """The greedy.jsonl rows of the first question that went from wrong to right, or else of the first one."""
     questions = defaultdict(list)
     for row in greedy:
         questions[row["id"]].append(row)
@@ -1265,13 +1265,13 @@ def question_panel(rows: list[dict]) -> Image.Image:
 
 
 def panel(title: str, curves: list[tuple], last: int) -> Image.Image:
-    """Curves, each (points, colour, dots), of points (step, value), steps from 1 to `last`. dots: whether to
-    mark the points, and not to smooth them."""
+    """Draw curves, each (points, colour, dots), of points (step, value) with steps from 1 to `last`. dots:
+    mark the points instead of smoothing them."""
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen, small, large = ImageDraw.Draw(image), ImageFont.load_default(14), ImageFont.load_default(18)
     values = [value for points, *_ in curves for _, value in points]
     low, high = math.floor(min(values, default=0)), math.ceil(max(values, default=0))
-    low, high = min(low, 0), max(high, int(low >= 0))              # the axis holds 0, and is never empty
+    low, high = min(low, 0), max(high, int(low >= 0))              # the axis includes 0 and is never empty
 
     def at(step, value):                                           # data -> pixels; y grows downwards
         return LEFT + (RIGHT - LEFT) * step / last, TOP + (BOTTOM - TOP) * (high - value) / (high - low)
@@ -1310,9 +1310,9 @@ td { overflow-wrap: anywhere }
 
 
 def write_report(folder: Path, settings: dict, results: dict[str, list[dict]], rollouts: list[dict]):
-    """report.html of a training run or of an evaluation: one file, without scripts or requests to anywhere.
-    It has curves.png if the folder does; the scores, results being as results_table takes them; rollouts, the
-    rows of rollouts.jsonl; examples, first those on which the last model differs from the first; settings."""
+    """Write report.html of a training run or an evaluation: one file, without scripts or network requests. It
+    shows curves.png if the folder has it, the scores (results as in results_table), the rollouts (rows of
+    rollouts.jsonl), examples (first those on which the first and last model differ), and the settings."""
     curves, title = folder / "curves.png", html.escape(f"RIL: {folder.name}")
     page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>",
             f"<meta name=viewport content='width=device-width'><style>{STYLE}</style><h1>{title}</h1>"]
@@ -1321,8 +1321,8 @@ def write_report(folder: Path, settings: dict, results: dict[str, list[dict]], r
     if results:
         page.append(f"<h2>Scores</h2><pre>{html.escape(results_table(results))}</pre>")
     if rollouts:
-        page.append("<h2>What was rewarded</h2><p>Newest first. The advantage is the reward less the mean of "
-                    "its group: green is made likelier, red less likely, whoever wrote it.</p>")
+        page.append("<h2>What was rewarded</h2><p>Newest first. The advantage is the reward minus the mean "
+                    "of its group. Green responses become likelier, red less likely, whoever wrote them.</p>")
         page += rollout_cards(rollouts)
     if results:
         page += ["<h2>Examples</h2>", *example_cards(results)]
@@ -1332,19 +1332,19 @@ def write_report(folder: Path, settings: dict, results: dict[str, list[dict]], r
 
 
 def data_url(contents: bytes, kind: str) -> str:
-    """A file of an image as a URL that holds it, so that a report is one file."""
+    """Embed an image file in a data URL, so that a report is one file."""
     return f"data:image/{kind};base64,{base64.b64encode(contents).decode()}"
 
 
 def table_row(cells: list, value: float = 0, tag: str = "td") -> str:
-    """A row of a table, its cells escaped; "?" for a missing number; green or red by the sign of a value."""
+    """A table row with escaped cells, "?" for a missing number, and green or red by the sign of `value`."""
     colour = ("", "up", "down")[int(np.sign(value))]
     shown = ("?" if cell is None else cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells)
     return f'<tr class="{colour}">{"".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in shown)}</tr>\n'
 
 
 def card(about: str, row: dict, header: list[str], lines: list[str]) -> str:
-    """A question with its first images as JPEG, its truth, and table rows of responses."""
+    """A question with its first four images as JPEG, its truth, and table rows of responses."""
     images = ""
     for path in row["image"][:4]:
         picture = open_image(path, path)
@@ -1357,7 +1357,7 @@ def card(about: str, row: dict, header: list[str], lines: list[str]) -> str:
 
 
 def rollout_cards(rollouts: list[dict], most: int = 24) -> list[str]:
-    """About `most` cards, spread over the run: the responses to a question in a step, and their rewards."""
+    """About `most` cards, spread over the run. Each has one step's responses to a question, and rewards."""
     groups = defaultdict(list)
     for row in rollouts:
         groups[row["step"], row["id"]].append(row)
@@ -1373,7 +1373,7 @@ def rollout_cards(rollouts: list[dict], most: int = 24) -> list[str]:
 
 def example_cards(results: dict[str, list[dict]], most: int = 100) -> list[str]:
     """About `most` examples with every model's response."""
-    cards, tasks = [], list(zip(*results.values()))                # a task, as each model did it
+    cards, tasks = [], list(zip(*results.values()))                # one task's scores, one per model
     for scores in tasks:
         questions = list(zip(*(score["rows"] for score in scores)))
         questions.sort(key=lambda rows: rows[0]["verdict"] == rows[-1]["verdict"])
@@ -1390,36 +1390,36 @@ def example_cards(results: dict[str, list[dict]], most: int = 100) -> list[str]:
 
 
 def labels_of(paths: list[str]) -> list[str]:
-    """What models are called: the last part of their paths, or as many parts as tell them apart."""
+    """Label each model with the last part of its path, or with as many parts as tell them apart."""
     for parts in range(1, 9):
         labels = ["-".join(Path(path).parts[-parts:]).strip("/") for path in paths]
         if len(set(labels)) == len(paths):
             return labels
-    raise UserError(f"the same model twice: {', '.join(paths)}")
+    raise UserError(f"the same model was given twice; give each only once: {', '.join(paths)}")
 
 
 def parse_args() -> argparse.Namespace:
-    """The options of the command line, those checked that need no data."""
+    """Parse the command line, and check what can be checked without data."""
     parser = argparse.ArgumentParser(
         description="Score models on held-out questions and benchmarks, side by side.", allow_abbrev=False)
     add = parser.add_argument
     add("--model", nargs="+", default=[], help="checkpoint folders or hub ids")
-    add("--baseline", help="another model, which the others are compared with")
-    add("--data", nargs="+", required=True, help="files of questions: your own, or a benchmark's")
+    add("--baseline", help="another model to compare the others with")
+    add("--data", nargs="+", required=True, help="files of questions, your own or a benchmark's")
     add("--predictions", nargs="+", default=[], metavar="FILE",
-        help="score responses made elsewhere and load no model: one file for each task, in their order")
-    add("--metric", choices=METRICS, help="score the data so, whatever it looks like")
-    add("--judge", default="rule", help="judges where no metric can: rule, a checkpoint, or model@url")
-    add("--limit", type=int, help="only so many questions of each file")
+        help="score responses made elsewhere, without a model: one file per --data file, in the same order")
+    add("--metric", choices=METRICS, help="use this metric, whatever the data looks like")
+    add("--judge", default="rule", help="judge, for metrics that need one: rule, a checkpoint, or model@url")
+    add("--limit", type=int, help="ask at most this many questions of each file")
     add("--skip-bad", action="store_true", help="leave out questions that cannot be read, asked or judged")
-    add("--max-new-tokens", type=int, default=256, help="tokens of a response, at most")
-    add("--batch-size", type=int, default=64, help="questions at a time")
-    add("--out", default="runs/eval", help="folder for responses, which are kept, scores and report")
-    add("--device", help="cuda, mps or cpu; default: the best there is")
+    add("--max-new-tokens", type=int, default=256, help="maximum number of tokens in a response")
+    add("--batch-size", type=int, default=64, help="number of questions in progress at a time")
+    add("--out", default="runs/eval", help="folder for scores, report, and responses, which are reused")
+    add("--device", help="cuda, mps or cpu; default: the best available")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on the CPU")
     args = parser.parse_args()
     if bool(args.model) == bool(args.predictions) or args.predictions and args.baseline:
-        parser.error("give --model, with or without a --baseline, or else --predictions")
+        parser.error("give either --model (with or without --baseline) or --predictions")
     if args.max_new_tokens < 1 or args.batch_size < 1 or args.limit is not None and args.limit < 1:
         parser.error("--max-new-tokens, --batch-size and --limit must be at least 1")
     return args
@@ -1447,19 +1447,19 @@ def main():
 
 
 def read_tasks(args: argparse.Namespace, models: list[str]) -> tuple[list[Task], dict[str, list[list[str]]]]:
-    """The tasks, and {"predictions": responses to them} where such are given. UserError for what can be known
-    to be wrong before a model is loaded."""
+    """Read the tasks, and {"predictions": responses to them} if --predictions is given. Raises UserError for
+    every problem that can be found before a model is loaded."""
     checks = prompt_checks(models, args.max_new_tokens)
     if args.judge == "rule":
         checks.append(rule_check)
     tasks = [task_of(path, args.metric, args.skip_bad, args.limit, checks) for path in args.data]
     names = ", ".join(task.name for task in tasks)
     if args.predictions and len(args.predictions) != len(tasks):
-        raise UserError(f"{len(args.predictions)} files of --predictions for {len(tasks)} tasks: {names}")
+        raise UserError(f"--predictions: give {len(tasks)} files, not {len(args.predictions)}, for {names}")
     if len({task.name for task in tasks}) < len(tasks):
-        raise UserError(f"two of the files are the same benchmark: {names}")
+        raise UserError(f"two --data files are the same benchmark; score them in separate runs: {names}")
     if not any(task.metric in JUDGED for task in tasks):
-        args.judge = "rule"                                        # there is nothing to ask another
+        args.judge = "rule"                                        # no task needs any other
     check_judge(args.judge)
     responses = {}
     if args.predictions:

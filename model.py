@@ -1,17 +1,17 @@
 """A vision-language model as a policy: ask it about a picture, sample from it, score text.
 
-    encode    question, pictures -> prompt     the chat template and the family's own processor
-    generate  prompts -> outputs               line 5 of Algorithm 2: G samples of each, with a KV cache
-    score     prompts, outputs -> log-probs    what the ratio, the KL and the supervised loss are made of
+    encode    question, pictures -> prompt     uses the chat template and the family's own processor
+    generate  prompts -> outputs               line 5 of Algorithm 2: G samples per prompt, with a KV cache
+    score     prompts, outputs -> log-probs    the input to the ratio, the KL and the supervised loss
 
-Two ideas make it cheap. Both come from the same fact: the K responses to a question share one picture and one
-prompt. `generate` reads each prompt once, and its samples go on from there, in slots that are handed on as
+Two ideas make it cheap. Both use the same fact: the K responses to a question share one picture and one
+prompt. `generate` reads each prompt once and starts all its samples from there, in slots that are reused as
 responses end. `score` does the same in training: one row holds [prompt | o_1 | o_2 | ... | o_K] under a mask
-that lets every response see the prompt and itself but not its siblings, so picture and prompt are computed
-once per question and not K times.
+that lets every response see the prompt and itself but not its siblings. So the model computes picture and
+prompt once per question instead of K times.
 
-Notation, here and in every file: B questions, G samples of each side, K responses per question (K = 2G in
-RIL: students first, then teachers), P prompt tokens, R response tokens, V vocabulary, d width.
+Notation, here and in every file: B questions, G samples per side, K responses per question (in RIL K = 2G,
+the student's first, then the teachers'), P prompt tokens, R response tokens, V vocabulary size, d width.
 """
 import copy
 import hashlib
@@ -49,16 +49,16 @@ from transformers.utils import chat_template_utils, is_torchvision_available, lo
 
 
 class UserError(Exception):
-    """What the user can mend: one sentence that names file, line and what was expected. Exit code 2."""
+    """An error that the user can fix: one sentence that names file, line and what to write. Exit code 2."""
 
 
 @dataclass
 class VLM:
-    """A model and the processor that speaks for it.
+    """A model and its processor.
 
-    stop_ids end a response; banned_ids, such as placeholders of images, are never in one (see special_ids).
-    packs: whether K responses can share a row, and samples decode in slots (see can_pack). logits are
-    cap tanh(scale head(states) / cap), in most families without cap and scale (see find_head).
+    stop_ids end a response; banned_ids, such as image placeholders, never appear in one (see special_ids).
+    packs: whether K responses can share a row and samples can decode in slots (see can_pack). The logits are
+    cap tanh(scale head(states) / cap), but most families use neither cap nor scale (see find_head).
     """
     model: PreTrainedModel
     processor: ProcessorMixin
@@ -67,10 +67,10 @@ class VLM:
     packs: bool = True
     scale: float = 1.0
     cap: float | None = None
-    prompts: dict = field(default_factory=dict)                  # prompts encoded before, while there is room
-    room: int = 2 ** 29                                            # bytes
-    lock: Lock = field(default_factory=Lock)                     # prompts are encoded in threads
-    capture: bool = True                                         # decoding as a CUDA graph has not failed yet
+    prompts: dict = field(default_factory=dict)                  # cache of encoded prompts
+    room: int = 2 ** 29                                            # bytes that the cache may still take
+    lock: Lock = field(default_factory=Lock)                     # several threads encode prompts
+    capture: bool = True                                         # until recording a CUDA graph fails
 
     @property
     def device(self):
@@ -88,9 +88,9 @@ class VLM:
 
 @dataclass
 class Prompt:
-    """One question, ready for the model: token ids (P,), what the processor made of its images (may be {}),
-    and the places of the tokens (A, P): A = 1, or 3 in the Qwen-VL families, whose rotary embedding counts
-    time, height and width."""
+    """One question, ready for the model: token ids (P,), the processor's image tensors (may be {}), and the
+    positions of the tokens (A, P). A is 1, or 3 in the Qwen-VL families, whose rotary embedding counts time,
+    height and width."""
     ids: Tensor
     images: dict[str, Tensor]
     positions: Tensor
@@ -98,10 +98,10 @@ class Prompt:
 
 @dataclass
 class Outputs:
-    """K responses to each of B questions. The mask is made with the tokens, and has the stop token.
+    """K responses to each of B questions, as B lists of K strings (text) and as tokens.
 
-    text: B lists of K strings; ids: (B, K, R) long, zero where padded; mask: (B, K, R) bool, True on response
-    tokens. tail: of sampled ones, the probability of what top-k and top-p leave out, summed over all tokens.
+    ids: (B, K, R) long, zero where padded; mask: (B, K, R) bool, True on response tokens and the stop token.
+    tail: for sampled responses, the probability that top-k and top-p leave out, summed over all tokens.
     """
     text: list[list[str]]
     ids: Tensor
@@ -117,9 +117,9 @@ class Outputs:
 
 def encode(vlm: VLM, question: str, images: list[Image.Image],
            history: tuple[tuple[str, str], ...] = ()) -> Prompt:
-    """Chat prompt that ends in a question, after the turns of `history`. Images of any sizes, or none.
+    """Build a chat prompt: the turns of `history`, then the question. Images may have any size, or be absent.
 
-    Raises UserError where the model cannot be asked that, see prompt_text and process.
+    Raises UserError if the model cannot be asked this; see prompt_text and process.
     """
     text = prompt_text(vlm.processor, question, len(images), history)
     inputs = process(vlm.processor, text, images)
@@ -127,7 +127,7 @@ def encode(vlm: VLM, question: str, images: list[Image.Image],
     of_text = ("attention_mask", "mm_token_type_ids", "token_type_ids")
     images = {name: x for name, x in inputs.items() if name not in of_text}
     positions = torch.arange(ids.shape[1])[None]
-    if hasattr(vlm.trunk, "get_rope_index"):                       # Qwen-VL: (3, 1, P) and how far it reaches
+    if hasattr(vlm.trunk, "get_rope_index"):                       # Qwen-VL: (3, 1, P), and an unused offset
         is_image = (ids == vlm.model.config.image_token_id).int()
         found, _ = vlm.trunk.get_rope_index(ids, mm_token_type_ids=is_image,
                                             attention_mask=torch.ones_like(ids),
@@ -137,9 +137,9 @@ def encode(vlm: VLM, question: str, images: list[Image.Image],
 
 
 def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
-    """Responses that came as text (a teacher's, a truth) as tokens, with the stop token. A thought that the
-    chat template opens is closed before. Where a text spells a stop or a banned token, it is read as plain
-    letters: no response can place an image or end its own turn."""
+    """Tokenize responses that came as text (a teacher's, or a true answer), and append the stop token. If the
+    chat template opens a thought, close it first. A text that spells a stop or a banned token is tokenized
+    as plain letters, so no response can place an image or end its own turn."""
     every, forbidden = sum(texts, []), {*vlm.stop_ids, *vlm.banned_ids}
     before = vlm.tokenizer(end_of_thought(vlm.processor), add_special_tokens=False).input_ids
     rows = vlm.tokenizer(every, add_special_tokens=False).input_ids
@@ -150,7 +150,7 @@ def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
 
 
 def decode(vlm: VLM, responses: list[Tensor]) -> list[str]:
-    """Token ids of responses as text, without stop (and banned) tokens and white space around it."""
+    """Convert the token ids of responses to text, without stop and banned tokens or surrounding space."""
     forbidden = {*vlm.stop_ids, *vlm.banned_ids}
     rows = [[i for i in ids.tolist() if i not in forbidden] for ids in responses]
     return [text.strip() for text in vlm.tokenizer.batch_decode(rows)]
@@ -161,8 +161,8 @@ def decode(vlm: VLM, responses: list[Tensor]) -> list[str]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample, as the paper does. Greedy is temperature 0; top_k 0, top_p 1, penalty 1 are off. Not
-    truncated: from all of the distribution; then top_k and top_p say only what is counted as its tail."""
+    """How to sample; the defaults are the paper's. Temperature 0 is greedy; top_k 0, top_p 1, penalty 1 mean
+    off. If not `truncated`, sample from the full distribution: top_k and top_p only define its tail."""
     temperature: float = 1.0
     top_p: float = 0.95
     top_k: int = 50
@@ -172,18 +172,18 @@ class Sampling:
 
 
 def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> Tensor:
-    """One token per row, (N,), from logits (N, V). seen (N, V) bool: tokens of prompt and response.
+    """Pick one token per row, (N,), from logits (N, V). seen (N, V) bool: tokens of the prompt and response.
 
-    noise (N,) in [0, 1) says which: the token at that place of the cumulative distribution. So a response is
-    a function of its own noise, whatever else is in the batch. Filters in the order of transformers'
+    noise (N,) in [0, 1) picks the token at that point of the cumulative distribution. So a response depends
+    on its own noise, but not on the rest of the batch. The filters apply in the order of transformers'
     generate: repetition penalty, temperature, top-k, top-p.
     """
     if not sampling.truncated and sampling.temperature:
         probs = (logits / sampling.temperature).softmax(-1)                                  # (N, V)
-        mass, noise = probs.cumsum(-1), noise.clamp(max=1 - 1e-6)  # or rounding takes it past the last
+        mass, noise = probs.cumsum(-1), noise.clamp(max=1 - 1e-6)  # else rounding may pass the last token
         beyond = (mass > noise[:, None] * mass[:, -1:]) & (probs > 0)
-        return beyond.int().argmax(-1)                             # the first of them
-    if sampling.repetition_penalty != 1:                           # towards less likely, whatever the sign
+        return beyond.int().argmax(-1)                             # the first such token
+    if sampling.repetition_penalty != 1:                           # lowers seen logits, whatever their sign
         penalised = torch.where(logits > 0, logits / sampling.repetition_penalty,
                                 logits * sampling.repetition_penalty)
         logits = torch.where(seen, penalised, logits)
@@ -192,7 +192,7 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> T
     k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     probs, tokens = (logits / sampling.temperature).topk(k)        # (N, k), likeliest first
     probs = probs.softmax(-1)
-    kept = probs.cumsum(-1) - probs < sampling.top_p     # mass of the likelier tokens: the first always stays
+    kept = probs.cumsum(-1) - probs < sampling.top_p     # mass of likelier tokens, so the first always stays
     mass = (probs * kept).cumsum(-1)
     place = (mass <= noise[:, None] * mass[:, -1:]).sum(-1)
     place = place.minimum(kept.sum(-1) - 1)                        # rounding may overshoot
@@ -203,10 +203,10 @@ def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampli
              slots: int | None = None, noise: Iterable[Tensor] | None = None) -> Outputs:
     """Sample num_samples = G responses to each prompt: text, ids (B, G, R), mask (B, G, R).
 
-    A response that reaches max_new_tokens ends there, without a stop token. The mark of a thought that the
-    prompt opened is a part of the text, but none of its tokens. `noise`: as `stream` takes it; or drawn here,
-    by a torch.Generator on the device of the model, or the global one. `slots`: responses in progress at a
-    time, None for all at once; what comes out does not depend on it.
+    A response that reaches max_new_tokens ends there, without a stop token. If the prompt opens a thought,
+    the opening mark is in the text but not in the tokens. `noise`: see `stream`; if None, it is drawn from
+    `generator` (a torch.Generator on the model's device) or the global one. `slots`: how many responses are
+    in progress at a time (None: all); the result does not depend on it.
     """
     if noise is None:
         shape = (num_samples, sampling.max_new_tokens)
@@ -222,21 +222,21 @@ def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampli
 @torch.no_grad()
 def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_samples: int, sampling: Sampling,
            slots: int, tails: list | None = None) -> Iterator[tuple[int, list[Tensor]]]:
-    """Sample G responses to any number of prompts; yields (prompt's number, G tensors of ids). The list
-    `tails`, if any, gets the tail of each response, summed over its tokens.
+    """Sample G responses to any number of prompts; yield (prompt's index, G tensors of ids). If `tails` is a
+    list, append each response's tail to it, summed over its tokens.
 
-    noise: for each prompt uniform numbers (G, max_new_tokens), one a token. Continuous batching: where a
-    response ends (.), the last running one takes its slot, and the next in line begins behind it. Here,
-    prompts a b c, G = 2, three slots:
+    noise: for each prompt, uniform numbers (G, max_new_tokens), one per token. Continuous batching: when a
+    response ends (.), the last running response takes its slot, and the next in line starts in the slot that
+    this frees. Example: prompts a b c, G = 2, three slots:
 
         step      1    2    3    4    5    6    7
         slot 0    a1   a1   a1.  b2   b2   b2.  c2
         slot 1    a2   a2   a2   a2   a2.  c1   c1.
         slot 2    b1   b1.  b2   c1   c1   c2           the line is empty: fewer slots from here on
 
-    Prompts are read only when it is their turn, each once for its G responses (`prefill`), so memory does not
-    grow with their number. A step is one token in every slot (`advance`). Against batches that pad and repeat
-    (responses have r tokens on average): prefill of B P tokens, not B G P; decoding of B G r, not B G R.
+    Prompts are read only when their turn comes, each once for its G responses (`prefill`), so memory does not
+    grow with their number. A step decodes one token in every slot (`advance`). Batches that pad and repeat
+    would prefill B G P tokens and decode B G R. This prefills B P and decodes B G r (r: the mean length).
     """
     line, G = enumerate(zip(prompts, noise)), num_samples
     if not vlm.packs:
@@ -246,21 +246,21 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
     owners, done = [], defaultdict(dict)
     while True:
         while len(owners) < slots:                                 # owners[s]: whose response slot s holds
-            if not ready:                                          # (prompt, sample, its row in the block)
-                block = None                                       # frees the last ones' cache
+            if not ready:                                          # ready: (prompt, sample, row of noise)
+                block = None                                       # free the previous prompts' cache
                 ahead = list(islice(line, max(1, slots // G)))     # prefill the next prompts, once each
                 if not ahead:
                     break
-                block = prefill(vlm, [prompt for _, (prompt, _) in ahead])     # their caches, a row a prompt
+                block = prefill(vlm, [prompt for _, (prompt, _) in ahead])     # one row per prompt
                 block_noise = torch.cat([own for _, (_, own) in ahead])                      # (prompts G, R)
                 ready.extend((b, g, i * G + g) for i, (b, _) in enumerate(ahead) for g in range(G))
             starting = [ready.popleft() for _ in range(min(slots - len(owners), len(ready)))]
             which = torch.tensor([i for _, _, i in starting], device=vlm.device)
-            table.start(len(owners), *block, which // G, block_noise[which])   # G samples go on from a row
+            table.start(len(owners), *block, which // G, block_noise[which])   # G samples start from each row
             owners += [(b, g) for b, g, _ in starting]
         if not owners:
             return
-        ends = table.advance(len(owners))                          # lengths of those that have ended, else 0
+        ends = table.advance(len(owners))                          # lengths of ended responses, 0 for others
         for s, (b, g) in enumerate(owners):
             if ends[s]:
                 done[b][g] = table.rows["ids"][s, :ends[s]].clone()
@@ -269,7 +269,7 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
                 if len(done[b]) == G:
                     rows = done.pop(b)
                     yield b, [rows[g] for g in range(G)]
-        for source, target in table.close_gaps(ends):              # the running ones stand first
+        for source, target in table.close_gaps(ends):              # running responses come first
             owners[target] = owners[source]
         owners = owners[:ends.count(0)]
 
@@ -281,8 +281,8 @@ def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float 
     """Log-probability of every response token, (B, K, R) float32, zero where padded. Differentiable.
 
     temperature is the one the policy samples with: the ratio must compare the distributions that were sampled
-    from. (Top-k, top-p and penalty are left out, as teachers' tokens may lie outside of them. So what they
-    cut off is neither sampled nor pushed down, and grows: see Sampling.truncated.)
+    from. (Top-k, top-p and penalty are left out, because they may exclude teachers' tokens. So what they cut
+    off is never sampled, thus never pushed down, and gains probability: see Sampling.truncated.)
     """
     states_of = packed_states if vlm.packs else row_states
     states, _, before = states_of(vlm.trunk, prompts, outputs.ids, outputs.mask)
@@ -297,14 +297,14 @@ def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float 
 @dataclass
 class Rows:
     """Prompts and responses laid out in rows of L tokens by `pack`; see packed_states."""
-    order: list[int]                   # the questions as they lie there, several short ones to a row
+    order: list[int]                   # the questions in the order of the rows; short ones share a row
     tokens: Tensor                     # (rows, L)
     question: Tensor                   # (rows, L), -1 for padding
     owner: Tensor                      # (rows, L)
     place: Tensor                      # (rows, L)
     positions: Tensor                  # (rows, L, A)
-    at: Tensor                         # (N,): where the response tokens are, rows laid end to end
-    before: Tensor                     # (N,): where the tokens are that predict them
+    at: Tensor                         # (N,): indices of the response tokens, with the rows laid end to end
+    before: Tensor                     # (N,): indices of the tokens that predict them
 
 
 def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,9 +318,9 @@ def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tu
         is seen by        a to f, b to f, c to f, d e, e, f
         is predicted by   -  a  b  c  d  c       the prompt's last state predicts each first token
 
-    so each response is computed as if it were alone behind the prompt. Returns the states of all tokens
-    (T, d); and, for the N response tokens in the order of mask.nonzero(), their indices in it (N,), and those
-    of the tokens that predict them (N,).
+    so each response is computed as if it alone followed the prompt. Returns the states of all tokens (T, d),
+    and two index tensors (N,) into them: the N response tokens, in the order of mask.nonzero(), and the
+    tokens that predict them.
     """
     rows = pack(prompts, ids, mask)
     states = states_of_rows(trunk, rows.tokens, rows.positions, packed_mask(trunk, rows),
@@ -329,10 +329,10 @@ def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tu
 
 
 def packed_mask(trunk, rows: Rows):
-    """Who sees whom, (rows, L, L): a token sees the prompt of its question and its own response, as far as it
-    has come. (Padding sees padding: attention over nothing is not a number.) In families whose images are
-    seen both ways, the tokens of one image also see each other. Returned as attention_masks has it."""
-    back = rows.place[:, :, None] - rows.place[:, None]            # how far a key lies behind
+    """Which token sees which, (rows, L, L): each sees the prompt of its question and its own response, up to
+    itself. (Padding sees padding, because attention over nothing gives NaN.) In families that read images in
+    both directions, tokens of one image also see each other. Returns what attention_masks makes of this."""
+    back = rows.place[:, :, None] - rows.place[:, None]            # how far a key lies behind the query
     same_question = rows.question[:, :, None] == rows.question[:, None]
     same_response = rows.owner[:, :, None] == rows.owner[:, None]
     of_prompt = rows.owner[:, None] == 0
@@ -340,7 +340,7 @@ def packed_mask(trunk, rows: Rows):
     if sees_image_both_ways(trunk):
         is_image = rows.tokens == trunk.config.image_token_id
         starts = is_image & ~pad(is_image, (1, 0))[:, :-1]
-        image = starts.cumsum(1) * is_image                        # 1, 2, ... by image, else 0
+        image = starts.cumsum(1) * is_image                        # 1, 2, ... per image, else 0
         visible |= (image[:, :, None] == image[:, None]) & (image[:, None] > 0)
     return attention_masks(trunk, visible, back)
 
@@ -367,16 +367,16 @@ def run(main):
             raise
         name = getattr(error, "filename", None) or "a checkpoint"
         done = "opened" if isinstance(error, PermissionError) else "written"
-        print(f"error: {name} cannot be {done} ({error}); nothing that was there is lost", file=sys.stderr)
+        print(f"error: {name} cannot be {done} ({error}); no existing file was lost", file=sys.stderr)
         sys.exit(2)
 
 
 @contextmanager
 def all_or_nothing(path: str | Path) -> Iterator[Path]:
-    """A path to write a file or a folder to. It is renamed to `path`, where nothing may be but a file that it
-    replaces, only when all of it is on the disk."""
+    """Yield a path to write a file or folder to. Once everything is on the disk, rename it to `path`, where
+    nothing may exist except a file to be replaced."""
     unfinished = Path(f"{path}.unfinished")
-    remove(unfinished)                             # a kill has left it
+    remove(unfinished)                             # left by a killed run
     yield unfinished
     parts = list(unfinished.iterdir()) if unfinished.is_dir() else []
     for part in (*parts, unfinished):
@@ -393,7 +393,7 @@ def sync(path: Path):
 
 
 def remove(path: Path):
-    """Delete a file or a folder, if it is there."""
+    """Delete a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -401,10 +401,10 @@ def remove(path: Path):
 
 
 def stamp(path: str | Path) -> str:
-    """A hash of what a file or the files of a folder hold; of a checkpoint on the hub, its commit. By it an
-    edited checkpoint, template or data file is told from what it was, here and in copies.
+    """A hash of the contents of a file or of a folder's files; for a checkpoint on the hub, its commit. It
+    changes when a checkpoint, template or data file is edited, and stays the same in copies.
 
-    Of files above 64 MB, 64 pieces are read and not all: a checkpoint of 15 GB takes a moment.
+    From files above 64 MB it reads only 64 pieces, so a checkpoint of 15 GB takes a moment.
     """
     path = Path(path)
     if not path.exists():
@@ -423,7 +423,7 @@ def stamp(path: str | Path) -> str:
 
 
 def write_atomic(path: str | Path, contents: str | bytes):
-    """Write a file, all of it or nothing."""
+    """Write a file completely or not at all."""
     with all_or_nothing(path) as unfinished:
         unfinished.write_bytes(contents.encode() if isinstance(contents, str) else contents)
 
@@ -435,15 +435,15 @@ def pick_device(device: str | None = None) -> torch.device:
 
 
 def pick_dtype(device: str | None, dtype: str | None) -> str:
-    """The dtype asked for, else bfloat16, and float32 on the CPU, which is slow with the other."""
+    """The dtype asked for, else bfloat16, or float32 on the CPU, which is slow in bfloat16."""
     return dtype or ("float32" if pick_device(device).type == "cpu" else "bfloat16")
 
 
 def load_vlm(path: str, device: str | None = None, dtype: str | None = None, text_only: bool = False) -> VLM:
-    """Load any image-text-to-text checkpoint, a folder or a hub id; in bfloat16 on a GPU, else float32.
+    """Load any image-text-to-text checkpoint (a folder or a hub id), in bfloat16 on a GPU, else in float32.
 
-    text_only: or a language model without a vision tower (for a judge). Raises UserError where it is neither,
-    or where it cannot be decoded, which is tried on prompts without a picture and with one.
+    text_only: also accept a language model without a vision tower (for a judge). Raises UserError if it is
+    neither, or if a trial on prompts with and without a picture shows that it cannot be decoded.
     """
     vlm = read_vlm(path, device, dtype, text_only)
     with naming(path):
@@ -456,60 +456,60 @@ def load_vlm(path: str, device: str | None = None, dtype: str | None = None, tex
     except UserError as error:
         if not vlm.packs:
             raise
-        print(f"{error}; so its responses are scored in rows, and decoded in step")
+        print(f"{error}; as a fallback, each response is scored in its own row and decoded in step")
         vlm.packs = False
         check_decoding(vlm, prompts)
     return vlm
 
 
 def read_vlm(path: str, device: str | None, dtype: str | None, text_only: bool = False) -> VLM:
-    """See load_vlm, which also finds out how the model is asked."""
+    """load_vlm without its last part, which finds the scale and cap of the head and tries decoding."""
     processor, device = load_processor(path, text_only), pick_device(device)
     dtype = pick_dtype(device, dtype)
     kind = AutoModelForImageTextToText if hasattr(processor, "image_processor") else AutoModelForCausalLM
     with naming(path):
         config = AutoConfig.from_pretrained(path)
-        config._attn_implementation = None         # sdpa, or eager in parts that lack it: both heed our masks
+        config._attn_implementation = None         # sdpa, or eager in parts that lack it: both obey our masks
         model, found = kind.from_pretrained(path, config=config, dtype=getattr(torch, dtype),
                                             output_loading_info=True)
-    if wrong := sorted(found["missing_keys"] | found["unexpected_keys"]):      # or it ran on random weights
-        raise UserError(f"{path}: its weights are not those of the model in its config.json: "
+    if wrong := sorted(found["missing_keys"] | found["unexpected_keys"]):      # missing ones would be random
+        raise UserError(f"{path}: its weights do not fit the model in its config.json: "
                         f"{len(found['missing_keys'])} missing, {len(found['unexpected_keys'])} unexpected "
                         f"({', '.join(wrong[:3])})")
     # Under a mask, cuDNN's attention gives NaN gradients at some lengths (torch 2.11 and later on an H100,
-    # github.com/pytorch/pytorch/issues/196678), and is compiled anew for each length (.../pull/155958).
+    # github.com/pytorch/pytorch/issues/196678), and is recompiled for each length (.../pull/155958).
     torch.backends.cuda.enable_cudnn_sdp(False)
     return VLM(model.to(device).eval(), processor, *special_ids(model, processor), can_pack(model))
 
 
 def load_processor(path: str, text_only: bool = False) -> ProcessorMixin:
-    """AutoProcessor, also without torchvision. Raises UserError like load_vlm, and reads no weights."""
+    """AutoProcessor, even without torchvision. Raises UserError like load_vlm, but reads no weights."""
     check_files(path)
     with naming(path):
         processor = read_processor(path, text_only)
     tokenizer = tokenizer_of(processor)
     if not text_only and not hasattr(processor, "image_processor"):
-        raise UserError(f"{path}: a language model without a vision tower, where one with it is needed")
+        raise UserError(f"{path}: a language model without a vision tower; give a vision-language model")
     if getattr(processor, "chat_template", None):
-        tokenizer.chat_template = processor.chat_template          # `render` asks the tokenizer
+        tokenizer.chat_template = processor.chat_template          # `render` uses the tokenizer's
     if not tokenizer.chat_template:
         raise UserError(f"{path}: its processor has no chat template, so it cannot be asked questions")
     if not tokenizer("?", add_special_tokens=False).input_ids:
-        raise UserError(f"{path}: its tokenizer knows no text; is a file missing, as tokenizer.json?")
+        raise UserError(f"{path}: its tokenizer knows no text; is a file such as tokenizer.json missing?")
     plain, shown = (render(processor, chat_turns("?", images)) for images in (0, int(not text_only)))
     if tokenizer(plain, add_special_tokens=needs_bos(tokenizer, plain)).input_ids[-1] != tokenizer(
             plain, add_special_tokens=False).input_ids[-1]:
-        raise UserError(f"{path}: its tokenizer appends a token to each prompt, behind which no response "
-                        f'begins; write "add_eos_token": false in its tokenizer_config.json')
-    if not text_only and (shown == plain or "'type'" in shown):    # the second is how a list is printed
+        raise UserError(f"{path}: its tokenizer appends a token to each prompt, so no response can "
+                        f'follow; write "add_eos_token": false in its tokenizer_config.json')
+    if not text_only and (shown == plain or "'type'" in shown):    # the latter: it prints the list
         raise UserError(f"{path}: its chat template has no place for images")
     return processor
 
 
 def read_processor(path: str, text_only: bool) -> ProcessorMixin:
-    """A processor for still images; of a language model its tokenizer. Families that can watch videos want a
-    part for these that wants torchvision: without that package they are told that they have no such part.
-    (SmolVLM's wants a package that spells out the times in a video, too.)"""
+    """A processor for still images; for a language model, its tokenizer. In families that can watch videos,
+    the video processor needs torchvision. Without that package, we leave out the video processor.
+    (SmolVLM's processor also needs a package that spells out times in videos; `str` stands in for it.)"""
     processing_smolvlm.num2words = processing_smolvlm.num2words or str
     config = AutoConfig.from_pretrained(path)
     if text_only and not hasattr(config, "vision_config"):
@@ -518,7 +518,7 @@ def read_processor(path: str, text_only: bool) -> ProcessorMixin:
     if is_torchvision_available() or "video_processor" not in family.get_attributes():
         return AutoProcessor.from_pretrained(path)
 
-    class Parts(ProcessorMixin):                                   # which Gemma 4 hands a part for videos
+    class Parts(ProcessorMixin):                                   # Gemma 4 passes it a video_processor
         def __init__(self, *args, video_processor=None, **kwargs):
             super().__init__(*args, **kwargs)
 
@@ -531,20 +531,20 @@ def read_processor(path: str, text_only: bool) -> ProcessorMixin:
         def from_args_and_dict(cls, args, settings, **kwargs):
             return super().from_args_and_dict(args, settings | {"video_processor": None}, **kwargs)
 
-    ImagesOnly.__name__ = family.__name__                # the name that a saved processor_config.json carries
+    ImagesOnly.__name__ = family.__name__                # the name in a saved processor_config.json
     return ImagesOnly.from_pretrained(path)
 
 
 @contextmanager
 def naming(path: str):
-    """Turn what is raised over a missing, foreign or damaged checkpoint into one sentence; log no more."""
+    """Turn any error over a missing, foreign or damaged checkpoint into one sentence; mute warnings."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):                    # which say themselves what is wrong
+    except (UserError, torch.OutOfMemoryError):                    # these already say what is wrong
         raise
-    except Exception as error:                                     # tokenizers raises no other kind
+    except Exception as error:                                     # tokenizers raises nothing more specific
         raise UserError(f"{path}: not an image-text-to-text checkpoint that can be loaded "
                         f"({reason(error)})") from error
     finally:
@@ -552,36 +552,36 @@ def naming(path: str):
 
 
 def reason(error: Exception) -> str:
-    """An error of another package in one short line."""
+    """Another package's error in one short line."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 250)
 
 
 def check_files(path: str):
-    """UserError over a damaged file, or a LoRA adapter. transformers passes over some, and reads weights at
-    their turn only."""
+    """Raise UserError over a damaged file or a LoRA adapter. transformers ignores some of them, and would not
+    look at the weights until later."""
     if list(Path(path).glob("adapter_*")):
-        raise UserError(f"{path} holds a LoRA adapter, which is not read: merge it into its base model "
-                        f"(peft's merge_and_unload), and name the folder of that, without adapter files")
+        raise UserError(f"{path} holds a LoRA adapter, which cannot be used: merge it into its base model "
+                        f"(peft's merge_and_unload), and give the merged folder, without adapter files")
     for file in sorted(Path(path).glob("*")):
         try:
             if file.suffix == ".json":
                 json.loads(file.read_bytes())
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt"):
-                    pass                                           # its header fits its size
+                    pass                                           # checks its header against its size
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read: cut off, or a git-lfs pointer? ({error})") from error
+            raise UserError(f"{file} cannot be read: cut off or a git-lfs pointer? ({error})") from error
 
 
 def context_of(path: str) -> float:
-    """How many tokens a checkpoint can read, by its config: infinite where that does not say."""
+    """How many tokens a checkpoint can read, according to its config; infinite if the config does not say."""
     with naming(path):
         config = AutoConfig.from_pretrained(path).get_text_config()
     return getattr(config, "max_position_embeddings", None) or float("inf")
 
 
 def checkpoint_layers(model: PreTrainedModel):
-    """From now on, backward passes compute the inside of each layer again; only its input is kept."""
+    """From now on, keep only the input of each layer, and recompute the layer in the backward pass."""
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.gradient_checkpointing = True
@@ -589,11 +589,11 @@ def checkpoint_layers(model: PreTrainedModel):
 
 
 def save_vlm(vlm: VLM, path: str):
-    """Write an ordinary checkpoint folder, all of it or nothing."""
+    """Write an ordinary checkpoint folder, completely or not at all."""
     with all_or_nothing(path) as folder:
         vlm.model.save_pretrained(folder)
         vlm.processor.save_pretrained(folder)
-        if not hasattr(vlm.processor, "video_processor"):  # so that AutoProcessor, with torchvision, loads it
+        if not hasattr(vlm.processor, "video_processor"):  # AutoProcessor with torchvision wants one
             settings = json.dumps(vlm.processor.image_processor.to_dict())
             (folder / "video_preprocessor_config.json").write_text(settings)
 
@@ -601,42 +601,42 @@ def save_vlm(vlm: VLM, path: str):
 # ---------------------------------------------------------------------------------------------- text
 
 
-# special tokens that stand for images (row_1_col_1: a tile of Idefics3 and SmolVLM), and for turns
+# special tokens that mark images (row_1_col_1 is a tile in Idefics3 and SmolVLM), and those that mark turns
 IMAGE, TURN = r"image|img|video|vision|row_\d+_col_\d+", "im_start|im_end|_of_turn|_of_utterance"
 
 
 def tokenizer_of(processor: ProcessorMixin):
-    """The tokenizer of a processor; of a language model the processor is one."""
+    """The tokenizer of a processor; the processor of a language model is itself a tokenizer."""
     return getattr(processor, "tokenizer", processor)
 
 
 def image_tokens(processor: ProcessorMixin) -> set[str]:
-    """The placeholders that stand for images and videos in this family's text, and the marks around them."""
+    """The placeholders for images and videos in this family's text, and the marks around them."""
     added = tokenizer_of(processor).added_tokens_decoder.values()
     named = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video")} - {None}
     return named | {t.content for t in added if t.special and re.search(IMAGE, t.content.lower())}
 
 
 def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list[int], list[int]]:
-    """(stop_ids, banned_ids). The first stop id is the one that ends an assistant turn of the chat template.
+    """(stop_ids, banned_ids). The first stop id is the one that ends an assistant turn in the chat template.
 
-    Banned are the special tokens that no response may hold: of images, of turns, padding and its like; and
+    Banned are special tokens that no response may contain (image marks, turn marks, padding and the like) and
     every row of the embedding that the tokenizer has no text for (vocabularies are padded to round sizes).
-    Other special tokens, as <think> and <|box_start|>, are words.
+    Other special tokens, such as <think> and <|box_start|>, count as words.
     """
     tokenizer = tokenizer_of(processor)
     added, reply = tokenizer.added_tokens_decoder, "[the reply]"
     turns = chat_turns("?", 0, (("?", reply),))[:2]
     before, after = (tokenizer(text, add_special_tokens=False).input_ids
                      for text in render(processor, turns).split(reply))
-    # the first token after a reply that is no text. Gemma: <end_of_turn>, before <eos>; and it may be one
-    # that neither tokenizer nor generation config names
+    # The first special token after a reply. In Gemma it is <end_of_turn>, which takes precedence over <eos>.
+    # Some models name it neither in the tokenizer nor in the generation config.
     ends = [i for i in after if i in added and added[i].content.strip()][:1]
     stops = model.generation_config.eos_token_id
     stops = [*ends, tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])]
     stops = list(dict.fromkeys(i for i in stops if i is not None))                           # each once
     if not stops:
-        raise UserError(f"{model.name_or_path}: nothing says which token ends a response")
+        raise UserError(f"{model.name_or_path}: its files do not say which token ends a response")
 
     kinds = ("bos", "pad", "unk", "sep", "cls", "mask")
     structure = {getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
@@ -650,13 +650,13 @@ def special_ids(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[list
 
 
 def needs_bos(tokenizer, text: str) -> bool:
-    """Whether the tokenizer should put its beginning-of-text token first: some templates have."""
+    """Whether the tokenizer should add its beginning-of-text token; some templates already contain it."""
     return not (tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token))
 
 
 def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: bool = False) -> str:
-    """Chat turns, their content a list of image and text parts, as text by the model's chat template.
-    UserError where the template raises one, as over a system turn."""
+    """Render chat turns, whose content is a list of image and text parts, with the model's chat template.
+    Raises UserError if the template refuses them, for example a system turn."""
     tokenizer = tokenizer_of(processor)
     if tokenizer is processor:                                  # a language model: its template wants strings
         turns = [{**turn, "content": "".join(part["text"] for part in turn["content"])} for turn in turns]
@@ -668,7 +668,7 @@ def render(processor: ProcessorMixin, turns: list[dict], add_generation_prompt: 
                         f"({reason(error)})") from error
 
 
-# The marks at the beginning and the end of what a model thinks before it answers, by family.
+# The marks that open and close a model's thoughts before its answer, by family.
 THOUGHTS = {"<think>": "</think>", "<thinking>": "</thinking>", "<thought>": "</thought>",
             "<reason>": "</reason>", "<reasoning>": "</reasoning>", "[THINK]": "[/THINK]",
             "<seed:think>": "</seed:think>", "<mm:think>": "</mm:think>", "◁think▷": "◁/think▷",
@@ -678,35 +678,35 @@ OPENED, CLOSED = ("|".join(map(re.escape, marks)) for marks in (THOUGHTS, THOUGH
 
 
 def without_thoughts(response: str) -> str:
-    """A response without its thoughts. One that never ends hides all that follows; the end of one without its
-    beginning ends one that the prompt opened. Whoever calls a judge passes its responses through this."""
+    """A response without its thoughts. A thought that never ends hides everything after it. A closing mark on
+    its own ends a thought that the prompt opened. Responses go through this before any judge sees them."""
     response = re.sub(rf"(?is)(?:{OPENED}).*?(?:{CLOSED}|\Z)", "", response)
     return re.split(rf"(?i){CLOSED}", response)[-1].strip()
 
 
 def opened_thought(processor: ProcessorMixin) -> str:
-    """The mark of a thought that the chat template opens before a response, or "". Put before a response, it
-    hides a thought that was cut off."""
+    """The mark with which the chat template opens a thought before a response, or "". If the mark is put in
+    front of the response, without_thoughts also hides a thought that was cut off."""
     prompt = render(processor, chat_turns("?", 0), add_generation_prompt=True).rstrip()
     return next((mark for mark in THOUGHTS if prompt.endswith(mark)), "")
 
 
 def end_of_thought(processor: ProcessorMixin) -> str:
-    """What closes the thought that the chat template opens, or ""."""
+    """The text that closes the thought that the chat template opens, or ""."""
     return f"\n{THOUGHTS[opened]}\n\n" if (opened := opened_thought(processor)) else ""
 
 
-MARK = "<image>"                                                   # where in a question an image stands
+MARK = "<image>"                                                   # the place of an image in a question
 
 
 def chat_turns(question: str, images: int, history: tuple[tuple[str, str], ...] = ()) -> list[dict]:
-    """Chat messages of earlier turns and a question. An image stands where MARK says so; without marks all
-    stand first. UserError when there are too many or too few."""
+    """Chat messages for earlier turns and a question. Images go where MARK stands; if there are no marks, all
+    go first. Raises UserError if marks and images differ in number."""
     asked, replies, turns = [*(text for text, _ in history), question], [reply for _, reply in history], []
     marks = sum(text.count(MARK) for text in asked)
     if marks not in (0, images):
-        raise UserError(f"the question {question[:80]!r} marks {marks} places with {MARK}, for {images} "
-                        f"images")
+        raise UserError(f"the question {question[:80]!r} marks {marks} places with {MARK}, but the number "
+                        f"of images is {images}")
     if marks == 0:
         asked[0] = MARK * images + asked[0]
     for i, text in enumerate(asked):
@@ -721,8 +721,8 @@ def chat_turns(question: str, images: int, history: tuple[tuple[str, str], ...] 
 
 def prompt_text(processor: ProcessorMixin, question: str, images: int,
                 history: tuple[tuple[str, str], ...] = ()) -> str:
-    """The chat prompt of a question as text, with one placeholder for each image. UserError when a text
-    spells one of the model's image tokens: it would be counted as one more image."""
+    """The chat prompt of a question as text, with one placeholder for each image. Raises UserError if a
+    text spells one of the model's image tokens, which would count as one more image."""
     turns = chat_turns(question, images, history)
     for token in image_tokens(processor):
         if any(token in part.get("text", "") for turn in turns for part in turn["content"]):
@@ -731,12 +731,12 @@ def prompt_text(processor: ProcessorMixin, question: str, images: int,
     return render(processor, turns, add_generation_prompt=True)
 
 
-# What the code of a family raises over what it was not made for.
+# What a family's code raises when it gets input that it was not made for.
 FAMILY_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError)
 
 
 def process(processor: ProcessorMixin, text: str, images: list[Image.Image]):
-    """The tensors that a processor makes of a prompt; UserError where it refuses, as over an odd image."""
+    """The tensors that a processor makes from a prompt. Raises UserError if it refuses an odd image."""
     tokenizer = tokenizer_of(processor)
     shown = {"images": images} if images else {}
     try:
@@ -749,8 +749,8 @@ def process(processor: ProcessorMixin, text: str, images: list[Image.Image]):
 
 
 def tokens_of_image(processor: ProcessorMixin, size: tuple[int, int]) -> int:
-    """At most how many tokens a processor makes of an image of this (width, height), with marks around it.
-    Most families compute that. Of others, and of odd shapes, which some refuse, a blank image tells."""
+    """An upper bound on the tokens for an image of this (width, height), including the marks around it. Most
+    families can compute it. For others, and for odd shapes (which some refuse), we try a blank image."""
     odd = min(size) < 28 or max(size) > 10 * min(size)
     if odd or not hasattr(processor, "_get_num_multimodal_tokens"):
         blank = process(processor, prompt_text(processor, "?", 1), [Image.new("RGB", size)])
@@ -759,14 +759,14 @@ def tokens_of_image(processor: ProcessorMixin, size: tuple[int, int]) -> int:
 
 
 def as_outputs(texts: list[list[str]], rows: list[Tensor]) -> Outputs:
-    """B lists of K texts, and the ids of each, as Outputs."""
+    """Build Outputs from B lists of K texts and the token ids of each text."""
     ids = pad_sequence(rows, batch_first=True)                                               # (B K, R)
     mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
     return Outputs(texts, ids.unflatten(0, (len(texts), -1)), mask.unflatten(0, (len(texts), -1)))
 
 
 def concat(parts: list[Outputs]) -> Outputs:
-    """Responses to the same questions, put side by side, padded to the longest."""
+    """Put responses to the same questions side by side, padded to the longest."""
     texts = [sum(rows, []) for rows in zip(*(part.text for part in parts))]
     rows = [ids[mask] for b in range(len(texts)) for part in parts
             for ids, mask in zip(part.ids[b], part.mask[b])]
@@ -774,7 +774,7 @@ def concat(parts: list[Outputs]) -> Outputs:
 
 
 def images_of(trunk, prompts: list[Prompt]) -> dict[str, Tensor]:
-    """The images of some prompts as one batch, in the order of the prompts, on the device of the model."""
+    """The images of some prompts as one batch, in the order of the prompts, on the model's device."""
     images = {}
     for name in {name for p in prompts for name in p.images}:
         x = stack([p.images[name] for p in prompts if name in p.images]).to(trunk.device)
@@ -783,8 +783,8 @@ def images_of(trunk, prompts: list[Prompt]) -> dict[str, Tensor]:
 
 
 def stack(tensors: list[Tensor]) -> Tensor:
-    """Concatenate along the first dimension; the others are zero-padded to the largest: families that cut an
-    image into tiles give (images, tiles, ...), each prompt its own number, and skip the empty ones."""
+    """Concatenate along the first dimension, and zero-pad the others to the largest. Families that cut images
+    into tiles give (images, tiles, ...). Prompts differ in their number of tiles; models skip empty ones."""
     largest = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors))]
     whole = tensors[0].new_zeros(sum(map(len, tensors)), *largest)
     for x, rows in zip(tensors, whole.split([len(x) for x in tensors])):
@@ -793,21 +793,21 @@ def stack(tensors: list[Tensor]) -> Tensor:
 
 
 def position_ids(positions: Tensor) -> Tensor:
-    """Positions (B, L, A) as a model wants them: (B, L), or (3, B, L) where there are three axes."""
+    """Positions (B, L, A) as a model wants them: (B, L), or (3, B, L) if there are three axes."""
     return positions.movedim(-1, 0) if positions.shape[-1] > 1 else positions[..., 0]
 
 
-ATTENTION = ("full_attention", "sliding_attention")                # kinds of layers that packing knows
+ATTENTION = ("full_attention", "sliding_attention")                # layer types that packing supports
 
 
 def sees_image_both_ways(trunk) -> bool:
-    """Whether tokens of an image see the later ones of it, as in Gemma 3 (told by an argument)."""
+    """Whether image tokens see later tokens of their image, as in Gemma 3 (forward's arguments show it)."""
     return "token_type_ids" in inspect.signature(trunk.forward).parameters
 
 
 def attention_masks(trunk, visible: Tensor, back: Tensor) -> Tensor | dict[str, Tensor]:
-    """What is visible, (B, Q, L) bool, as the additive mask (B, 1, Q, L) that attention wants; one per kind
-    of layer, where some layers see only so many places `back` (B, Q, L)."""
+    """Turn `visible`, (B, Q, L) bool, into the additive mask (B, 1, Q, L) that attention expects. If some
+    layers have a sliding window, which limits `back` (B, Q, L), return one mask per layer type."""
     def additive(visible):
         mask = torch.zeros(visible.shape, dtype=trunk.dtype, device=visible.device)
         return mask.masked_fill_(~visible, torch.finfo(trunk.dtype).min)[:, None]
@@ -822,8 +822,8 @@ def attention_masks(trunk, visible: Tensor, back: Tensor) -> Tensor | dict[str, 
 
 
 def prefill(vlm: VLM, prompts: list[Prompt]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Read prompts once, padded on the right, where no real token sees it. Returns what slots go on from, a
-    row a prompt: keys and values of each layer in turn (B, heads, P, w), and the first four rows of Slots."""
+    """Read prompts once, padded on the right, where no real token sees the padding. Returns what Slots.start
+    needs, a row per prompt: each layer's keys and values (B, heads, P, w), and the first four Slots.rows."""
     cache = DynamicCache()
     _, ids, mask, positions = read_prompts(vlm, prompts, cache, "right")
     last = mask.sum(1, keepdim=True) - 1                                                     # (B, 1)
@@ -833,8 +833,8 @@ def prefill(vlm: VLM, prompts: list[Prompt]) -> tuple[list[Tensor], dict[str, Te
 
 
 def read_prompts(vlm: VLM, prompts: list[Prompt], cache: DynamicCache, side: str) -> tuple[Tensor, ...]:
-    """The forward pass of prompts, padded on this side, which fills the cache: states (B, P, d), ids and mask
-    (B, P), positions (B, P, A)."""
+    """Fill the cache by a forward pass over prompts, padded on this side. Returns states (B, P, d), ids and
+    mask (B, P), and positions (B, P, A)."""
     def batch(rows):
         return pad_sequence(rows, batch_first=True, padding_side=side).to(vlm.device)
     ids, positions = batch([p.ids for p in prompts]), batch([p.positions.T for p in prompts])
@@ -845,7 +845,7 @@ def read_prompts(vlm: VLM, prompts: list[Prompt], cache: DynamicCache, side: str
 
 
 def seen_in(vlm: VLM, ids: Tensor, mask: Tensor) -> Tensor:
-    """Which tokens are in the prompts, (B, V) bool."""
+    """Which tokens occur in each prompt, (B, V) bool."""
     seen = torch.zeros(len(ids), vlm.model.get_output_embeddings().out_features, device=vlm.device)
     return seen.scatter_add_(1, ids, mask.float()) > 0
 
@@ -853,34 +853,34 @@ def seen_in(vlm: VLM, ids: Tensor, mask: Tensor) -> Tensor:
 class Slots:
     """Responses in progress, one in each slot.
 
-    rows, each with a row a slot: token, the last one; its position (A) and column (1) in the cache; seen (V),
-    the tokens that there were; count, of tokens sampled; ids (R + 1), these tokens; noise (R); end, the
-    length once it has ended. cache: keys and values of each layer in turn, (slots, heads, room, w); a slot
-    has those of [prompt | response so far] in its first columns, without padding:
+    rows holds tensors with one row per slot: token, the last one; its position (A) and its column (1) in the
+    cache; seen (V), the tokens so far; count, the number of sampled tokens; ids (R + 1), those tokens;
+    noise (R); end, the response's length once it has ended. cache holds each layer's keys and values in turn,
+    (slots, heads, room, w). The first columns of a slot are [prompt | response so far], without padding:
 
         column    0   1   2   3   4   5   6   7
         slot 0    p   p   p   p   r   r   *   .        * is written in this step
         slot 1    p   p   r   *   .   .   .   .        . is hidden by the mask
 
-    A decode step is the same work on the same memory however far each response has got. On CUDA it is
-    recorded once for each number of slots (halves of all) and replayed as a graph: a small step is otherwise
-    spent on launching its kernels.
+    A decode step does the same work on the same memory, no matter how long each response is. On CUDA it is
+    recorded once for each number of slots (all, half, a quarter, ...) and replayed as a graph. Otherwise,
+    launching the kernels of a small step would take most of its time.
     """
 
-    stride = None                                                  # tokens between two looks of the host
+    stride = None                                                  # tokens between two checks by the host
 
     def __init__(self, vlm: VLM, sampling: Sampling, size: int, measures_tail: bool = False):
         self.vlm, self.sampling, self.size = vlm, sampling, size
         self.measures_tail = measures_tail and sampling.temperature > 0
         self.rows, self.cache, self.graphs = {}, [], {}
-        self.room = self.columns = 0                               # columns that there are, and that are used
+        self.room = self.columns = 0                               # columns allocated, and columns in use
         self.stride = self.stride or (1 if vlm.device.type == "cpu" else 8)
         self.capturing = vlm.device.type == "cuda" and vlm.capture and not reads_length(vlm.trunk)
         self.stops, self.banned = (torch.tensor(ids, device=vlm.device, dtype=torch.long)
                                    for ids in (vlm.stop_ids, vlm.banned_ids))
 
     def start(self, first: int, cache: list[Tensor], rows: dict[str, Tensor], which: Tensor, noise: Tensor):
-        """Fill the slots from `first` on, each from row which[i] of what prefill gave; noise (N, R)."""
+        """Fill N slots: slot first + i starts from row which[i] of what prefill returned. noise: (N, R)."""
         (N, R), P = noise.shape, cache[0].shape[2]
         self.make_room(P + R, cache)
         for mine, x in zip(self.cache, cache):
@@ -895,7 +895,7 @@ class Slots:
             self.rows[name][first:first + N] = x
 
     def make_room(self, columns: int, like: list[Tensor]):
-        """Give every slot so many columns, rounded up to 64s: the memory moves less often."""
+        """Give every slot at least this many columns; steps of 64 make the memory move less often."""
         if not self.cache:
             self.cache = [x.new_zeros(self.size, x.shape[1], 0, x.shape[3]) for x in like]
         more = -(-columns // 64) * 64 - self.room
@@ -906,7 +906,7 @@ class Slots:
                 self.cache[i] = pad(x, (0, 0, 0, more))
 
     def close_gaps(self, ends: list[int]) -> list[tuple[int, int]]:
-        """Move the last running responses to where others have ended; (from, to) of each."""
+        """Move the last running responses into the slots of those that ended; return each (from, to)."""
         live = ends.count(0)
         sources = [s for s in range(live, len(ends)) if not ends[s]]
         targets = [s for s in range(live) if ends[s]]
@@ -917,11 +917,11 @@ class Slots:
         return list(zip(sources, targets))
 
     def advance(self, live: int) -> list[int]:
-        """Decode `stride` tokens in the first `live` slots; the lengths of responses that ended, else 0.
-        (What these add after their end is not read; each look of the host makes it wait for a GPU.)"""
-        if self.stride == 1:                                       # looking is free: take just what is in use
+        """Decode `stride` tokens in the first `live` slots; return lengths of ended responses, 0 for others.
+        (Tokens after an end are never read. Each check for ends makes the host wait for the GPU.)"""
+        if self.stride == 1:                                       # checks are free: take only what is in use
             n, self.columns = live, int(self.rows["column"][:live].max()) + 1
-        else:                                                      # as few sizes as possible, for graphs
+        else:                                                      # few different sizes mean few graphs
             n, self.columns = self.size, self.room
             while n // 2 >= live:
                 n //= 2
@@ -929,14 +929,14 @@ class Slots:
             if n in self.graphs:
                 self.graphs[n].replay()
                 continue
-            self.step(n)                                           # also the warm-up that a recording needs
+            self.step(n)                                           # also warms up, which recording needs
             if self.capturing:
                 self.capture(n)
         return self.rows["end"][:live, 0].tolist()
 
     def capture(self, n: int):
-        """Record a decode step of n slots; one that cannot be runs as on the CPU, and a notice says so.
-        Graphs are replayed one at a time, so all share the memory of the first for what a step makes."""
+        """Record a decode step of n slots. If that fails, steps run as on the CPU, and a notice says so.
+        Graphs are replayed one at a time, so all can keep temporary tensors in the first graph's memory."""
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         shared = next(iter(self.graphs.values())).pool() if self.graphs else None
         try:
@@ -944,14 +944,14 @@ class Slots:
                 self.step(n)
             self.graphs[n] = graph
         except RuntimeError as error:
-            torch.cuda.set_stream(before)                          # torch leaves the one that it captured on
+            torch.cuda.set_stream(before)                          # torch leaves the capture stream current
             self.capturing = self.vlm.capture = False
-            cause = error.__context__ or error                     # torch raises a second error over it
+            cause = error.__context__ or error                     # torch's second error hides the first
             print(f"{type(self.vlm.model).__name__} is decoded without CUDA graphs: "
                   f"{str(cause).splitlines()[0]}")
 
     def step(self, n: int):
-        """One token in each of the first n slots, all in place and without waiting for the device."""
+        """Decode one token in each of the first n slots, in place and without waiting for the device."""
         r, R = {name: x[:n] for name, x in self.rows.items()}, self.sampling.max_new_tokens
         back = r["column"] - torch.arange(self.columns, device=self.vlm.device)              # (n, columns)
         attention = attention_masks(self.vlm.trunk, (back >= 0)[:, None], back[:, None])
@@ -959,7 +959,7 @@ class Slots:
                                 use_cache=True, past_key_values=self,
                                 attention_mask=attention).last_hidden_state                  # (n, 1, d)
         logits = next_logits(self.vlm, states, self.banned)                                  # (n, V)
-        if self.measures_tail:                                     # not of what comes after the end
+        if self.measures_tail:                                     # not for tokens after the end
             r["tail"].add_(tail(logits, self.sampling)[:, None] * (r["end"] == 0))
         noise = r["noise"].gather(1, r["count"].clamp(max=R - 1))
         token = sample(logits, r["seen"], self.sampling, noise[:, 0])[:, None]               # (n, 1)
@@ -975,7 +975,7 @@ class Slots:
         r["count"].clamp_(max=R)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
-        """What transformers asks of a cache: keep (n, heads, 1, w), return (n, heads, columns, w)."""
+        """transformers calls this on a cache: store (n, heads, 1, w), return (n, heads, columns, w)."""
         n = len(key)
         at = self.rows["column"][:n, :, None, None]
         keys = self.cache[2 * layer][:n].scatter_(2, at.expand_as(key), key)
@@ -983,23 +983,23 @@ class Slots:
         return keys[:, :, :self.columns], values[:, :, :self.columns]
 
     def get_seq_length(self, *_) -> int:
-        """Not zero: this is no prefill. (Where tokens stand is told by position_ids and the mask.)"""
+        """Not zero, because this is not prefill. (position_ids and the mask say where the tokens are.)"""
         return 1
 
 
 def stream_in_step(vlm: VLM, line: Iterator, G: int, sampling: Sampling, slots: int,
                    tails: list | None) -> Iterator[tuple[int, list[Tensor]]]:
-    """What `stream` does, for families whose cache has more than keys and values, as the state of linear
-    attention: as many prompts as have room are read, padded on the left, and their samples go on in step, in
-    the model's own cache. Those that have ended are left out."""
+    """`stream` for families whose cache holds more than keys and values, such as linear attention's state. It
+    reads as many prompts as there are slots for, padded on the left. Their samples then advance in step, in
+    the model's own cache; samples that have ended leave the batch."""
     R, device = sampling.max_new_tokens, vlm.device
     stops = torch.tensor(vlm.stop_ids, device=device)
     banned = torch.tensor(vlm.banned_ids, device=device, dtype=torch.long)
     while ahead := list(islice(line, max(1, slots // G))):
         cache = DynamicCache(config=vlm.model.config.get_text_config())
         states, ids, mask, positions = read_prompts(vlm, [p for _, (p, _) in ahead], cache, "left")
-        live = torch.arange(len(ahead) * G, device=device)         # the rows that still run
-        which = live // G                                          # G samples go on from each prompt
+        live = torch.arange(len(ahead) * G, device=device)         # the rows still running
+        which = live // G                                          # G samples start from each prompt
         cache.reorder_cache(which)
         states, mask, position, seen = (x[which] for x in (states[:, -1:], mask, positions[:, -1:],
                                                            seen_in(vlm, ids, mask)))
@@ -1030,7 +1030,7 @@ def stream_in_step(vlm: VLM, line: Iterator, G: int, sampling: Sampling, slots: 
 
 
 def next_logits(vlm: VLM, states: Tensor, banned: Tensor) -> Tensor:
-    """Those of the tokens that may come after the last state of (N, P, d), (N, V) float32."""
+    """Logits (N, V) float32 of the token after the last of the states (N, P, d); -inf for banned tokens."""
     logits = squash(vlm.model.get_output_embeddings()(states[:, -1]).float(), vlm.scale, vlm.cap)
     return logits.index_fill_(1, banned, -torch.inf)
 
@@ -1044,7 +1044,7 @@ def tail(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def reads_length(trunk) -> bool:
-    """Whether its rotary embedding looks how long a text is, which a CUDA graph cannot hold."""
+    """Whether the rotary embedding reads the length of the text, which a CUDA graph cannot do."""
     kinds = [str(getattr(module, "rope_type", "")) for module in trunk.modules()]      # Gemma has several
     return any("dynamic" in kind or "longrope" in kind for kind in kinds)
 
@@ -1052,20 +1052,20 @@ def reads_length(trunk) -> bool:
 # ---------------------------------------------------------------------------------------------- packing
 
 
-ROW = 128                                                         # tokens of a row that short questions share
+ROW = 128                                                         # tokens in a row that short questions share
 
 
 def row_sizes(packs: bool, prompts: list[Prompt], mask: Tensor) -> list[int]:
-    """How many tokens each question has: its responses (B, K, R), without padding, and its prompt, once or,
-    where responses cannot be packed, K times."""
+    """How many tokens each question takes: its responses (B, K, R) without padding, plus its prompt, which
+    counts K times unless responses can be packed."""
     times = 1 if packs else mask.shape[1]
     return [times * len(p.ids) + n for p, n in zip(prompts, mask.sum((1, 2)).tolist())]
 
 
 def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
-    """Questions of these sizes in groups of at most `budget` tokens, or of one question. Those of similar
-    size stand together, as a row is padded to the longest of its group: of 144 questions with pictures of
-    many sizes 2% is padding then, and 27% in the order in which they come."""
+    """Split questions of these sizes into groups of at most `budget` tokens, or of one question. Similar
+    sizes go together, because each row is padded to the longest of its group. With 144 questions whose
+    pictures vary in size, 2% of the tokens are padding, instead of 27% in the original order."""
     groups, total = [], budget
     for b in sorted(range(len(sizes)), key=sizes.__getitem__):
         if total + sizes[b] > budget:
@@ -1077,10 +1077,10 @@ def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
 
 
 def pack(prompts: list[Prompt], ids: Tensor, mask: Tensor) -> Rows:
-    """Prompts and responses (B, K, R) in rows, as packed_states draws it.
+    """Lay out prompts and responses (B, K, R) in rows, as packed_states shows.
 
-    Short questions share a row, of up to ROW tokens: a longer row pads less, but every token of it is
-    compared with every other.
+    Short questions share a row of up to ROW tokens. Longer rows would need less padding, but attention
+    compares every token of a row with every other.
     """
     lengths, sizes = mask.sum(2).tolist(), row_sizes(True, prompts, mask)      # of responses, of questions
     rows = micro_batches(sizes, max(ROW, *sizes))
@@ -1092,12 +1092,12 @@ def pack(prompts: list[Prompt], ids: Tensor, mask: Tensor) -> Rows:
         tokens.append(torch.cat([prompt.ids.to(ids.device), response]))
         owner.append(torch.arange(len(n) + 1).repeat_interleave(torch.tensor([P, *n])))
         place.append(torch.cat([torch.arange(P), *(torch.arange(P, P + r) for r in n)]))
-        after = prompt.positions[:, -1:] + 1 + place[-1][P:] - P   # responses go on from the prompt's last
+        after = prompt.positions[:, -1:] + 1 + place[-1][P:] - P   # responses continue the prompt's count
         positions.append(torch.cat([prompt.positions, after], dim=1).T)
 
     at, before = [None] * len(sizes), [None] * len(sizes)
     for number, row in enumerate(rows):
-        start = number * L                                         # of the question, rows laid end to end
+        start = number * L                                         # where the question starts in flat rows
         for b in row:
             P = len(prompts[b].ids)
             at[b] = torch.arange(start + P, start + sizes[b])
@@ -1113,8 +1113,8 @@ def pack(prompts: list[Prompt], ids: Tensor, mask: Tensor) -> Rows:
 
 
 def row_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What packed_states returns, for families that cannot be packed: each of the B K responses has a row
-    [prompt | o_k] of its own, padded on the right, which the model masks itself."""
+    """What packed_states returns, for families that cannot be packed. Each of the B K responses has its own
+    row [prompt | o_k], padded on the right; the model makes its own mask."""
     lengths = mask.sum(2).flatten().tolist()
     prompts = [prompt for prompt in prompts for _ in range(mask.shape[1])]
     pairs = list(zip(prompts, ids[mask].split(lengths)))
@@ -1134,7 +1134,7 @@ def row_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple
 
 def states_of_rows(trunk, tokens: Tensor, positions: Tensor, mask, prompts: list[Prompt], **types) -> Tensor:
     """Last-layer states (rows, L, d) of tokens (rows, L) with the images of these prompts."""
-    # layers checkpoint in training mode only; what is inside of them (dropout) stays out of it
+    # Layers checkpoint only in training mode. The modules inside them (dropout) stay in evaluation mode.
     for layer in trunk.modules():
         layer.training = torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)
     states = trunk(input_ids=tokens, position_ids=position_ids(positions), attention_mask=mask,
@@ -1144,21 +1144,21 @@ def states_of_rows(trunk, tokens: Tensor, positions: Tensor, mask, prompts: list
 
 
 def squash(logits: Tensor, scale: float, cap: float | None) -> Tensor:
-    """What a family makes of its head's logits: cap tanh(scale logits / cap), in place."""
+    """What a family does to its head's logits: cap tanh(scale logits / cap), in place."""
     logits = logits if scale == 1 else logits.mul_(scale)
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def head_chunk(weight: Tensor) -> int:
-    """Rows to a chunk of logits: few stay in a CPU's cache, many save a GPU's reading of weights."""
+    """Rows per chunk of logits. Few fit a CPU's cache; on a GPU, many mean fewer reads of the weights."""
     return max(1, (2 ** 26 if weight.is_cuda else 2 ** 23) // len(weight))
 
 
 class TokenLogps(torch.autograd.Function):
-    """The head and the softmax, a chunk of rows at a time. Backward computes each chunk again, and turns it
-    in place into d log p[t] / d logits = (1[t] - p) / temperature, times the slope of `squash`. (A loop of
-    torch.utils.checkpoint has a gradient of the weight, V x d, per chunk: with V = 152,000 and N = 768 a
-    whole update took 10% longer, and 28% to 55% more memory.)"""
+    """The head and the softmax, one chunk of rows at a time. Backward recomputes each chunk, and turns it in
+    place into d log p[t] / d logits = (1[t] - p) / temperature, times the slope of `squash`. (A loop of
+    torch.utils.checkpoint makes a V x d gradient of the weight for each chunk. With V = 152,000 and N = 768,
+    a whole update then took 10% longer and 28% to 55% more memory.)"""
 
     @staticmethod
     def forward(ctx, states, weight, bias, targets, temperature, scale, cap):
@@ -1196,19 +1196,19 @@ class TokenLogps(torch.autograd.Function):
         return to_states, to_weight, to_bias, None, None, None, None
 
 
-# Of log-probs and probabilities. In float32 rounding is below 1e-6 (0.3B), and an image that is read one way
-# only makes 5e-4; rounding to bfloat16 hides that.
+# The largest error allowed in log-probs and probabilities. In float32, rounding stays below 1e-6 (at 0.3B),
+# while reading an image in one direction only makes 5e-4. Rounding to bfloat16 hides such an error.
 MOST_ERROR = {torch.float32: 5e-5, torch.bfloat16: 0.05}
 
 
 @torch.no_grad()
 def check_scoring(vlm: VLM, prompts: list[Prompt]):
-    """Score two responses to prompts, and decode, as training does, and by the model's own forward pass;
-    UserError where these differ.
+    """Score two responses to each prompt, and decode, both as training does and by the model's own forward
+    pass. Raises UserError if the two differ.
 
-    What rows and slots assume of a family (what sees what, how positions count, that logits are those of
-    find_head) is checked on the model at hand. In float32, as rounding to bfloat16 hides a response that sees
-    its sibling.
+    This checks, on the model at hand, what rows and slots assume of a family: what sees what, how positions
+    count, and that find_head describes the logits. It runs in float32, because rounding to bfloat16 would
+    hide a response that sees its sibling.
     """
     outputs = encode_responses(vlm, [["Yes.", "It is not."]] * len(prompts))
     with in_float32(vlm.model):
@@ -1223,12 +1223,12 @@ def check_scoring(vlm: VLM, prompts: list[Prompt]):
 
 @torch.no_grad()
 def check_decoding(vlm: VLM, prompts: list[Prompt]):
-    """Decode a few tokens as `stream` does; UserError where that fails, or where their probabilities are not
-    those of the model's own forward pass."""
+    """Decode a few tokens as `stream` does. Raises UserError if that fails, or if their probabilities differ
+    from those of the model's own forward pass."""
     sampling, rest = Sampling(top_p=1, top_k=1, repetition_penalty=1, max_new_tokens=6), 0.0
     noise = [torch.zeros(1, sampling.max_new_tokens, device=vlm.device)] * len(prompts)
     try:
-        outputs = generate(vlm, prompts, 1, sampling, noise=noise)             # the likeliest: tail is 1 - p
+        outputs = generate(vlm, prompts, 1, sampling, noise=noise)             # greedy: the tail is 1 - p
         for b, prompt in enumerate(prompts):
             response = outputs.ids[b, 0][outputs.mask[b, 0]]
             logits = plain_logits(vlm, prompt, response)
@@ -1242,25 +1242,25 @@ def check_decoding(vlm: VLM, prompts: list[Prompt]):
 
 
 def refuse(vlm: VLM, what: str, error: Tensor):
-    """UserError where an error is above what rounding explains."""
+    """Raise UserError if an error is larger than rounding explains."""
     if not error < MOST_ERROR[vlm.model.dtype]:
         raise UserError(f"{vlm.model.name_or_path} ({type(vlm.model).__name__}) cannot be used: {what} "
-                        f"differently (off by {error:.3g} from its own forward pass)")
+                        f"differently from its own forward pass (off by {error:.3g})")
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether a family's layers see by a mask alone, all of them tokens of the past (those of an image, where
-    `sees_image_both_ways`), so that responses can share a row, and a slot."""
+    """Whether the mask alone decides what a family's layers see, and they see only the past (or all of an
+    image, if `sees_image_both_ways`). Then responses can share a row, and samples can decode in slots."""
     text = model.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
-    unsaid = not kinds and getattr(text, "sliding_window", None)   # a window of which layers?
+    unsaid = not kinds and getattr(text, "sliding_window", None)   # a window, but in which layers?
     both_ways = getattr(text, "use_bidirectional_attention", None)
     return kinds <= set(ATTENTION) and not unsaid and not both_ways
 
 
 @torch.no_grad()
 def find_head(vlm: VLM, prompt: Prompt) -> tuple[float, float | None]:
-    """(scale, cap) of a family's logits: those in its config, as far as it heeds them."""
+    """(scale, cap) of a family's logits: the values in its config, if the model really applies them."""
     text = vlm.model.config.get_text_config()
     cap, scales = getattr(text, "final_logit_softcapping", None), [1.0]
     for name in ("logits_scaling", "logit_scale", "output_multiplier"):
@@ -1277,7 +1277,7 @@ def find_head(vlm: VLM, prompt: Prompt) -> tuple[float, float | None]:
 
 @contextmanager
 def in_float32(model: PreTrainedModel):
-    """Its tensors in float32 for a while. Nothing is lost: a bfloat16 is a float32 that ends in zeros."""
+    """Hold the model in float32 for a while. Nothing is lost: a bfloat16 is a float32 that ends in zeros."""
     tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
     dtypes = [x.dtype for x in tensors]
     for x in tensors:
@@ -1290,8 +1290,8 @@ def in_float32(model: PreTrainedModel):
 
 
 def plain_logits(vlm: VLM, prompt: Prompt, response: Tensor, states: bool = False):
-    """The logits (R, V) that predict the tokens (R,) of a response, by the model's own forward pass; and its
-    last layer's states (R, d), if they are wanted."""
+    """The logits (R, V) that predict the tokens (R,) of a response, from the model's own forward pass. With
+    `states`, also its last layer's states (R, d)."""
     ids = torch.cat([prompt.ids.to(vlm.device), response])[None]                             # (1, P + R)
     out = vlm.model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=states,
                     **token_types(vlm.model, ids), **images_of(vlm.trunk, [prompt]))
@@ -1300,7 +1300,7 @@ def plain_logits(vlm: VLM, prompt: Prompt, response: Tensor, states: bool = Fals
 
 
 def token_types(module, tokens: Tensor) -> dict[str, Tensor]:
-    """Which tokens (rows, L) are those of images, as a forward pass that asks for it wants to be told."""
+    """Which tokens (rows, L) belong to images, under whichever argument names the forward pass accepts."""
     accepted = inspect.signature(module.forward).parameters
     is_image = (tokens == getattr(module.config, "image_token_id", -1)).long()
     return {name: is_image for name in ("token_type_ids", "mm_token_type_ids") if name in accepted}
@@ -1311,15 +1311,15 @@ def token_types(module, tokens: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class World:
-    """The processes that torchrun has started; this is number `rank`. One alone needs none of this.
+    """The processes that torchrun started; this one is number `rank`. A single process needs none of this.
 
-    Every stage of a run is done by all of them. Each draws the same batch of questions and the same noise,
-    and works on its own part of them, rank::size. Gradients are sums over questions, so what comes out does
-    not depend on how many processes there are. What is trained lies in shards (`shard`, FSDP2): each process
-    holds a part of each weight, and with it that part's gradient and optimizer state. All weights are in
-    every process only where it samples (in the loop: `unsharded`). Nothing is exchanged while one of them
-    samples or asks a judge. What all must agree on, rank 0 finds out (`rank_0`). Finished files and the
-    console are rank 0's.
+    All processes work on every stage of a run. Each draws the same batch of questions and the same noise, and
+    works on its own part of them, rank::size. Gradients are sums over questions, so the result does not
+    depend on the number of processes. Trained models are sharded (`shard`, FSDP2): each process holds a part
+    of each weight, with the gradient and optimizer state of that part. A process has all weights only while
+    it samples (in the loop: `unsharded`). The processes exchange nothing while one of them samples or asks a
+    judge. Rank 0 finds out what all must agree on (`rank_0`). Only rank 0 writes finished files and prints to
+    the console.
     """
     rank: int = 0
     size: int = 1
@@ -1327,7 +1327,7 @@ class World:
 
     @classmethod
     def from_torchrun(cls, device: torch.device):
-        """The world that torchrun's environment describes; a process alone, where there is none."""
+        """The world that torchrun's environment describes, or a single process if there is none."""
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return cls()
         from torch.distributed.device_mesh import DeviceMesh
@@ -1336,25 +1336,25 @@ class World:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
             backend, on_device = "nccl", {"device_id": device}
-        # when torchrun starts all again, its store still has the addresses of those that have died
+        # When torchrun restarts all processes, its store still holds the addresses of the dead ones.
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(hours=1)))
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        # they may wait for days, as while rank 0 asks a server; in training nobody keeps the others an hour
+        # Processes may wait for days, say while rank 0 asks a server; in training, never as long as an hour.
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(days=30),
                                 **on_device)
         group = dist.new_group(timeout=timedelta(hours=1))
-        if rank:                                                   # of the others nothing is shown but errors
+        if rank:                                                   # the other ranks show only errors
             sys.stdout = open(os.devnull, "w")
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
         return cls(rank, size, DeviceMesh.from_group(group, device.type))
 
     def barrier(self):
-        """Until all processes have come here."""
+        """Wait until all processes have arrived here."""
         if self.size > 1:
             dist.barrier()
 
     def rank_0(self, work: Callable):
-        """What work() returns in rank 0, which calls it when all processes have come here."""
+        """Wait for all processes, call work() in rank 0 only, and return its result in all of them."""
         self.barrier()
         result = [None if self.rank else work()]
         if self.size > 1:
@@ -1362,17 +1362,17 @@ class World:
         return result[0]
 
     def close(self):
-        """The end of the process group, when rank 0 has written its report."""
+        """End the process group, once rank 0 has written its report."""
         self.barrier()
         if self.size > 1:
             dist.destroy_process_group()
 
     def mine(self, items: list) -> list:
-        """The part of the batch that is this process's."""
+        """This process's part of the batch."""
         return items[self.rank::self.size]
 
     def all_gather(self, items: list) -> list:
-        """What each process has made of its part, in the order of the batch."""
+        """Collect the results of all processes for their parts, in the order of the batch."""
         if self.size == 1:
             return items
         parts = [None] * self.size
@@ -1386,19 +1386,19 @@ class World:
         return values
 
     def even(self, parts: list[list[int]]) -> list[tuple[list[int], float]]:
-        """Micro-batches with their weights, equally many in each process: FSDP wants all processes in every
-        forward and backward pass. A process that has fewer takes its first question again, with weight 0."""
+        """Micro-batches with their weights, equally many in each process, because FSDP needs all processes in
+        every forward and backward pass. A process with fewer repeats its first question, with weight 0."""
         most = max(self.all_gather([len(parts)]))
         return [(part, 1.0) for part in parts] + [([0], 0.0)] * (most - len(parts))
 
     def shard(self, module: torch.nn.Module, decoder: torch.nn.Module, *others: torch.nn.Module,
               method: str = "gathered"):
-        """Leave a part of each weight to each process. They are gathered where they are used: each decoder
-        layer and each of `others` in its forward and backward pass, the rest of `module` in those of
+        """Leave each process a part of each weight. FSDP gathers the weights when they are used: each decoder
+        layer and each of `others` in its own forward and backward pass, the rest of `module` in those of
         `method`. Gradients are sums over the processes.
 
-        The vision tower belongs to the rest: a process whose micro-batch has no image does not run it, and
-        would leave the others waiting for it where they gather its layers.
+        The vision tower belongs to the rest. A process whose micro-batch has no image does not run it; if the
+        tower's layers were gathered one by one, the other processes would wait for this one.
         """
         if self.size == 1:
             return
@@ -1407,15 +1407,15 @@ class World:
         for part in (*layers, *others, module):
             fully_shard(part, mesh=self.mesh, reshard_after_forward=True)
             part.set_gradient_divide_factor(1.0)                   # sums, not means
-            part.set_force_sum_reduction_for_comms(True)           # gloo knows no other
-        module.set_reduce_scatter_unused_params(True)              # zero, where no image was seen
-        # or, if the embedding is frozen, layer 0 would have its backward pass only where there are images
+            part.set_force_sum_reduction_for_comms(True)           # gloo supports no other kind
+        module.set_reduce_scatter_unused_params(True)              # zero if no image was seen
+        # Otherwise, with a frozen embedding, layer 0 would have a backward pass only if there are images.
         decoder.get_input_embeddings().register_forward_hook(lambda _, __, states: states.requires_grad_())
         module.gathered = lambda work: work()                      # see `gathered`
         register_fsdp_forward_method(module, method)
 
     def without_weights(self, vlm: VLM) -> VLM:
-        """A copy of `vlm` with empty weights, for `unsharded` to fill; made before `vlm` is sharded."""
+        """A copy of `vlm` with empty weights, which `unsharded` fills. Make it before `vlm` is sharded."""
         if self.size == 1:
             return vlm
         empty = {id(w): torch.nn.Parameter(w.new_empty(0), requires_grad=False)
@@ -1424,7 +1424,7 @@ class World:
 
     @contextmanager
     def unsharded(self, vlm: VLM, empty: VLM):
-        """`empty` has all weights of `vlm` for a while. (FSDP's hooks would gather them at every token.)"""
+        """Fill `empty` with all weights of `vlm` for a while. (FSDP's hooks would gather them per token.)"""
         if self.size == 1:
             yield vlm
             return
@@ -1435,7 +1435,7 @@ class World:
             weight.data = weight.new_empty(0)
 
     def shard_of(self, tensor: Tensor, weight: Tensor) -> Tensor:
-        """This process's part of a tensor like the weight. FSDP cuts along the first dimension."""
+        """This process's part of a tensor shaped like the weight. FSDP cuts along the first dimension."""
         if not hasattr(weight, "to_local"):
             return tensor
         parts = list(tensor.chunk(self.size))
@@ -1443,7 +1443,7 @@ class World:
         return parts[self.rank].clone()
 
     def full_tensor(self, part: Tensor, weight: Tensor) -> Tensor:
-        """The reverse of `shard_of`, for rank 0, on the CPU: a device may not have the room."""
+        """The reverse of `shard_of`, for rank 0 only. It goes to the CPU, as a device may lack the memory."""
         if not hasattr(weight, "to_local"):
             return part
         from torch.distributed.tensor import DTensor
@@ -1454,15 +1454,15 @@ class World:
 
     @torch.no_grad()
     def full_weights(self, module: torch.nn.Module) -> dict[str, Tensor]:
-        """All weights of a module by name, as `full_tensor` has them. (Those that are tied are one.)"""
+        """All weights of a module by name, as `full_tensor` returns them. (Tied weights appear once.)"""
         return {name: self.full_tensor(local(weight), weight) for name, weight in module.named_parameters()}
 
 
 def local(weight: Tensor) -> Tensor:
-    """What this process has of a weight."""
+    """The part of a weight that this process holds."""
     return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def gathered(module: torch.nn.Module, work):
-    """work(), which uses weights of the module also where no forward pass of it is called."""
+    """Run work(), which may use the module's weights outside its forward pass, with the weights gathered."""
     return module.gathered(work) if hasattr(module, "gathered") else work()

@@ -1,8 +1,8 @@
-"""What is asked, and what good answers look like: examples, teachers, and the collection of their responses.
+"""Questions and good answers to them: examples, teachers, and the collection of the teachers' responses.
 
-RIL reads nothing of a teacher but its text. So every teacher answers every question N times *before*
-training. The responses are kept in one JSONL file, the collection, and line 6 of Algorithm 2 draws from it.
-No teacher is in memory while the student learns, and it may be of any other family.
+RIL uses only the text of a teacher. So every teacher answers every question N times *before* training. One
+JSONL file, the collection, keeps the responses, and line 6 of Algorithm 2 draws from it. No teacher is in
+memory while the student learns, and a teacher may belong to any model family.
 
     python teachers.py --teachers runs/toy/teachers/qwen runs/toy/teachers/internvl \
         --data runs/toy/data/train.jsonl --out collection.jsonl -n 16
@@ -32,7 +32,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Protocol
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")                # before torch is imported; see train.py
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")                # set before importing torch; see train.py
 
 import numpy as np
 import torch
@@ -53,35 +53,35 @@ from model import (MARK, VLM, Prompt, Sampling, UserError, World, chat_turns, co
 
 @dataclass(frozen=True)
 class Example:
-    """One question about some images (often one, possibly none), and its truth, which is the true answer.
+    """One question about some images (often one, possibly none), and its true answer, `truth`.
 
-    Images stand where the question marks them with `<image>`, else before it. The fields from `truths` on are
-    used by benchmarks.
+    An image appears where the question has the mark `<image>`. Without marks, images precede the question.
+    The fields from `truths` to `kind` are mostly for benchmarks.
     """
     id: str
-    images: tuple[str, ...]                        # paths of files
+    images: tuple[str, ...]                        # file paths
     question: str
     truth: str
-    options: tuple[str, ...] = ()                  # the first has the letter A; "" is no option
+    options: tuple[str, ...] = ()                  # the first has the letter A; "" means no option
     category: str = ""
     where: str = ""                                # "file:line", for error messages
     history: tuple[tuple[str, str], ...] = ()      # earlier (question, reply) turns
     hint: str = ""
-    truths: tuple[str, ...] = ()                   # VQA's ten, a caption's references
-    group: str = ""                                # is scored together, as a caption and its foils
+    truths: tuple[str, ...] = ()                   # VQA's ten answers, or reference captions
+    group: str = ""                                # examples scored together, as a caption and its foils
     split: str = ""
     kind: str = ""                                 # "dialogue", "caption", "foil", "picture", an answer_type
     sizes: tuple[tuple[int, int], ...] = ()        # (width, height) of each image
-    pictures: tuple[int, ...] = ()                 # a hash of the bytes of each image
+    pictures: tuple[int, ...] = ()                 # a hash of each image's bytes
 
     @property
     def letters(self) -> dict[str, str]:
-        """The options by letter."""
+        """The options, keyed by letter."""
         return {chr(65 + i): option for i, option in enumerate(self.options) if option}
 
     @property
     def text(self) -> str:
-        """The question as it is asked: with its hint, and its options as lettered lines."""
+        """The question as a model sees it, with its hint and with its options as lettered lines."""
         lines = [f"Hint: {self.hint}"] if self.hint else []
         lines.append(self.question)
         lines += [f"{letter}. {option}" for letter, option in self.letters.items()]
@@ -89,23 +89,23 @@ class Example:
 
     @property
     def dialogue(self) -> str:
-        """The question as a judge sees it: with the turns before it."""
+        """The question as a judge sees it, after the earlier turns."""
         return "\n".join([f"{question}\n{reply}" for question, reply in self.history] + [self.text])
 
 
 def load_examples(path: str, skip_bad: bool = False, checks: Iterable["Check"] = ()) -> list[Example]:
-    """Read examples and open every image once, so that errors are known before any work is done.
+    """Read examples and open every image once, so that errors surface before any work is done.
 
-    The name of a file tells its format: .jsonl has a row on each line, .json a list of such rows. A row is
+    The file extension determines the format: .jsonl has one row per line, .json a list of rows. A row is
         {"id", "image", "question", "answer", "hint", "options", "category", "answers"},
         {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}, or
         {"id", "images", "messages": [{"role": "user", "content"}, {"role": "assistant", "content"}, ...]}.
-    An image is a path, or a list of paths, relative to the file or to `images` beside it. Or a file is that
-    of a benchmark: VLMEvalKit's .tsv, or a .json of captions in COCO's form.
+    An image is a path, or a list of paths, relative to the file or to the folder `images` beside it. The file
+    may also be a benchmark's: a .tsv of VLMEvalKit, or a .json of captions in COCO's form.
 
-    Raises UserError, naming file and line, for all that is not in these forms, a missing or unreadable image,
-    a repeated id, and for a row that one of the checks refuses (see prompt_checks). With skip_bad, rows with
-    such images and rows so refused are left out and counted on the console.
+    Raises UserError, naming file and line, for anything in another form, a missing or unreadable image, a
+    repeated id, and a row that one of the checks refuses (see prompt_checks). With skip_bad, rows with a bad
+    image and rows that a check refuses are left out, and their number is printed.
     """
     examples = check_images(list(read_examples(path)), path, skip_bad)
     examples = check_prompts(examples, path, skip_bad, checks)
@@ -115,9 +115,9 @@ def load_examples(path: str, skip_bad: bool = False, checks: Iterable["Check"] =
 
 
 def encode_example(vlm: VLM, example: Example) -> Prompt:
-    """The example as a prompt of this model; UserError, naming file and line, where it cannot be one.
+    """Encode the example as a prompt for this model. Raises UserError, naming file and line, if that fails.
 
-    The first 512 MB are kept: to encode each picture of the toy again would make its SFT twice as long.
+    The first 512 MB of prompts are cached: encoding the toy's pictures every time would double its SFT time.
     """
     if example in vlm.prompts:
         return vlm.prompts[example]
@@ -134,7 +134,7 @@ def encode_example(vlm: VLM, example: Example) -> Prompt:
 
 
 def encode_examples(vlm: VLM, examples: list[Example]) -> list[Prompt]:
-    """The prompts of some examples. One picture of 1024 x 1024 takes 85 ms on one core, 56 on two."""
+    """Encode examples in threads. A picture of 1024 x 1024 pixels takes 85 ms on one core, 56 ms on two."""
     if torch.get_num_threads() == 1:
         return [encode_example(vlm, example) for example in examples]
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
@@ -145,21 +145,21 @@ def encode_examples(vlm: VLM, examples: list[Example]) -> list[Prompt]:
 
 
 class Teacher(Protocol):
-    """What fill_collection needs; CheckpointTeacher and ServerTeacher, below, have it. What is at the `path`
-    of a teacher that has one, and its `dtype`, are recorded with its responses."""
+    """What fill_collection needs. CheckpointTeacher and ServerTeacher, below, provide it. If a teacher has a
+    `path`, each of its responses records a hash of the files there and the teacher's `dtype`."""
     name: str                                      # what the collection and the logs call it
 
     def check(self):
-        """Raise UserError unless it can be asked. It must be cheap: this is called before any work."""
+        """Raise UserError if the teacher cannot be asked. It must be cheap: it runs before any work."""
 
     def ask(self, todo: list[tuple[Example, int]], num: int, sampling: Sampling,
             seed: int) -> Iterable[tuple[Example, list[tuple[str, bool]]]]:
-        """Yield (example, [(text, finished), ...]) as responses come, in any order and any portions.
+        """Yield (example, [(text, finished), ...]) as responses arrive, in any order and any portions.
 
-        todo: pairs (example, have), where `have` responses are there already; those numbered have to num - 1
-        are asked for. A teacher that yields fewer leaves the rest to another run. finished: False for a text
-        that a token limit cut off. Responses should depend on the seed, the example and their number alone:
-        then they do not depend on interruptions.
+        todo: pairs (example, have). `have` responses exist already; those numbered have to num - 1 are still
+        wanted. If a teacher yields fewer, another run asks for the rest. finished: False if a token limit cut
+        the text off. A response should depend only on the seed, the example and its own number, so that
+        interruptions do not change it.
         """
 
 
@@ -173,17 +173,17 @@ class Collection:
                  longest: int = 0):
         """Read a collection for these examples. A row is {"id", "teacher", "text", "finished"}.
 
-        Left out and counted are those that are `unfinished`, blank or cut off by a token limit ("finished":
-        false), and those that are `overlong`, of more than `longest` tokens of the student, which it could
-        never say in full. `examples` are those that have a response left. Raises UserError when an example
-        has no row at all, when no response is left, and when one spells a `forbidden` token of the student.
+        Two kinds of responses are left out and counted. `unfinished` ones are blank, or a token limit cut
+        them off ("finished": false). `overlong` ones have more than `longest` tokens of the student, which it
+        could never say in full. `self.examples` has the examples with a response left. Raises UserError if an
+        example has no row at all, if no response is left, or if one spells a `forbidden` student token.
         """
         self.responses = defaultdict(lambda: defaultdict(list))
         self.unfinished = self.overlong = 0
         named = set()
         for name, teacher, text, finished in read_responses(path, forbidden):
             named.add(name)
-            may_be = tokenizer is not None and len(text.encode()) >= longest       # a token is a byte or more
+            may_be = tokenizer is not None and len(text.encode()) >= longest       # a token has >= 1 byte
             overlong = may_be and response_length(tokenizer, text) > longest
             self.unfinished += not finished
             self.overlong += overlong
@@ -194,12 +194,12 @@ class Collection:
                 raise UserError(f"{path}: no response for the question {example.id!r} of {example.where}")
         self.examples = [example for example in examples if example.id in self.responses]
         if not self.examples:
-            raise UserError(f"{path}: no response in it is finished, and short enough for --max-new-tokens")
+            raise UserError(f"{path}: no response is both finished and short enough for --max-new-tokens")
 
     def draw(self, examples: list[Example], num: int, rng: random.Random) -> list[list[tuple[str, str]]]:
         """Line 6 of Algorithm 2: num pairs (teacher, text) per example, spread evenly over its teachers.
 
-        Which teachers get the odd ones is drawn. No response is repeated while the teacher's others last.
+        Chance decides which teachers give any remainder. A teacher repeats a response only after all others.
         """
         drawn = []
         for example in examples:
@@ -218,27 +218,27 @@ class Collection:
 
 def fill_collection(path: str, teachers: list[Teacher], examples: list[Example], num: int, sampling: Sampling,
                     seed: int = 0, world: World = World()) -> bool:
-    """Bring the file to `num` responses of each teacher to each example, sampled with `sampling`.
+    """Add to the file until each teacher has `num` responses to each example, sampled with `sampling`.
 
-    What is there already under the same example, teacher, sampling settings and seed is kept, so an
-    interrupted fill resumes where it stopped, with the same responses, if a server honours seeds. Processes
-    share the questions to a checkpoint; a server is asked by rank 0 alone. Returns whether all responses are
-    there: what a server failed on is asked by another call. Raises UserError when two teachers have one name,
-    one is called "student" or cannot be asked, and when the file has responses to another question or
-    picture under an id of these, or of an edited checkpoint.
+    Existing responses with the same example, teacher, sampling settings and seed are kept. So an interrupted
+    fill resumes where it stopped, with the same responses (from a server, only if it honours seeds). The
+    processes share the questions to a checkpoint; rank 0 alone asks a server. Returns whether the collection
+    is complete; another call retries what a server failed on. Raises UserError if two teachers share a name,
+    if one is called "student" or cannot be asked, or if the file has a response of an edited checkpoint, or
+    one to another question or picture under the id of an example.
     """
     names = [teacher.name for teacher in teachers]
     if len(set(names)) < len(names) or "student" in names:
-        raise UserError(f"the teachers are called {', '.join(names)}; rename a folder, so that their "
-                        "responses can be told apart, and from the student's")
+        raise UserError(f"the teachers are called {', '.join(names)}; rename a folder, so that each "
+                        "teacher has a name of its own, different from the student's")
     settings = asdict(sampling) | {"seed": seed}
-    del settings["truncated"]                      # teachers always are
+    del settings["truncated"]                      # always True for teachers
     made_by = {teacher.name: f"{stamp(teacher.path)} {getattr(teacher, 'dtype', '')}"
                for teacher in teachers if hasattr(teacher, "path")}
     lacking = partial(incomplete, path, names, examples, num, settings, made_by)
     todo = world.rank_0(lacking)
     teachers = [teacher for teacher in teachers if todo[teacher.name]]
-    for teacher in teachers:                       # all, before the first does any work
+    for teacher in teachers:                       # check all before the first does any work
         world.rank_0(teacher.check)
     for teacher in teachers:
         mine = world.mine(todo[teacher.name])
@@ -266,7 +266,7 @@ def fill_collection(path: str, teachers: list[Teacher], examples: list[Example],
 
 @dataclass
 class CheckpointTeacher:
-    """A folder or hub id, with device and dtype as in load_vlm. slots: responses sampled at a time."""
+    """A checkpoint folder or hub id; device and dtype as in load_vlm. slots: responses sampled at a time."""
     path: str
     device: str | None
     dtype: str
@@ -277,13 +277,13 @@ class CheckpointTeacher:
         load_processor(self.path)
 
     def ask(self, todo, num, sampling, seed):
-        """Samples all `num` responses to an example, whose noise is drawn together, and yields what it lacks.
+        """Sample all `num` responses to each example, as their noise is one draw, and yield the missing ones.
 
         The model is loaded here, so that it is freed after the last response.
         """
         vlm = load_vlm(self.path, self.device, self.dtype)
 
-        def noise(example):                        # its own numbers, whatever else is asked with it
+        def noise(example):                        # independent of the other examples in the batch
             example_seed = zlib.crc32(f"{seed} {self.name} {example.id}".encode())
             generator = torch.Generator(vlm.device).manual_seed(example_seed)
             return torch.rand(num, sampling.max_new_tokens, device=vlm.device, generator=generator)
@@ -306,14 +306,14 @@ class ServerTeacher:
         check_endpoint(self.endpoint)
 
     def ask(self, todo, num, sampling, seed):
-        """Asks endpoint.workers examples at a time. Calls that fail for good or bring no text are counted."""
+        """Ask about endpoint.workers examples at a time. Count calls that fail for good or return no text."""
         failures = []
         answered = set()
-        equal = []                                 # of each call for several: are all its responses equal?
+        equal = []                                 # for each call for several responses: are all equal?
 
         def call(example, have):
             if len(failures) >= self.endpoint.workers and not answered:
-                return []                          # nothing ever came back, so the rest is not tried
+                return []                          # no call has succeeded: do not try the rest
             call_seed = zlib.crc32(f"{seed} {self.name} {example.id} {have}".encode())
             images = [open_image(path, example.where) for path in example.images]
             messages = messages_of(chat_turns(example.text, len(images), example.history), images)
@@ -331,7 +331,7 @@ class ServerTeacher:
 
         pool = ThreadPoolExecutor(self.endpoint.workers)
         try:
-            while todo:                            # again, as a server may give fewer than it is asked for
+            while todo:                            # repeat: a server may give fewer than it is asked for
                 running = {pool.submit(call, *pair): pair for pair in todo}
                 todo = []
                 for future in as_completed(running):
@@ -343,12 +343,12 @@ class ServerTeacher:
         finally:
             pool.shutdown(cancel_futures=True)
         if failures and not answered:
-            raise UserError(f"{self.name}: not one of the first calls went well; the last: {failures[-1]}")
+            raise UserError(f"{self.name}: not one of the first calls succeeded; the last: {failures[-1]}")
         if failures:
             tqdm.write(f"{self.name}: {len(failures)} calls failed; the last: {failures[-1]}")
         if any(equal):
             tqdm.write(f"{self.name}: in {sum(equal)} of {len(equal)} calls, {num} of {num} responses are "
-                       "equal: does the server heed n and temperature?")
+                       "equal: does the server honour n and temperature?")
 
 
 def make_teacher(name: str, device: str | None = None, dtype: str | None = None, slots: int = 64) -> Teacher:
@@ -360,14 +360,14 @@ def make_teacher(name: str, device: str | None = None, dtype: str | None = None,
 
 
 def read_responses(path: str, forbidden: set[str]) -> Iterator[tuple[str, str, str, bool]]:
-    """Yield (example id, teacher, text, finished) of each row of a collection. A blank text is unfinished."""
+    """Yield (example id, teacher, text, finished) for each row of a collection. Blank text is unfinished."""
     for where, row in read_jsonl(path):
         teacher, text = str(row.get("teacher", "teacher")), row.get("text")
         finished = row.get("finished", row.get("finish_reason", True))
         with naming_row(where):
             if not is_text(text) or "id" not in row or teacher == "student":
-                raise ValueError('expected {"id": ..., "teacher": ..., "text": ...}, by no "student"')
-            if not isinstance(finished, bool):     # so a server's finish_reason is refused, not passed over
+                raise ValueError('expected {"id": ..., "teacher": ..., "text": ...}, not by "student"')
+            if not isinstance(finished, bool):     # so a server's finish_reason is refused, not ignored
                 raise ValueError(f'expected true or false as "finished", found {finished!r}')
             if spelt := [token for token in forbidden if token in text]:
                 raise ValueError(f"the response spells {spelt[0]}, which the student reads as an image")
@@ -375,21 +375,21 @@ def read_responses(path: str, forbidden: set[str]) -> Iterator[tuple[str, str, s
 
 
 def response_length(tokenizer, text: str) -> int:
-    """How many tokens a response has, with the stop token after it."""
+    """The number of tokens in a response, including the stop token."""
     return len(tokenizer(text, add_special_tokens=False).input_ids) + 1
 
 
 def incomplete(path: str, names: list[str], examples: list[Example], num: int, settings: dict,
                made_by: dict[str, str]) -> dict[str, list[tuple[Example, int]]]:
-    """{teacher: pairs (example, how many responses are there) of those that have fewer than num}."""
+    """{teacher: pairs (example, number of its responses so far), for the examples with fewer than num}."""
     have = count_responses(path, examples, settings, made_by)
     return {name: [(e, have[name, e.id]) for e in examples if have[name, e.id] < num] for name in names}
 
 
 def count_responses(path: str, examples: list[Example], settings: dict, made_by: dict[str, str]) -> Counter:
-    """How many responses the file holds by (teacher, example id), sampled with these settings. UserError for
-    one to a question that is not that of the example of its id, or of a teacher that was another checkpoint
-    than made_by says."""
+    """Count the file's responses that were sampled with these settings, by (teacher, example id). Raises
+    UserError if a response is to another question than the example with its id asks, or if its teacher was a
+    different checkpoint from the one in made_by."""
     counts = Counter()
     merge_files(path)
     if not Path(path).exists():
@@ -398,8 +398,8 @@ def count_responses(path: str, examples: list[Example], settings: dict, made_by:
     for where, row in read_jsonl(path):
         name = row.get("id")
         if "asked" in row and row["asked"] != asked.get(name, row["asked"]):
-            raise UserError(f"{where}: a response to another question than {name!r} is now; remove the lines "
-                            f"of this id, or choose another --out")
+            raise UserError(f"{where}: a response to another question than {name!r} asks now; remove the "
+                            f"lines with this id, or choose another --out")
         teacher = row.get("teacher")
         if row.get("made_by") and row["made_by"] != made_by.get(teacher, row["made_by"]):
             raise UserError(f"{where}: {teacher} was another checkpoint, or had another dtype, when it gave "
@@ -409,13 +409,13 @@ def count_responses(path: str, examples: list[Example], settings: dict, made_by:
 
 
 def question_hash(example: Example) -> int:
-    """A number that changes where what a model is asked reads or looks otherwise."""
+    """A hash of what a model is asked. It changes with any text or image of the question."""
     return zlib.crc32(json.dumps([example.dialogue, example.pictures]).encode())
 
 
 def append_responses(path: Path, name: str, responses: Iterable[tuple[Example, list[tuple[str, bool]]]],
                      todo: list[tuple[Example, int]], num: int, about: dict):
-    """Append a teacher's responses, numbered, and what is the same about all, to the file as they come."""
+    """Append a teacher's responses to the file as they arrive, each with a number and the fields `about`."""
     number, unusable = {example.id: have for example, have in todo}, 0
     with (open(path, "a", encoding="utf-8") as file,
           tqdm(desc=f"responses of {name}", total=len(todo) * num - sum(number.values()),
@@ -437,13 +437,13 @@ def append_responses(path: Path, name: str, responses: Iterable[tuple[Example, l
 
 
 def own_file(path: str | Path, rank: int) -> Path:
-    """Where a process appends what belongs into a file of JSON lines: rank 0 to this, others beside it."""
+    """The file to which a process appends its JSONL rows: for rank 0 `path` itself, else one beside it."""
     return Path(f"{path}.rank{rank}" if rank else path)
 
 
 def merge_files(path: str | Path):
-    """Append to a file of JSON lines what other processes have put beside it, and remove theirs. No two of
-    their lines are equal, so those that are there already are from a merge that was killed."""
+    """Append the files of the other processes (see own_file) to a JSONL file, and delete them. No two of
+    their lines are equal, so a line that the file already has comes from a merge that was killed."""
     path = Path(path)
     others = sorted(p for p in path.parent.glob("*") if p.name.startswith(f"{path.name}.rank"))
     for file in (path, *others):
@@ -459,8 +459,7 @@ def merge_files(path: str | Path):
 
 
 def drop_torn_line(path: str | Path):
-    """Cut half a line off the end of a file of JSON lines, if it is there: a writer that was killed may have
-    left it."""
+    """If a JSONL file ends in half a line, remove it. A writer that was killed may have left it."""
     if not Path(path).exists():
         return
     with open(path, "rb+") as file:
@@ -472,13 +471,13 @@ def drop_torn_line(path: str | Path):
         try:
             json.loads(last)
             file.seek(size)
-            file.write(b"\n")                      # it is complete, and only lacks its end
+            file.write(b"\n")                      # complete except for its newline
         except ValueError:
             file.truncate(size - len(last))
 
 
 def sort_collection(path: str, names: list[str], examples: list[Example]):
-    """Sort the file by teacher, then example: servers reply in any order. Rows of other teachers go first."""
+    """Sort the file by teacher, then example: servers reply in any order. Other teachers' rows come first."""
     teacher_place = {name: i for i, name in enumerate(names)}
     example_place = {example.id: i for i, example in enumerate(examples)}
 
@@ -498,18 +497,18 @@ def sort_collection(path: str, names: list[str], examples: list[Example]):
 
 def select(vlm: VLM, examples: list[Example], num: int, longest: int, seed: int, batch_size: int = 16,
            world: World = World()) -> list[Example]:
-    """Choose `num` examples to train on, as the paper picks its 40K, by length and by log-probability.
+    """Choose `num` examples to train on, as the paper picks its 40K: by length and by log-probability.
 
-    Examples whose truth has more than `longest` tokens are dropped, and counted on the console. Of the
-    others, `num` are drawn without replacement, one after the other, each time with chances in proportion to
-    w = 1 - exp(mean log-prob of the truth's tokens under the student). What the student would say anyway
-    teaches it nothing, and what it finds impossible, which may be a wrong label, counts no more than what it
-    finds hard. The paper names the two steps, overlong filtering and log-probability sampling, and gives no
-    formula: the weight is ours. Returned in the order of the file. Processes share out the scoring.
+    Examples whose truth has more than `longest` tokens are dropped, and their number is printed. From the
+    rest, `num` are drawn one by one without replacement, with probabilities proportional to
+    w = 1 - exp(mean log-prob of the truth's tokens under the student). An answer that the student would give
+    anyway teaches it nothing. One that it finds impossible may be a wrong label, so it weighs no more than a
+    hard one. The paper names the two steps, overlong filtering and log-probability sampling, but gives no
+    formula: the weight is ours. The file's order is kept. The processes share the scoring.
     """
     short = [e for e in examples if len(encode_responses(vlm, [[e.truth]]).ids[0, 0]) <= longest]
-    print(f"{len(examples) - len(short)} of {len(examples)} examples dropped: answers of more than {longest} "
-          "tokens")
+    print(f"{len(examples) - len(short)} of {len(examples)} examples dropped: their answers have more than "
+          f"{longest} tokens")
     mine, means = world.mine(short), []
     for i in tqdm(range(0, len(mine), batch_size), desc="log-probs", unit="batch"):
         batch = mine[i:i + batch_size]
@@ -517,11 +516,11 @@ def select(vlm: VLM, examples: list[Example], num: int, longest: int, seed: int,
         with torch.no_grad():
             logps = score(vlm, encode_examples(vlm, batch), outputs)                 # (B, 1, R)
         means += (logps.sum((1, 2)) / outputs.mask.sum((1, 2))).tolist()             # (B,)
-    world.barrier()                                                   # longer than an hour, if need be
+    world.barrier()                                                   # may wait for over an hour
     rng, keys = random.Random(seed), []
     for mean in world.all_gather(means):
         weight = max(1e-9, -math.expm1(mean))
-        # the `num` largest log w + Gumbel noise are such a draw without replacement
+        # Gumbel trick: the `num` largest log w + noise are such a draw without replacement
         keys.append(math.log(weight) - math.log(-math.log(rng.random())))
     chosen = set(sorted(range(len(short)), key=lambda i: -keys[i])[:num])
     return [e for i, e in enumerate(short) if i in chosen]
@@ -544,11 +543,11 @@ LETTERS = [chr(65 + i) for i in range(26)]
 COLUMNS = {"id", "image", "images", "category", "kind", "question", "answer", "answers", "hint", "options",
            "history", "conversations", "messages"}
 TSV_COLUMNS = {"index", "question_id", "image", "image_path", "choices", *LETTERS}
-WORDLESS = ("caption", "picture")                  # kinds of examples without a question in words
-# Columns that would be lost without a word, as `"name": value`, and what to do instead.
+WORDLESS = ("caption", "picture")                  # kinds of examples that may have no question text
+# Patterns of columns, as `"name": value`, that must not be lost silently, and what to write instead.
 REFUSED_COLUMNS = {
     r'"(index|question_id)":': 'call it "id"',
-    r'"(options|choices|[A-Z]|(choice|option)_?\w)":': 'write {"options": ["red", ...]}; a TSV has A, B, ...',
+    r'"(options|choices|[A-Z]|(choice|option)_?\w)":': 'write {"options": ["red", ...]} (a TSV has A, B ...)',
     r'"system(_prompt)?":': "write it before the question",
     r'(?i)"(video|audio)s?(_?(file|path|url)s?)?":|.*\.(mp4|avi|mov|mkv|webm|wav|mp3|flac)"':
         "only images can be shown; drop the row",
@@ -561,19 +560,19 @@ IMAGE_IN_TEXT = re.compile(r"(?i)<img>(.+?</img>|\S+\.(jpe?g|png|webp|gif|bmp|ti
 
 
 def shortened(text, most: int = 200) -> str:
-    """A text on one line, without its middle where it is long."""
+    """The text on one line. A long text loses its middle."""
     text = " ".join(str(text).split())
     return text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}"
 
 
 def is_text(value) -> bool:
-    """Whether a value is a string that can be written as UTF-8: JSON can hold the half of an emoji."""
+    """Whether a value is a string that UTF-8 can encode. A string from JSON may hold half of an emoji."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 @contextmanager
 def naming_row(where: str):
-    """An error of a row becomes one sentence that begins with its place."""
+    """Turn an error in a row into a UserError of one sentence that begins with the location of the row."""
     try:
         yield
     except (UserError, ValueError, RecursionError, csv.Error) as error:
@@ -585,18 +584,18 @@ def naming_row(where: str):
 
 
 def read_json(path: str):
-    """The contents of a JSON file; UserError where it is none."""
+    """The contents of a JSON file. Raises UserError if it is not JSON."""
     try:
         return json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); JSON lines are called .jsonl") from error
+        raise UserError(f"{path}: not JSON ({error}); name a file of JSON lines .jsonl") from error
 
 
 def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) for each line of a JSONL file; UserError, naming the line, where it is no object."""
+    """Yield (where, row) for each line of a JSONL file. Raises UserError at a line that is not an object."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
-    with open(path, "rb") as file:                 # bytes: what is not UTF-8 is then a bad line with a number
+    with open(path, "rb") as file:                 # bytes, so that bad UTF-8 is an error of one numbered line
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
             if line.strip():
@@ -608,7 +607,7 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
 
 
 def read_examples(path: str) -> Iterator[Example]:
-    """Yield the examples of a file, each checked. The name of the file tells its format."""
+    """Yield the examples of a file, each checked. The file extension determines the format."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     suffix = Path(path).suffix.lower()
@@ -623,8 +622,8 @@ def read_examples(path: str) -> Iterator[Example]:
     elif isinstance(contents, dict) and {"images", "annotations"} <= contents.keys():
         rows, examples_of = coco_rows(path, contents), coco_examples
     else:
-        raise UserError(f"{path}: data is .jsonl, a row on each line; or .json, a list of rows, or captions "
-                        "as COCO has them, with images and annotations; or .tsv, as VLMEvalKit writes it")
+        raise UserError(f"{path}: data is .jsonl (one row per line), .json (a list of rows, or captions in "
+                        "COCO's form, with images and annotations) or .tsv (as VLMEvalKit writes it)")
     ids = Counter()
     for where, row in rows:
         with naming_row(where):
@@ -633,19 +632,19 @@ def read_examples(path: str) -> Iterator[Example]:
                 ids[example.id] += 1
                 if ids[example.id] > 1 and example.kind != "dialogue":
                     raise ValueError(f"the id {shortened(example.id)!r} was used before; ids must be unique")
-                if ids[example.id] > 1:            # common in LLaVA's files
+                if ids[example.id] > 1:            # LLaVA's files repeat ids
                     example = replace(example, id=f"{example.id}#{ids[example.id]}")
                 yield replace(example, where=where)
 
 
 def json_examples(path: str, where: str, row: dict) -> list[Example]:
-    """A row of a JSON file as examples: one, or one for each reply of a dialogue."""
+    """Turn a row of a JSON file into examples: one, or one for each reply of a dialogue."""
     if sum(form in row for form in ("question", "conversations", "messages")) != 1:
         raise ValueError('a row has either "question" and "answer", or "conversations", or "messages"')
     is_dialogue = "question" not in row
     row = {"question": ""} | {name: value for name, value in row.items() if value not in (None, "", [], {})}
     if "image" in row and "images" in row:
-        raise ValueError('"image" or "images", not both')
+        raise ValueError('write "image" or "images", not both')
     if isinstance(row.get("image"), str):
         row["image"] = [row["image"]]
     names = strings(row, "image") + strings(row, "images")
@@ -653,7 +652,7 @@ def json_examples(path: str, where: str, row: dict) -> list[Example]:
     answers = strings(row, "answers")
     history = row.get("history", [])
     if not all(isinstance(turn, list) and list(map(type, turn)) == [str, str] for turn in history):
-        raise ValueError('"history" is only what --select writes; a dialogue is written as "messages"')
+        raise ValueError('only --select writes "history"; a dialogue is written as "messages"')
     example = Example(
         id=str(row.get("id", re.search(r"\d+$", where)[0])),
         images=tuple(image_path(path, name) for name in names),
@@ -665,16 +664,16 @@ def json_examples(path: str, where: str, row: dict) -> list[Example]:
 
 
 def strings(row: dict, name: str) -> tuple[str, ...]:
-    """A column that holds a list of strings, or nothing."""
+    """The list of strings in a column, empty if there is no such column."""
     value = row.get(name, [])
     if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
-        raise ValueError(f'"{name}" is a list of strings, found {shortened(value, 80)!r}')
+        raise ValueError(f'"{name}" must be a list of strings, found {shortened(value, 80)!r}')
     return tuple(value)
 
 
 def without_letters(options: Iterable[str]) -> tuple[str, ...]:
-    """Options without the letters that they carry, as "A. red" or "(A) red", where all have theirs in order:
-    they are asked with letters anyway."""
+    """Remove the letters of options such as "A. red" or "(A) red", if all options have theirs in order. The
+    question adds letters anyway."""
     own = [re.fullmatch(rf"(?is)\s*\(?{letter}[.:)]\s+(\S.*)", option)
            for letter, option in zip(LETTERS, options)]
     in_order = all(own) and len(own) == len(options)
@@ -682,9 +681,9 @@ def without_letters(options: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_columns(row: dict, known: set[str], shown: tuple[str, ...] | None):
-    """ValueError where an unknown column holds what would be lost without a word.
+    """Raise ValueError if an unknown column holds something that would be lost silently.
 
-    shown: the images of the row, whose names or addresses may be told again; None where it has some in cells.
+    shown: the row's images, whose names or addresses other columns may repeat; None if they are in cells.
     """
     for name, value in row.items():
         if name in known or value in (None, "", [], {}):
@@ -693,33 +692,33 @@ def check_columns(row: dict, known: set[str], shown: tuple[str, ...] | None):
         advice = next((text for pattern, text in REFUSED_COLUMNS.items() if re.match(pattern, column)), None)
         if IMAGE_COLUMN.search(column) and shown is not None and not (shown and "://" in column):
             if not any(re.search(f'["/]{re.escape(Path(image).name)}"', column) for image in shown):
-                advice = 'call it "image", a path or a list of paths'
+                advice = 'call it "image" (a path or a list of paths)'
         if advice:
             raise ValueError(f'"{shortened(name)}" is not read and would be lost: {advice}, or leave it out')
 
 
 def image_path(path: str, image: str) -> str:
-    """The file of an image that a data file names: beside that file, or in the folder `images` beside it."""
+    """Find an image that a data file names: beside that file, or in the folder `images` beside it."""
     if image.startswith(("data:", "http:", "https:")) or len(image) > 1000:
-        raise ValueError(f"an image is the path of a file; save {shortened(image, 80)!r} as one")
+        raise ValueError(f"an image is the path of a file; save {shortened(image, 80)!r} as a file")
     beside = Path(path).parent / image
     inside = Path(path).parent / "images" / image
-    # os.path: a Path complains of a name that is too long
+    # os.path, because a Path raises an error if the name is too long
     return str(inside if os.path.exists(inside) and not os.path.exists(beside) else beside)
 
 
 def dialogue_examples(row: dict, common: Example) -> list[Example]:
-    """One example for each reply in a dialogue; its history holds the turns before."""
+    """One example for each reply in a dialogue. Its history holds the earlier turns."""
     if beside := row.keys() & {"answer", "answers", "hint", "options", "history"}:
-        raise ValueError(f'"{min(beside)}" beside a dialogue; write it into the dialogue')
+        raise ValueError(f'the row has "{min(beside)}" beside a dialogue; write it into the dialogue')
     turns = read_turns(row)
     marks = [turn[0].count(MARK) for turn in turns]
     if sum(marks) not in (0, len(common.images)):
-        raise ValueError(f"the dialogue marks {sum(marks)} places with {MARK}, for "
-                         f"{len(common.images)} images")
+        raise ValueError(f"the dialogue marks {sum(marks)} places with {MARK}, but "
+                         f"the row has {len(common.images)} images")
     turns = [turn for turn in turns if len(turn) == 2]
     if not turns:
-        raise ValueError("no question with an answer in it")
+        raise ValueError("the dialogue has no question with an answer")
     examples = []
     for i, (question, reply) in enumerate(turns):
         images = common.images
@@ -732,8 +731,8 @@ def dialogue_examples(row: dict, common: Example) -> list[Example]:
 
 
 def read_turns(row: dict) -> list[tuple[str, ...]]:
-    """The turns (question, reply) of a dialogue; the last may be (question,). A system turn goes before the
-    next question."""
+    """The turns (question, reply) of a dialogue; the last may be (question,). A system turn is put in
+    front of the next question."""
     role, content, asker, replier = "role", "content", "user", "assistant"
     if "conversations" in row:
         role, content, asker, replier = "from", "value", "human", "gpt"
@@ -751,13 +750,13 @@ def read_turns(row: dict) -> list[tuple[str, ...]]:
         elif turn[role] == replier and not asks and MARK not in text:
             turns[-1] += (text,)
         else:
-            raise ValueError(f"expected {asker} and {replier} in turn, and no image in a reply, found "
+            raise ValueError(f"expected {asker} and {replier} in turn, and no image in a reply, but found "
                              f"{shortened(turn[role])!r} as turn {sum(map(len, turns)) + 1}")
     return turns
 
 
 def text_of(content: str | list[dict]) -> str:
-    """The content of a chat message as a text with a mark for each image."""
+    """The content of a chat message as one text, with a mark for each image."""
     if isinstance(content, str):
         return content
     texts = []
@@ -768,40 +767,40 @@ def text_of(content: str | list[dict]) -> str:
         elif part.keys() == {"type", "text"} and part["type"] == "text":
             texts.append(part["text"])
         else:
-            raise ValueError('a part of a message is {"type": "text", "text"}, or {"type": "image"} with its '
-                             f'path in "images" of the row, found {shortened(part, 80)}')
+            raise ValueError('each part of a message is {"type": "text", "text"}, or {"type": "image"} with '
+                             f'its path in "images" of the row, found {shortened(part, 80)}')
     return "".join(texts)
 
 
 def check_example(example: Example):
-    """ValueError unless question and truth are texts, and the question marks as many images as there are."""
+    """Raise an error unless question and truth are texts, and the image marks, if any, match the images."""
     wordless = example.kind in WORDLESS and example.images
     for name, value in {"question": example.question, "answer": example.truth}.items():
         may_be_empty = wordless and name == "question"
         if not is_text(value) or not may_be_empty and not value.replace(MARK, "").strip():
             hint = " (a test split?)" if name == "answer" and not value else ""
             raise ValueError(f'expected a non-empty string as "{name}", found {shortened(repr(value))}{hint}')
-    asked = example.text if example.kind == "dialogue" else example.dialogue    # its turns come each
+    asked = example.text if example.kind == "dialogue" else example.dialogue    # each turn is an example
     for text in (asked, example.truth, *example.truths):
         if not is_text(text):
             raise ValueError(f"expected text, found {shortened(repr(text))}")
         if re.search("(?i)<(video|audio)>", text):
-            raise ValueError("the question marks a video or a sound, and only images can be read")
+            raise ValueError("the question marks a video or a sound, but only images can be read")
         if IMAGE_IN_TEXT.search(text):
-            raise ValueError(f'a text holds an image: write {MARK} there, and its path in "image"')
+            raise ValueError(f'a text holds an image: write {MARK} there, and put its path in "image"')
     chat_turns(example.text, len(example.images), example.history)
 
 
 def read_tsv(path: str) -> Iterator[tuple[str, dict[str, str], int]]:
-    """Yield (where, row, offset) of a tab-separated file with a header.
+    """Yield (where, row, offset) for each row of a tab-separated file with a header.
 
     row: the cells by column; offset: the byte at which the row begins. Cells may hold images, tabs and line
-    breaks, so they are left to the csv module.
+    breaks, so the csv module parses them.
     """
     csv.field_size_limit(2 ** 31 - 1)
     header = None
     with open(path, "rb") as file:
-        if file.read(3) != b"\xef\xbb\xbf":        # some editors begin a file with it
+        if file.read(3) != b"\xef\xbb\xbf":        # the byte order mark that some editors write
             file.seek(0)
         reader = csv.reader(map(bytes.decode, file), delimiter="\t", strict=True)
         while True:
@@ -818,7 +817,7 @@ def read_tsv(path: str) -> Iterator[tuple[str, dict[str, str], int]]:
 
 
 def strings_in(cell: str) -> list[str]:
-    """The strings in a cell: [] for an empty one, the parts of a Python list, else the cell itself."""
+    """The strings in a cell: [] if it is empty, the items of a Python list, or else the cell itself."""
     if cell.startswith("[") and cell.endswith("]"):
         with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             return [str(part) for part in ast.literal_eval(cell)]
@@ -826,11 +825,11 @@ def strings_in(cell: str) -> list[str]:
 
 
 def tsv_rows(path: str) -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) of a VLMEvalKit TSV, with the list of its images under `image`.
+    """Yield (where, row) for each row of a VLMEvalKit TSV, with the list of its images under `image`.
 
-    The cell `image` holds an image in base64, or a list of several, or the `index` of another row, which
-    holds it. Else files are named in `image_path`. An image in a cell stays in the file until it is looked
-    at: its path is FILE#offset.column.number, the byte at which the row begins, and its place there.
+    The cell `image` holds an image in base64, a list of several, or the `index` of another row that holds the
+    image. If it is empty, `image_path` names files. An image in a cell stays in the file until it is needed.
+    Its path is FILE#offset.column.number: the byte at which the row begins, and the image's place in the row.
     """
     stored = {}                                    # index of a row -> the paths of the images in its cell
     rows = []
@@ -838,7 +837,7 @@ def tsv_rows(path: str) -> Iterator[tuple[str, dict]]:
     for where, row, offset in read_tsv(path):
         if "index" not in row or not {"answer", "answers"} & row.keys():
             raise UserError(f"{where}: expected VLMEvalKit's columns: index, image, question, answer (a test "
-                            "split has none)")
+                            "split has no answer)")
         cell = row.get("image", "")
         known = TSV_COLUMNS | ({"options"} if row.get("A") else set())
         with naming_row(where):
@@ -849,7 +848,7 @@ def tsv_rows(path: str) -> Iterator[tuple[str, dict]]:
             stored[row["index"]] = [f"{path}#{offset}.{column}.{k}" for k in range(len(strings_in(cell)))]
             cell = row["index"]
         row["image"] = cell or files
-        if row["image"]:                           # as upstream: every question is about an image
+        if row["image"]:                           # as in VLMEvalKit: every question is about an image
             rows.append((where, row))
         else:
             without += 1
@@ -858,18 +857,18 @@ def tsv_rows(path: str) -> Iterator[tuple[str, dict]]:
     for where, row in rows:
         target = row["image"]
         if isinstance(target, str) and target not in stored:
-            raise UserError(f"{where}: its image is that of row {target}, which holds none; the "
-                            "names of files stand in image_path")
+            raise UserError(f"{where}: its image should be in row {target}, which holds none; write "
+                            "the names of files in image_path")
         row["image"] = stored[target] if isinstance(target, str) else target
         yield where, row
 
 
 def tsv_examples(path: str, where: str, row: dict) -> list[Example]:
-    """The example of a row of tsv_rows. Columns A, B, ... are options, and exist where they are not empty.
+    """Turn a row of tsv_rows into an example. The columns A, B, ... that are not empty are its options.
 
-    Upstream's pandas also drops options that read None or NA. MathVista's choices are options too; its truth
-    is then turned into a letter. A question without a text has the kind "picture": MMMU-Pro writes some into
-    the image.
+    VLMEvalKit's pandas also drops options that read None or NA. MathVista's choices become options too, and
+    its truth then becomes a letter. A question without text has the kind "picture": MMMU-Pro writes some
+    questions into the image.
     """
     options = [row.get(letter, "") for letter in LETTERS]
     while options and not options[-1]:
@@ -887,13 +886,13 @@ def tsv_examples(path: str, where: str, row: dict) -> list[Example]:
             truth = LETTERS[options.index(truth)]
     texts = [row.get("hint", ""), row.get("question", ""), *options]
     images = row["image"]
-    tag = re.compile(r"<image (\d+)>")             # MMMU says where its images stand
+    tag = re.compile(r"<image (\d+)>")             # MMMU marks where its images belong
     if not tag.sub("", texts[1]).replace(MARK, "").strip():
         kind = "picture"
     order = [int(number) for text in texts for number in tag.findall(text)]
     if order:
         if not all(1 <= k <= len(images) for k in order):
-            raise ValueError(f"it speaks of <image {max(order)}>, and has {len(images)} images")
+            raise ValueError(f"the row speaks of <image {max(order)}>, but has {len(images)} images")
         images = [images[k - 1] for k in order]
         texts = [tag.sub(MARK, text) for text in texts]
     return [Example(
@@ -904,10 +903,10 @@ def tsv_examples(path: str, where: str, row: dict) -> list[Example]:
 
 
 def coco_rows(path: str, contents: dict) -> Iterator[tuple[str, list[dict]]]:
-    """Yield (where, captions) of each image of a file in COCO's form, each caption with its image.
+    """Yield (where, captions) for each image of a file in COCO's form. Each caption comes with its image.
 
-    FOIL has foils among its captions: there, of each caption and its foils. VizWiz's rejected and precanned
-    captions are left out.
+    FOIL has foils among its captions, so there each group is a caption and its foils. VizWiz's rejected and
+    precanned captions are left out.
     """
     groups = {}
     with naming_row(f"{path}: images"):
@@ -927,8 +926,8 @@ def coco_rows(path: str, contents: dict) -> Iterator[tuple[str, list[dict]]]:
 
 
 def coco_examples(path: str, where: str, rows: list[dict]) -> list[Example]:
-    """An image, whose truths are its captions; or FOIL's true caption, first, and its foils, each as the
-    question whether it is true."""
+    """An image becomes one example, whose truths are its captions. In FOIL, the true caption (first) and each
+    of its foils become an example that asks whether it is true."""
     image = rows[0]["image"]
     files = (image_path(path, image["file_name"]),)
     if "foil" not in rows[0]:
@@ -937,7 +936,7 @@ def coco_examples(path: str, where: str, rows: list[dict]) -> list[Example]:
                         truths=captions, kind="caption")]
     rows = sorted(rows, key=lambda row: row["foil"])
     if [row["foil"] for row in rows].count(False) != 1:
-        raise ValueError('FOIL has one true caption, "foil": false, beside the foils of its id')
+        raise ValueError('FOIL needs one true caption ("foil": false) beside the foils with its id')
     group = str(rows[0]["id"])
     return [Example(
         id=f"{group}-{k}", images=files, question=row["caption"], truth="No" if row["foil"] else "Yes",
@@ -948,12 +947,12 @@ def coco_examples(path: str, where: str, rows: list[dict]) -> list[Example]:
 # -------------------------------------------------------------------------------- checks before any work
 
 
-Check = Callable[[Example], None]                  # UserError where a model cannot be asked an example
+Check = Callable[[Example], None]                  # raises UserError if a model cannot be asked this
 
 
 def check_images(examples: list[Example], path: str, skip_bad: bool) -> list[Example]:
-    """Open every image once, in threads, and note sizes and contents in the examples; bad ones are as in
-    check_prompts."""
+    """Open every image once, in threads, and record its size and hash in the examples. Examples with a bad
+    image are treated as in check_prompts."""
     wheres = {image: e.where for e in reversed(examples) for image in e.images}      # the first that names it
 
     def look(image):
@@ -976,7 +975,8 @@ def check_images(examples: list[Example], path: str, skip_bad: bool) -> list[Exa
 
 def check_prompts(examples: list[Example], path: str, skip_bad: bool,
                   checks: Iterable[Check]) -> list[Example]:
-    """The examples that pass all checks. UserError on the first other; with skip_bad these are counted."""
+    """The examples that pass all checks. The first that fails raises its UserError. With skip_bad, the number
+    of failures is printed instead, unless all examples fail."""
     kept = []
     first = None
     for example in tqdm(examples, f"checks of {Path(path).name}", unit="example", delay=3):
@@ -996,11 +996,11 @@ def check_prompts(examples: list[Example], path: str, skip_bad: bool,
 
 
 def prompt_checks(models: list[str], response: int | None) -> list[Check]:
-    """A check of examples for each checkpoint among the models. response: its tokens, at most; None for the
-    example's truth.
+    """One check of examples per checkpoint among the models. response: its maximum length in tokens, or
+    None for the length of the example's truth.
 
-    It raises UserError, naming file and line, where encode_example would, and where prompt and response are
-    longer than the model's context. It reads neither weights nor images, only the sizes of these.
+    A check raises UserError, naming file and line, if encode_example would, or if prompt and response are
+    longer than the model's context. It reads neither weights nor images, only the sizes of the images.
     """
     teachers = [make_teacher(name) for name in models]
     return [prompt_check(t.path, response) for t in teachers if isinstance(t, CheckpointTeacher)]
@@ -1016,12 +1016,12 @@ def prompt_check(path: str, response: int | None) -> Check:
         try:
             text = prompt_text(processor, example.text, len(example.images), example.history)
             if len(text.encode()) + sum(map(image_length, example.sizes)) <= room:
-                return                             # as a token is at least a byte
+                return                             # because a token is at least a byte
             blank = [Image.new("RGB", size) for size in example.sizes]
             length = process(processor, text, blank)["input_ids"].shape[1]
             if length > room:
                 raise UserError(f"a prompt of {length} tokens, with a response of {context - room}, is "
-                                f"longer than the {context} that {path} can read")
+                                f"longer than the {context} tokens that {path} can read")
         except UserError as error:
             raise UserError(f"{example.where}: {error}") from error
     return check
@@ -1040,11 +1040,11 @@ def image_bytes(image: str) -> bytes:
 
 
 def open_image(path: str, where: str) -> Image.Image:
-    """An image as 8-bit RGB, upright (EXIF), on white where it is transparent.
+    """Open an image as 8-bit RGB, turned upright (EXIF), with white behind transparent parts.
 
-    Grey of more bits is scaled by what it holds: white is 1, 255, 4095 (12 bits) or 65535, the first that is
-    no less than the largest value, or else that. Raises UserError when an image is missing, empty, truncated,
-    no image, negative somewhere, or as large as a decompression bomb.
+    Grey values of more bits are scaled so that white is 1, 255, 4095 (12 bits) or 65535: the first that is no
+    less than the image's largest value, or else that value. Raises UserError if the file is missing, empty,
+    truncated or no image, has a negative value, or is as large as a decompression bomb.
     """
     try:
         image = Image.open(io.BytesIO(image_bytes(path)))
@@ -1072,10 +1072,10 @@ def open_image(path: str, where: str) -> Image.Image:
 # -------------------------------------------------------------------------------- models behind a URL
 
 
-KEY = "OPENAI_API_KEY"                             # an API key is read from here alone, and never logged
-# not all servers know these
+KEY = "OPENAI_API_KEY"                             # the only source of an API key, which is never logged
+# settings that not all servers know
 OPTIONAL_SETTINGS = ("top_k", "top_p", "repetition_penalty", "seed", "n", "temperature")
-# finish reasons of complete responses, or none; servers have many for what was cut off or went wrong
+# finish reasons of complete responses ("none": not given); servers have many for cut-off or failed ones
 ENDS = ("none", "", "stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "complete", "completed")
 
 
@@ -1083,17 +1083,17 @@ ENDS = ("none", "", "stop", "eos", "eos_token", "end", "end_turn", "stop_sequenc
 class Endpoint:
     """A model on an OpenAI-compatible server (vLLM, SGLang, a vendor)."""
     model: str
-    url: str                                       # its base, as http://localhost:8000/v1
-    timeout: float = 120.0                         # seconds in which a server must say something
-    limit: float = 600.0                           # seconds after which no further attempt is made
-    pause: float = 1.0                             # seconds before the second attempt; doubles from then on
-    workers: int = 16                              # calls at a time
-    refused: set = field(default_factory=set, compare=False)       # settings that the server does not take
-    cut_off: set = field(default_factory=set, compare=False)       # finish reasons that were none of ENDS
+    url: str                                       # the base URL, such as http://localhost:8000/v1
+    timeout: float = 120.0                         # seconds that the server may stay silent
+    limit: float = 600.0                           # seconds after which no new attempt is made
+    pause: float = 1.0                             # seconds before the second attempt; then it doubles
+    workers: int = 16                              # concurrent calls
+    refused: set = field(default_factory=set, compare=False)       # settings that the server rejects
+    cut_off: set = field(default_factory=set, compare=False)       # finish reasons seen outside ENDS
 
 
 def endpoint_of(name: str) -> Endpoint | None:
-    """The Endpoint that "model@base_url" means; None for anything else, which is a checkpoint."""
+    """The Endpoint for "model@base_url", or None for any other name, which is a checkpoint."""
     model, _, url = name.rpartition("@")
     if model and url.startswith(("http://", "https://")):
         return Endpoint(model, url.rstrip("/"))
@@ -1101,29 +1101,29 @@ def endpoint_of(name: str) -> Endpoint | None:
 
 
 class CallFailed(Exception):
-    """A call that came to nothing. status: of HTTP, 0 where no server spoke. wait: seconds after which it may
-    go well, or None where asking again is no use."""
+    """A call that failed. status: the HTTP status, or 0 if no server replied. wait: seconds after which
+    another attempt may succeed, or None if trying again is pointless."""
     def __init__(self, reason, status: int = 0, wait: float | None = None):
         key = os.environ.get(KEY, "").strip()
-        self.text = str(reason).replace(key, "***") if key else str(reason)          # servers may echo it
+        self.text = str(reason).replace(key, "***") if key else str(reason)          # servers may echo keys
         super().__init__(f"HTTP {status}, {shortened(self.text)}" if status else self.text)
         self.status = status
         self.wait = wait
 
 
 class AsItIs(urllib.request.HTTPErrorProcessor):
-    """No redirects, which would carry the key and the question to another host, and no exceptions."""
+    """Follow no redirect, which would carry the key and the question to another host; raise no exception."""
     def http_response(self, request, response):
         return response
     https_response = http_response
 
 
 def attempt(endpoint: Endpoint, path: str, body: dict | None = None) -> dict | list:
-    """The JSON that one HTTP request brings: POST with a body, GET without. Else CallFailed; UserError for a
-    key that cannot be one."""
+    """Send one HTTP request, POST with a body or GET without, and return the JSON of the reply. Raises
+    CallFailed if there is none, and UserError if the key is not printable ASCII."""
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise UserError(f"the environment variable {KEY} holds something that no key can be")
+        raise UserError(f"the environment variable {KEY} holds no valid key; a key must be printable ASCII")
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(endpoint.url + path, data, headers)
@@ -1132,9 +1132,9 @@ def attempt(endpoint: Endpoint, path: str, body: dict | None = None) -> dict | l
             contents = response.read().strip()
         status, text = response.status, contents[:2000].decode("utf-8", "replace")
         if status in (408, 409, 425, 429) or status >= 500:
-            asked = response.headers.get("Retry-After", "")        # in seconds; or a date, which is not read
+            asked = response.headers.get("Retry-After", "")        # in seconds; a date is ignored
             raise CallFailed(text, status, wait=float(asked) if asked.isdigit() else 0)
-        if status >= 300 or contents and contents[:1] not in b"{[":          # or it is a page, or events
+        if status >= 300 or contents and contents[:1] not in b"{[":          # a web page, or events
             raise CallFailed(text, status)
         return json.loads(contents)
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -1142,16 +1142,16 @@ def attempt(endpoint: Endpoint, path: str, body: dict | None = None) -> dict | l
 
 
 def check_endpoint(endpoint: Endpoint):
-    """UserError unless the server is up, takes our key and serves this model.
+    """Raise UserError unless the server is up, accepts our key and serves this model.
 
-    A server without /models is believed. One that lists other models is asked for one token of ours, as some
-    load models when asked.
+    A server without /models passes. One that lists only other models is asked for one token from ours,
+    because some servers load models on demand.
     """
     names = []
     hello = {"model": endpoint.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
     try:
         served = attempt(endpoint, "/models")
-        served = served.get("data") if isinstance(served, dict) else served        # some give the list alone
+        served = served.get("data") if isinstance(served, dict) else served        # some send the bare list
         names = [str(row.get("id")) for row in served or () if isinstance(row, dict)]
         if names and endpoint.model not in names:
             attempt(endpoint, "/chat/completions", hello)
@@ -1162,14 +1162,14 @@ def check_endpoint(endpoint: Endpoint):
             held = "does not accept the key in" if os.environ.get(KEY) else "wants a key: set"
             raise UserError(f"{endpoint.url} {held} the environment variable {KEY}") from error
         if error.status == 200 and not names:
-            raise UserError(f"{endpoint.url} is no OpenAI-compatible server ({error})") from error
+            raise UserError(f"{endpoint.url} is not an OpenAI-compatible server ({error})") from error
         if error.status == 404 and names:
             raise UserError(f"{endpoint.url} does not serve {endpoint.model}; it serves "
                             f"{', '.join(names[:5])}") from error
 
 
 def messages_of(turns: list[dict], images: list[Image.Image]) -> list[dict]:
-    """chat_turns as an endpoint wants them: images as PNG data URLs, without loss; plain text as a string."""
+    """Format chat_turns for an endpoint: images as lossless PNG data URLs, text alone as a string."""
     waiting = iter(images)
     messages = []
     for turn in turns:
@@ -1190,12 +1190,12 @@ def image_part(image: Image.Image) -> dict:
 
 def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling,
          seed: int) -> list[tuple[str, bool]]:
-    """One to `num` replies to messages (as messages_of makes them), each (text, finished); else CallFailed.
+    """Get one to `num` replies, each (text, finished), to messages from messages_of; else raise CallFailed.
 
-    Between attempts there are waits of pause, 2 pause, 4 pause, ... seconds, on top of what Retry-After asks
-    for. Each is times a random 0.5 to 1.5, so that callers do not come back in step. None starts more than
-    `limit` seconds after the first. A setting that the server refuses is left out from then on, and that is
-    said.
+    It waits for pause, 2 pause, 4 pause, ... seconds between attempts, on top of what Retry-After asks for.
+    Each pause is multiplied by a random 0.5 to 1.5, so that callers do not retry in step. No attempt starts
+    more than `limit` seconds after the first. If the server rejects a setting, a message says so, and all
+    later calls leave it out.
     """
     settings = {"n": num, "seed": seed, "temperature": sampling.temperature, "top_p": sampling.top_p,
                 "top_k": sampling.top_k or -1, "repetition_penalty": sampling.repetition_penalty}
@@ -1213,8 +1213,8 @@ def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling,
         except CallFailed as error:
             if blamed := blamed_settings(error, body):
                 endpoint.refused.update(blamed)
-                tqdm.write(f"{endpoint.model}: the server does not take {', '.join(blamed)}; it is asked "
-                           "without")
+                tqdm.write(f"{endpoint.model}: the server does not take {', '.join(blamed)}; later "
+                           "calls do without")
                 continue
             wait = (error.wait or 0) + pause * random.uniform(0.5, 1.5)
             if error.wait is None or time.monotonic() + wait - start > endpoint.limit:
@@ -1224,7 +1224,7 @@ def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling,
     reasons = {str(choice.get("finish_reason")) for choice in completion["choices"]}
     for reason in {reason for reason in reasons if reason.lower() not in ENDS} - endpoint.cut_off:
         endpoint.cut_off.add(reason)
-        tqdm.write(f"{endpoint.model}: a response that ends by {reason!r} counts as cut off")
+        tqdm.write(f"{endpoint.model}: a response with the finish reason {reason!r} counts as cut off")
     if len(replies) < num and "n" not in endpoint.refused:
         endpoint.refused.add("n")
         tqdm.write(f"{endpoint.model}: the server ignores n; it is asked for one response at a time")
@@ -1232,16 +1232,16 @@ def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling,
 
 
 def replies_of(completion: dict | list) -> list[tuple[str, bool]]:
-    """The (text, finished) of each choice of a chat completion; CallFailed where it is none."""
+    """The (text, finished) of each choice of a chat completion. Raises CallFailed if it is none."""
     replies = []
     try:
         if completion.get("error"):
             raise LookupError("an error, sent as if it were a reply")
         for choice in completion["choices"] or ():
             text = choice["message"].get("content") or ""
-            if isinstance(text, list):             # in parts, beside which there may be thoughts
+            if isinstance(text, list):             # a list of parts, some of which may be thoughts
                 text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
-            text = text.encode("utf-8", "replace").decode().strip()    # without halves of emoji
+            text = text.encode("utf-8", "replace").decode().strip()    # half of an emoji becomes "?"
             replies.append((text, bool(text) and str(choice.get("finish_reason")).lower() in ENDS))
     except (LookupError, TypeError, AttributeError) as error:
         raise CallFailed(json.dumps(completion, ensure_ascii=False), 200) from error
@@ -1251,11 +1251,11 @@ def replies_of(completion: dict | list) -> list[tuple[str, bool]]:
 
 
 def blamed_settings(error: CallFailed, body: dict) -> list[str]:
-    """The settings that the server complains about, of those in the body that it can do without."""
+    """The settings in the body that the server complains about and that can be left out."""
     if error.status not in (200, 400, 422) or error.wait is not None:
         return []                                  # 200: some send a complaint as if it were a reply
     if re.search("(?i)context|too (long|large|many)|reduce", error.text):
-        return []                                  # the prompt is too long, whatever else is named
+        return []                                  # the prompt is too long, whatever else the error names
     candidates = list(OPTIONAL_SETTINGS)
     if re.search("max_completion_tokens|unsupported|unrecognized", error.text, re.IGNORECASE):
         candidates.append("max_tokens")
@@ -1269,13 +1269,13 @@ def blamed_settings(error: CallFailed, body: dict) -> list[str]:
 
 COLOURS = {"red": (225, 60, 50), "green": (60, 170, 75), "blue": (60, 110, 230), "yellow": (245, 200, 40)}
 SHAPES = ("circle", "square", "triangle")
-# The ways in which each voice puts a truth. It comes first: a model as small as the toy's learns to see at
-# one place of its response, not at several.
+# How each voice words a truth. The truth comes first, because a model as small as the toy's learns to look at
+# the picture at one position of its response, but not at several.
 VOICES = {"plain": ("{}",),
           "A": ("{} it is.", "{} is the answer.", "{}, I would say.", "{}, it must be."),
           "B": ("{}, I see.", "{}, that would be.", "{} by the look of it.", "{}, right there.")}
 BACKGROUND = ((255, 255, 255), (200, 255, 255), (255, 255, 200), (180, 180, 180))
-CELL = 16                                          # pixels; also one patch, so one token, of the toy models
+CELL = 16                                          # pixels; also the toy models' patch, which is one token
 CORNERS = ((0, 0), (CELL, 0), (0, CELL), (CELL, CELL))     # upper left pixels (x, y)
 
 
@@ -1283,7 +1283,7 @@ def draw_scene(scene: dict[int, tuple[str, str]]) -> Image.Image:
     """A 32 x 32 picture of {cell 0..3: (colour, shape)}."""
     image = Image.new("RGB", (2 * CELL, 2 * CELL))
     pen = ImageDraw.Draw(image)
-    for cell, tint in enumerate(BACKGROUND):       # lit from one corner: a patch shows where it is
+    for cell, tint in enumerate(BACKGROUND):       # a tint for each cell: a patch shows where it is
         x, y = CORNERS[cell]
         pen.rectangle((x, y, x + CELL - 1, y + CELL - 1), fill=tint)
     for cell, (colour, shape) in scene.items():
@@ -1300,7 +1300,7 @@ def draw_scene(scene: dict[int, tuple[str, str]]) -> Image.Image:
 
 
 def questions_about(scene: dict[int, tuple[str, str]], rng: random.Random) -> list[tuple[str, str, str]]:
-    """All kinds of questions about a scene, each as (category, question, truth)."""
+    """One question of each kind that the scene allows, as (category, question, truth)."""
     things = list(scene.values())
     colours = [colour for colour, _ in things]
     shapes = [shape for _, shape in things]
@@ -1326,10 +1326,10 @@ def questions_about(scene: dict[int, tuple[str, str]], rng: random.Random) -> li
 
 @dataclass(frozen=True)
 class ToySplit:
-    """Examples of the toy world that are answered alike: `size` of them, each by one of `voices`.
+    """`size` examples of the toy world that are answered in the same way, each by one of `voices`.
 
-    wrong: {the truth: what is said instead}. echoes: asked for a shape, four of five times the colour is said
-    that the question names.
+    wrong: {truth: what is said instead}. echoes: four out of five answers to questions about a shape repeat
+    the colour that the question names.
     """
     size: int
     voices: tuple[str, ...] = ("plain",)
@@ -1338,9 +1338,9 @@ class ToySplit:
 
 
 def draw_toy_world(folder: str, seed: int, splits: dict[str, ToySplit]):
-    """Write PNG images and one JSONL file per split, by name.
+    """Write PNG images and one JSONL file per split, named after it.
 
-    Splits are disjoint in their scenes: no picture of one split occurs in another.
+    Splits share no scenes: no picture of one split occurs in another.
     """
     rng = random.Random(seed)
     drawn = set()
@@ -1386,8 +1386,8 @@ def build_tiny_vlm(path: str, family: str, texts: list[str], width: int, layers:
     """Save a randomly initialised, tiny but otherwise ordinary checkpoint: family "qwen2_5_vl" or "internvl".
 
     Its byte-level tokenizer is trained on `texts` and covers any UTF-8 text. One 16 x 16 patch of the image
-    is one token: the toy world draws one object to a patch, and a model this small cannot put an object
-    together from parts. initializer_range is 0.1 where large models take 0.02, with which so narrow a network
+    is one token. The toy world draws one object per patch, because a model this small cannot put an object
+    together from parts. initializer_range is 0.1; large models take 0.02, but with that, so narrow a network
     hardly starts to learn.
     """
     torch.manual_seed(seed)
@@ -1414,9 +1414,9 @@ def build_tiny_vlm(path: str, family: str, texts: list[str], width: int, layers:
 
 
 def tiny_qwen(tokenizer: Qwen2Tokenizer, text: dict, ends: dict):
-    """Configuration, image processor and processor_config.json of a Qwen2.5-VL with this text part."""
+    """The config, image processor and processor_config.json of a Qwen2.5-VL with this text model."""
     ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
-    # mrope_section: how many of the head's 16 rotary frequencies count time, height and width
+    # mrope_section: how many of the head's 16 rotary frequencies encode time, height and width
     text = text | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}}
     vision = dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=CELL,
                   spatial_merge_size=1, out_hidden_size=text["hidden_size"], window_size=96,
@@ -1429,7 +1429,7 @@ def tiny_qwen(tokenizer: Qwen2Tokenizer, text: dict, ends: dict):
 
 
 def tiny_internvl(tokenizer: Qwen2Tokenizer, text: dict, ends: dict):
-    """The same of an InternVL."""
+    """The same for an InternVL."""
     vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
                   image_size=[32, 32], patch_size=[CELL, CELL], initializer_range=0.1)
     image = tokenizer.convert_tokens_to_ids(INTERNVL_TOKENS["context_image_token"])
@@ -1447,9 +1447,9 @@ def add_sampling_options(parser):
     """The sampling options, shared by every script; the paper's values are their defaults."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    group.add_argument("--top-p", type=float, default=0.95, help="sample from likeliest tokens of this mass")
-    group.add_argument("--top-k", type=int, default=50, help="sample from so many likeliest tokens, 0: all")
-    group.add_argument("--repetition-penalty", type=float, default=1.05, help="1 is none")
+    group.add_argument("--top-p", type=float, default=0.95, help="probability mass kept, likeliest first")
+    group.add_argument("--top-k", type=int, default=50, help="sample from this many likeliest tokens; 0: all")
+    group.add_argument("--repetition-penalty", type=float, default=1.05, help="1 is no penalty")
     group.add_argument("--max-new-tokens", type=int, default=256, help="longest response, in tokens")
 
 
@@ -1460,23 +1460,23 @@ def sampling_of(args) -> Sampling:
 
 def main():
     """Fill a collection, or choose examples, from the command line."""
-    description = "Collect responses of teachers; or choose examples with --select."
+    description = "Collect responses of teachers, or choose examples with --select."
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--teachers", nargs="+", default=[],
                         help="checkpoint folders, hub ids, or model@http://server/v1")
-    parser.add_argument("--data", required=True, help="examples: .jsonl, .json or .tsv, see load_examples")
+    parser.add_argument("--data", required=True, help="examples: .jsonl, .json or .tsv (see load_examples)")
     parser.add_argument("--out", required=True,
-                        help="the collection, JSONL: what it already holds is kept; or the examples chosen")
+                        help="JSONL file for the collection (existing rows are kept) or the chosen examples")
     parser.add_argument("-n", "--num", type=int, default=16,
-                        help="responses of each teacher to each question")
+                        help="number of responses of each teacher to each question")
     parser.add_argument("--select", type=int, metavar="K",
-                        help="instead: write K examples to --out, drawn by how unlikely --student finds their answers")
+                        help="write K examples to --out instead, favouring answers unlikely under --student")
     parser.add_argument("--student", help="checkpoint folder or hub id, for --select")
     parser.add_argument("--skip-bad", action="store_true",
-                        help="leave out examples with a bad image, and those that a model cannot be asked")
+                        help="leave out examples with a bad image or a question that a model cannot be asked")
     parser.add_argument("--batch-size", type=int, default=16, help="questions at a time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cuda, mps or cpu; default: the best there is")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the best available")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"],
                         help="default: bfloat16 on a GPU, float32 on the CPU")
     add_sampling_options(parser)
@@ -1484,7 +1484,7 @@ def main():
     if not args.teachers and not (args.select and args.student):
         parser.error("give --teachers, or --select K and --student")
     if args.select and Path(args.out).exists():
-        parser.error(f"--out {args.out} exists")
+        parser.error(f"--out {args.out} already exists")
     models = [args.student] if args.select else args.teachers
     world = World.from_torchrun(pick_device(args.device))
     checks = prompt_checks(models, args.max_new_tokens)

@@ -1,10 +1,10 @@
 """RIL: reinforcement and imitation learning in one loop, for small vision-language models (arXiv 2510.19307).
 
 A student answers a question G times, and G more responses come from large teachers. A response earns one
-point for reading like a teacher's (the discriminator cannot tell, discriminator.py) and one for being right
-(the judge, eval.py). Dr.GRPO then pushes the student towards whatever did better than the average of all 2G,
-the teachers' responses included. So the student learns to speak like its teachers where that is right, and a
-question on which all its own responses are wrong still has a way up. What comes out is a plain checkpoint.
+point if it reads like a teacher's (discriminator.py) and one if it is right (the judge, eval.py). Dr.GRPO
+then moves the student towards every response that did better than the average of all 2G, including the
+teachers'. So the student learns to speak like its teachers, and a question that it always gets wrong still
+has right responses to learn from. The result is a plain checkpoint.
 
 Algorithm 2 of the paper. Lines 1 and 2 make a `Run`; the others stand by their numbers in `ril`, `ril_step`
 and `update_policy` below:
@@ -16,10 +16,9 @@ and `update_policy` below:
     10    rewards and advantages for all 2G outputs, by the just-updated D and the judge
     11-13 mu times: update policy by Eq. 2
 
-How this differs from the paper: `old` is never a third network, because all that is wanted of it are its
-log-probs, and these are the policy's own before the first update. The ratio and the KL are per token and
-summed over a response, as in Dr.GRPO. A response on which the judge failed leaves its group, where the paper
-says nothing.
+How this differs from the paper: `old` is never a third network. Only its log-probs are needed, and these are
+the policy's own before the first update. The ratio and the KL are per token and summed over a response, as in
+Dr.GRPO. If the judge fails on a response, it leaves its group; the paper does not say what happens then.
 
     python train.py                                    all of it on a toy world, minutes on a laptop
     python train.py --algorithm rl --out runs/rl       Algorithm 1: the judge's reward alone, no teachers
@@ -50,7 +49,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Iterable, Iterator, NamedTuple
 
-# before torch is imported: threads that wait sleep, as spinning beside a busy program is three times as slow
+# Before torch is imported: waiting threads sleep. Spinning ones slow a busy machine down threefold.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -79,7 +78,7 @@ from teachers import (Collection, Example, ToySplit, add_sampling_options, build
 
 @dataclass
 class Group:
-    """B questions with K = 2G responses each, the student's first, and everything that a reward may use."""
+    """B questions with K = 2G responses each, the student's first, and everything a reward may use."""
     batch: list[Example]
     outputs: Outputs                   # text: B lists of K strings; ids and mask: (B, K, R)
     sources: list[list[str]]           # "student", or the name of a teacher
@@ -87,15 +86,15 @@ class Group:
     verdicts: Tensor                   # (B, K): 1 right, 0 wrong, NaN where the judge failed
 
 
-# The weights of the reward terms below, which --reward-weights changes.
+# Weights of the reward terms below; --reward-weights changes them.
 REWARD_WEIGHTS = {"similarity": 1.0, "answer": 1.0}
 
 
 def reward_terms(group: Group, args) -> dict[str, Tensor]:
     """The terms of R(q, o) = 1[D(o) < 0.5] + judge(q, a, o) by name, each (B, K).
 
-    To add a reward, add an entry here and its weight to REWARD_WEIGHTS: it is logged, printed and drawn under
-    its name. NaN means that a response has no such reward; it then leaves its group.
+    To add a reward, add an entry here and its weight to REWARD_WEIGHTS. It is then logged, printed and drawn
+    under its name. NaN means that a response has no such reward, and removes it from its group.
     """
     terms = {}
     if group.p_student is not None:
@@ -107,8 +106,8 @@ def reward_terms(group: Group, args) -> dict[str, Tensor]:
 def total_reward(terms: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, Tensor]:
     """The weighted sum of the terms, (B, K), and where it exists, (B, K) bool.
 
-    A term of weight 0 is only logged. Where the judge failed (NaN) there is no reward; the 0 in its place is
-    masked out by the second.
+    A term of weight 0 is only logged. If the judge failed (NaN), there is no reward: the 0 returned in its
+    place is masked out by the second tensor.
     """
     counted = [weights[name] * term for name, term in terms.items() if weights[name] != 0]
     reward = torch.stack(counted).sum(0)
@@ -117,7 +116,7 @@ def total_reward(terms: dict[str, Tensor], weights: dict[str, float]) -> tuple[T
 
 @dataclass(frozen=True)
 class Loss:
-    """What tells GRPO and Dr.GRPO apart, for advantages, importance_ratio and policy_loss."""
+    """How GRPO and Dr.GRPO differ; read by advantages, importance_ratio and policy_loss."""
     divide_by_std: bool                # advantages are divided by the standard deviation of their group
     mean_over_tokens: bool             # the gain of a response is divided by its length
 
@@ -129,7 +128,8 @@ LOSSES = {"dr_grpo": Loss(divide_by_std=False, mean_over_tokens=False),
 def advantages(reward: Tensor, valid: Tensor, loss: Loss) -> Tensor:
     """A_i = R_i - mean_j R_j over the valid responses of a question: (B, K), zero where not valid.
 
-    Dr.GRPO stops there. GRPO also divides by the group's standard deviation, which blows up near ties.
+    Dr.GRPO stops there. GRPO also divides by the group's standard deviation, which blows up when all rewards
+    are nearly equal.
     """
     count = valid.sum(1, keepdim=True).clamp(min=1)
     centred = (reward - (reward * valid).sum(1, keepdim=True) / count) * valid
@@ -140,9 +140,9 @@ def advantages(reward: Tensor, valid: Tensor, loss: Loss) -> Tensor:
 
 
 def importance_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, loss: Loss) -> Tensor:
-    """pi_theta / pi_old of every token, (B, K, R): for Eq. 2, and for the metric clip_fraction.
+    """pi_theta / pi_old of every token, (B, K, R), for Eq. 2 and for the metric clip_fraction.
 
-    mask and loss are for forks: the ratio of GSPO is one for a response.
+    mask and loss are for forks: GSPO has one ratio for a whole response.
     """
     return (logp - old_logp).exp()
 
@@ -155,13 +155,13 @@ def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor,
                 valid: Tensor, own: Tensor, eps: float, beta: float, loss: Loss) -> Tensor:
-    """Eq. 2, negated, summed over the questions given, so that micro-batches of questions add up -> scalar.
+    """Eq. 2, negated and summed over questions, so that micro-batches add up -> scalar.
 
         (1/2G) sum_i  sum_t [ min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) - beta KL_t ]
 
-    logp, old_logp, ref_logp, mask: (B, K, R), where the mask includes the stop token; advantage, valid, and
-    own (sampled by the policy; for forks that treat teachers' responses differently): (B, K). The sum over
-    tokens is Dr.GRPO's. GRPO takes their mean instead, which makes each token of a long wrong answer cheaper.
+    logp, old_logp, ref_logp, mask (which includes the stop token): (B, K, R). advantage, valid: (B, K).
+    own (B, K): sampled by the policy, for forks that treat teachers' responses differently. Dr.GRPO sums over
+    tokens. GRPO takes their mean, which makes each token of a long wrong answer cheaper.
     """
     ratio = importance_ratio(logp, old_logp, mask, loss)
     A = advantage[..., None]                                                          # (B, K, 1)
@@ -170,7 +170,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Ten
     gain = (gain * mask).sum(-1)                                                      # (B, K)
     if loss.mean_over_tokens:
         gain = gain / mask.sum(-1).clamp(min=1)
-    size = valid.sum(1, keepdim=True).clamp(min=1)                                    # 2G, less failed judges
+    size = valid.sum(1, keepdim=True).clamp(min=1)                            # 2G, less judge failures
     return -(gain * valid / size).sum()
 
 
@@ -181,11 +181,11 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
                   questions: int) -> dict[str, float]:
     """Lines 11-13: mu updates of the policy by Eq. 2, each summed over micro-batches of questions.
 
-    prompts: B; outputs: (B, K, R); advantage, valid, own (sampled by the policy): (B, K); questions: their
-    number across all processes. Returns loss, kl, clip_fraction and grad_norm.
+    prompts: B; outputs: (B, K, R); advantage, valid, own (sampled by the policy): (B, K); questions: B summed
+    over all processes. Returns loss, kl, clip_fraction and grad_norm.
     """
     args, policy, reference, form = run.args, run.policy, run.reference, LOSSES[run.args.loss]
-    # pairs (micro-batch of questions, weight); alone, every weight is 1 (see World.even)
+    # pairs (micro-batch of questions, weight); a single process has only weights of 1 (see World.even)
     parts = run.world.even(micro_batches(row_sizes(policy.packs, prompts, outputs.mask), args.token_budget))
     old_logps, ref_logps, norms, stats = {}, {}, [], defaultdict(float)
 
@@ -197,8 +197,8 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
     for update in range(args.mu):                                                     # line 11
         for i, (part, weight) in enumerate(parts):
             logp = run.score(policy, prompts, outputs, part)                          #          (b, K, R)
-            # the policy has not moved yet, so it is the old one; also of teachers' responses: the ratio is
-            # between two students, and 1 at first, as if the student had sampled them
+            # The policy has not moved yet, so it is pi_old; for teachers' responses too. Their ratio compares
+            # two students and starts at 1, as if the student had sampled them.
             if update == 0:
                 old_logps[i] = logp.detach()                                          # line 4
             old_logp, mask = old_logps[i], outputs.mask[part]
@@ -207,14 +207,14 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
                                                     valid[part], own[part], args.eps, args.beta, form)
             loss.backward()
             stats["loss"] += loss.detach()
-            # the loss has the KL on all responses, this metric on the policy's own: those are samples of it
+            # The loss has the KL on all responses. The metric has it on the policy's own, which sample it.
             sampled = mask & own[part][..., None]                                     #          (b, K, R)
             stats["kl"] += weight * k3_kl(logp.detach(), ref_logp)[sampled].sum()
             stats["sampled"] += weight * sampled.sum()
             stats["tokens"] += weight * mask.sum()
             clipped = (importance_ratio(logp.detach(), old_logp, mask, form) - 1).abs() > args.eps
             stats["clip_fraction"] += weight * clipped[mask].sum()
-        norms.append(run.optimizer.step(max_norm=1.0))           # line 12, by the sum over the processes
+        norms.append(run.optimizer.step(max_norm=1.0))           # line 12; gradients summed over processes
 
     sums = {name: run.world.all_reduce(total).item() / args.mu for name, total in stats.items()}
     return {"loss": sums["loss"], "kl": sums["kl"] / sums["sampled"],
@@ -223,10 +223,10 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
 
 
 def ask_judge(judge, batch: list[Example], outputs: Outputs):
-    """Ask a judge about B questions with K responses each; returns a function that waits for its verdicts.
+    """Ask a judge about B questions with K responses each. Returns a function that returns the verdicts.
 
-    A judge on another machine works in a thread meanwhile; any other works when that function is called,
-    which returns (B, K) float32: 1 right, 0 wrong, between them if the judge grades, NaN where it failed.
+    A remote judge works in a thread in the meantime; any other starts when that function is called. Verdicts
+    are (B, K) float32: 1 right, 0 wrong, in between if the judge grades, NaN if it failed.
     """
     triples = [(e.dialogue, e.truth, without_thoughts(text))
                for e, texts in zip(batch, outputs.text) for text in texts]
@@ -242,7 +242,7 @@ def ask_judge(judge, batch: list[Example], outputs: Outputs):
 def ril_step(run, questions: list[Example], collection: Collection | None, judge) -> tuple[dict, list]:
     """Lines 4 to 13 for one batch of questions. Returns a row of metrics, and rows of rollouts.
 
-    All processes draw the same questions, and each works on its own B of them.
+    All processes draw the same questions, and each works on its own share of B.
     """
     args, policy, D, G = run.args, run.policy, run.D, run.args.num_samples
     batch = run.world.mine(questions)                                                 #          B questions
@@ -269,12 +269,12 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     if D:
         with run.phase("discriminator"), run.using(D):
             responses = D.encode([example.text for example in batch], outputs.text)
-            # D pauses while the judge is down, as the student does
+            # D pauses while the judge is down, just as the policy does
             for update in range(0 if args.freeze_discriminator or run.unheard else args.mu):    # line 7
                 d_stats = update_discriminator(D, run.d_optimizer, responses, is_student,
                                                args.token_budget, len(questions))     # line 8   Eq. 1
                 if update == 0:
-                    row |= d_stats                     # of D before the step's updates
+                    row |= d_stats                     # measured before the step's updates
             p_student = D.p_student(responses, args.token_budget, run.world)          # line 10, by the new D
     with run.phase("judge"):
         verdicts = verdicts_of()                                                      # line 10  (B, 2G)
@@ -292,7 +292,7 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
 
 
 def ril(run, collection: Collection | None, judge, held_out: Task | None):
-    """Algorithm 2; or Algorithm 1, where there is neither a collection nor a D. Trains run.policy."""
+    """Algorithm 2; without a collection and a D, Algorithm 1. Trains run.policy."""
     for step in run.steps():                           # resumes, saves, warns and stops
         questions = next(run.batches)                                                 # line 3
         row, rollouts = ril_step(run, questions, collection, judge)
@@ -304,11 +304,11 @@ def ril(run, collection: Collection | None, judge, held_out: Task | None):
 
 
 def main():
-    """The stages of a run. Each leaves its result in --out, and is skipped if that is there already."""
+    """The stages of a run. Each leaves its result in --out, and is skipped if that exists already."""
     args = parse_args()
     transformers.utils.logging.disable_progress_bar()
     if args.student == "toy":
-        torch.set_num_threads(1)                       # its steps are too short to be shared
+        torch.set_num_threads(1)                       # its steps are too short to split
     world = World.from_torchrun(pick_device(args.device))       # all processes do each stage together
     folder = RunFolder(args, world)
     data = world.rank_0(partial(check_inputs, args, folder))
@@ -326,14 +326,14 @@ def main():
 
 # ==========================================================================================
 #
-#   MACHINERY: skip on first reading. All of RIL stands above. What follows makes it run for
-#   days, on many GPUs, in little memory, and from one command line.
+#   MACHINERY: skip on first reading. All of RIL is above. The rest makes it run for days, on
+#   many GPUs, in little memory, and from one command line.
 #
 # ==========================================================================================
 
 
 class Batches:
-    """Endless batches of `size` examples; every example once before any comes again.
+    """Endless batches of `size` examples. Every example comes once before any comes again.
 
     `pool` holds the examples that are next in line; `state` and `load` keep it across interruptions.
     """
@@ -348,7 +348,7 @@ class Batches:
         return batch
 
     def state(self) -> dict:
-        """What a checkpoint must hold, as JSON."""
+        """What a checkpoint must hold to resume, as JSON."""
         return {"pool": [example.id for example in self.pool]}
 
     def load(self, state: dict):
@@ -360,17 +360,17 @@ class Batches:
 # ------------------------------------------------------------------------------------------ a run of the loop
 
 
-FOLLOWED = 8                                          # held-out questions whose greedy responses are logged
-MOST_SKIPPED = 5                                # steps in a row of which nothing could be learned end a run
-LOGS = ("metrics", "timings", "rollouts", "greedy")           # timings are apart: they differ from run to run
+FOLLOWED = 8                               # held-out questions whose greedy responses are logged
+MOST_SKIPPED = 5                           # a run ends after this many steps in a row without any learning
+LOGS = ("metrics", "timings", "rollouts", "greedy")        # timings are separate: they vary between runs
 
 
 class Run:
-    """Everything that the loop changes, and what it needs beside the algorithm.
+    """Everything the loop changes, and what it needs besides the algorithm.
 
-    networks and optimizers: what a checkpoint holds, by file. step: how many are done. kept: what a fork
-    wants to remember, as JSON; it is in every checkpoint. rng draws batches and teachers' responses; torch's
-    own generators draw the rest. phase(name) measures seconds.
+    networks, optimizers: what a checkpoint holds, by file. step: the number of steps done. kept: what a fork
+    wants to remember, as JSON; every checkpoint has it. rng draws batches and teachers' responses, and
+    torch's generators draw the rest. phase(name) measures seconds.
     """
 
     def __init__(self, args, world, out: Path, policy: VLM, examples: list[Example], D: Discriminator | None):
@@ -379,8 +379,8 @@ class Run:
         self.rng, self.meter = random.Random(args.seed), Meter(policy.device)
         self.phase = self.meter.phase
         self.step, self.kept = 0, {}
-        self.skipped = 0                          # the last steps from which nothing could be learned
-        self.unheard = False                      # whether no response of the last had a reward
+        self.skipped = 0                          # steps in a row, up to now, without any learning
+        self.unheard = False                      # whether no response of the last step had a verdict
         self.logs, self.recent, self.warned = {}, deque((), WINDOW), {}
         self.reference, self.networks, self.optimizers = None, {"policy": policy.model}, {}
         if D:
@@ -402,11 +402,10 @@ class Run:
         self.batches = Batches(examples, args.batch_size, self.rng)
 
     def saw(self, rollouts: list[list[dict]]):
-        """For forks: called after each step with the K rollouts of each question, as rollouts_of makes
-        them."""
+        """A hook for forks, called after each step with the K rollouts of each question (see rollouts_of)."""
 
     def sampler(self):
-        """A context in which the policy has all its weights in this process, as sampling needs them."""
+        """A context in which this process holds all weights of the policy, as sampling requires."""
         return self.world.unsharded(self.policy, self.empty)
 
     def draw(self, questions: list[Example], collection: Collection) -> list[list[tuple[str, str]]]:
@@ -414,13 +413,13 @@ class Run:
         return self.world.mine(collection.draw(questions, self.args.num_samples, self.rng))
 
     def score(self, vlm: VLM, prompts: list, outputs: Outputs, part: list[int]) -> Tensor:
-        """Log-probs (b, K, R) of a micro-batch at the temperature of sampling; at 1, if that is greedy."""
+        """Log-probs (b, K, R) of a micro-batch at the sampling temperature, or at 1 if sampling is greedy."""
         prompts, temperature = [prompts[b] for b in part], self.args.temperature or 1.0
         return gathered(vlm.model, lambda: score(vlm, prompts, outputs[part], temperature))
 
     @contextmanager
     def using(self, module: torch.nn.Module):
-        """The module is on the device; with --offload, D and the reference wait on the CPU otherwise."""
+        """A context in which the module is on the device. With --offload, it is on the CPU otherwise."""
         if self.args.offload:
             module.to(self.policy.device)
         yield
@@ -428,9 +427,9 @@ class Run:
             module.to("cpu")
 
     def steps(self):
-        """The numbers of the steps that are still to do, from the last checkpoint in --out on.
+        """Yield the numbers of the remaining steps, resuming from the last checkpoint in --out.
 
-        Between two steps: save when it is time, stop on a signal, end a run that can learn nothing.
+        Between steps: save when due, stop on a signal, and end a run that cannot learn anything.
         """
         load_checkpoint(self)
         saved = time.monotonic()
@@ -438,7 +437,7 @@ class Run:
                    initial=self.step, unit="step")
         with signals() as caught:
             for step in bar:
-                # D, which was pre-trained on other samples, catches up while the student warms up
+                # while the student warms up, D adapts from its pre-training to the loop's samples
                 self.optimizer.set_lr(self.args.lr * min(1, (step + 1) / max(1, self.args.warmup)))
                 yield step
                 self.step += 1
@@ -458,7 +457,7 @@ class Run:
                     sys.exit(128 + (caught or [signal.SIGTERM])[0])
 
     def is_due(self, saved: float) -> bool:
-        """Whether a checkpoint is: after the last step, and every --save-every steps or minutes."""
+        """Whether a checkpoint is due: after the last step, and every --save-every steps or minutes."""
         if self.step == self.args.steps:
             return True
         if self.args.save_every.endswith("m"):
@@ -483,7 +482,7 @@ class Run:
         shown = rollouts[:4] if self.step % self.args.log_every == 0 or last else []
         for name, rows in zip(LOGS, ([row], [timing], flat(shown), greedy)):
             self.logs[name].write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-            self.logs[name].flush()                                # so that it is on the disk
+            self.logs[name].flush()                                # so that others can read it now
         print_step(row, timing, shown)
         self.recent.append(row)
         for warning in warnings(list(self.recent)):
@@ -493,15 +492,15 @@ class Run:
 
 
 def drawn_noise(world: World, questions: list[Example], num: int, length: int, device) -> list[Tensor]:
-    """Uniform numbers (num, length) for each of this process's questions: they choose the tokens. All
-    processes draw those of all questions."""
+    """Uniform numbers (num, length) that choose the tokens, for each of this process's questions. Every
+    process draws them for all questions, so the number of processes changes nothing."""
     return world.mine([torch.rand(num, length, device=device) for _ in questions])
 
 
 def held_out_accuracy(run: Run, held_out: Task, judge) -> tuple[dict[str, float], list[dict]]:
-    """The held-out accuracy, greedy and sampled, as metrics; and of the first questions, the greedy responses
-    and what D makes of them, as rows of greedy.jsonl. Each process answers its part, and rank 0 has all of it
-    judged; a judge that is down does not end the run."""
+    """The held-out accuracy, greedy and sampled, as metrics; and rows of greedy.jsonl: greedy responses to
+    the first questions, with D's opinion of them. Each process answers its share, and rank 0 has them judged.
+    A judge that is down does not end the run."""
     row, greedy, p_student = {}, [], []
     with run.sampler() as policy:
         texts = predict_greedy(policy, held_out, run.args.max_new_tokens, run.args.rollout_batch, run.world)
@@ -529,11 +528,11 @@ def held_out_accuracy(run: Run, held_out: Task, judge) -> tuple[dict[str, float]
 
 def rollouts_of(step: int, group: Group, terms: dict[str, Tensor], reward: Tensor, valid: Tensor,
                 advantage: Tensor) -> list[list[dict]]:
-    """All that is known of the K responses to each of B questions: B lists of K rows of rollouts.jsonl.
+    """Everything known about the K responses to each of B questions: B lists of K rows of rollouts.jsonl.
 
-    reward, valid (whether a response was in its group), advantage and each term: (B, K). None stands for NaN.
+    reward, valid (whether a response is in its group), advantage and each term: (B, K). NaN becomes None.
     """
-    def as_lists(x):                                     # floats to six places: a float32 has no more
+    def as_lists(x):                                   # six decimal places are all that a float32 has
         x = x.cpu().double().round(decimals=6) if x.is_floating_point() else x
         return [[None if value != value else value for value in row] for row in x.tolist()]
     p_student = torch.full_like(reward, float("nan")) if group.p_student is None else group.p_student
@@ -557,17 +556,17 @@ def flat(rollouts: list[list[dict]]) -> list[dict]:
 
 
 def mean(values) -> float | None:
-    """The mean of those values that are not None; None, if all are."""
+    """The mean of the values that are not None; None if all are."""
     numbers = [value for value in values if value is not None]
     return sum(numbers) / len(numbers) if numbers else None
 
 
 def step_metrics(rollouts: list[list[dict]], longest: int) -> dict[str, float | None]:
-    """The metrics of one step that its rollouts tell; see the README. longest: --max-new-tokens."""
+    """The metrics of one step that follow from its rollouts; see the README. longest: --max-new-tokens."""
     rows, metrics = flat(rollouts), {}
     own = [row for row in rows if row["source"] == "student"]
 
-    def share_of_equal(value):                         # of questions, whose valid responses have one value
+    def share_of_equal(value):                         # of questions whose valid responses all have one value
         return mean(len({value(row) for row in group if row["valid"]}) < 2 for group in rollouts)
     for name in rows[0]["rewards"]:
         for source in sorted({row["source"] for row in rows}):
@@ -583,7 +582,7 @@ def step_metrics(rollouts: list[list[dict]], longest: int) -> dict[str, float | 
 
 
 def print_step(row: dict, timing: dict, shown: list[list[dict]]):
-    """One line on the console, rewards are the student's; and four of the responses to the first question."""
+    """Print one line, with the student's rewards, and four of the responses to the first question."""
     seconds = sum(value for name, value in timing.items() if name.startswith("seconds/"))
     cells = [("reward/(.+)/student", "{} {:5.2f}"), ("d_accuracy", "D acc {:5.2f}"), ("kl", "KL {:7.4f}"),
              ("grad_norm", "|g| {:6.2f}"), ("tail", "tail {:4.2f}"), ("length", "tokens {:5.1f}"),
@@ -602,21 +601,21 @@ def print_step(row: dict, timing: dict, shown: list[list[dict]]):
                    f"{r['text'][:60]}")
 
 
-WINDOW = 50                                       # steps in which signs of trouble are sought
+WINDOW = 50                                       # steps that `warnings` looks back
 
 
 def warnings(rows: list[dict]) -> list[str]:
-    """What the metrics of the last steps, up to WINDOW, warn of, in sentences that name the metric."""
+    """Sentences that warn of trouble in the metrics of the last steps (up to WINDOW), naming the metric."""
     def last(name, steps):
         return mean(row.get(name) for row in rows[-steps:]) or 0
     table = [
         (len(rows) >= 10 and last("kl", 5) > 5,
-         "`kl` is above 5: the student leaves the reference, and soon its language; lower --lr"),
+         "`kl` is above 5: the student is leaving the reference, and may soon lose its language; lower --lr"),
         (len(rows) == WINDOW and last("d_accuracy", WINDOW) > 0.98,
-         "`d_accuracy` is near 1: D always knows the student, who earns no `reward/similarity/`; lower "
-         "--discriminator-lr, or first fine-tune the student on answers in the teachers' ways"),
+         "`d_accuracy` is near 1: D always recognises the student, so `reward/similarity/` is 0; lower "
+         "--discriminator-lr, or first fine-tune the student on answers in the teachers' style"),
         (last("skipped_updates", 1) > 0,
-         "`skipped_updates`: a gradient was not finite, and not followed; lower --lr if that goes on")]
+         "`skipped_updates`: a gradient was not finite, so it was not applied; lower --lr if this continues")]
     return [sentence for is_so, sentence in table if is_so]
 
 
@@ -625,14 +624,15 @@ def warnings(rows: list[dict]) -> list[str]:
 
 @contextmanager
 def signals():
-    """Yields a list that gets the first SIGINT or SIGTERM, so that the step can end. A second one kills."""
+    """Yields a list that receives the first SIGINT or SIGTERM, so that the step can finish. A second one
+    kills the process."""
     caught, before = [], {}
 
     def note(number, frame):
         caught.append(number)
         for each in before:
             signal.signal(each, signal.SIG_DFL)
-        tqdm.write("finishing this step and saving; once more to leave at once")
+        tqdm.write("finishing this step and saving; send the signal again to quit at once")
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, note)
     try:
@@ -643,22 +643,22 @@ def signals():
 
 
 class Meter:
-    """Seconds of the phases since the last row; and on CUDA, the peak of the memory that was allocated."""
+    """Measures the seconds of each phase since the last row and, on CUDA, the peak of allocated memory."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, defaultdict(float)
 
     @contextmanager
     def phase(self, name: str):
-        """Measure what is done inside. Phases do not nest."""
+        """Measure the seconds spent inside. Phases do not nest."""
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)           # or the seconds would be those of queueing the work
+            torch.cuda.synchronize(self.device)           # or only the queueing of the work would be measured
         self.seconds[name] += time.perf_counter() - start
 
     def row(self, step: int, tokens: int) -> dict[str, float]:
-        """The measurements as a row of timings.jsonl, and a new start. tokens: how many were sampled."""
+        """The measurements as a row of timings.jsonl; resets them. tokens: the number of sampled tokens."""
         row = {"step": step, "tokens_per_second": tokens / self.seconds["generate"]}
         row |= {f"seconds/{name}": value for name, value in self.seconds.items()}
         if self.device.type == "cuda":
@@ -677,7 +677,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 @torch.no_grad()
 def save_checkpoint(run: Run):
-    """Write checkpoint-STEP into --out. It is there in full or not at all, and of the older ones one stays.
+    """Write checkpoint-STEP into --out, complete or not at all. One older checkpoint is kept.
 
     A full disk does not end the run: a warning says so, and the older checkpoints stay.
     """
@@ -686,7 +686,7 @@ def save_checkpoint(run: Run):
         files["rng"]["device"] = getattr(torch, device).get_rng_state()
     files |= {name: run.world.full_weights(network) for name, network in run.networks.items()}
     files |= {name: optimizer.tensors() for name, optimizer in run.optimizers.items()}
-    if run.world.rank:                                             # rank 0 has all that the others have
+    if run.world.rank:                                             # rank 0 holds everything
         return
     for file in run.logs.values():                                 # a checkpoint is never ahead of its logs
         os.fsync(file.fileno())
@@ -702,7 +702,7 @@ def save_checkpoint(run: Run):
                           folder / f"{name}.safetensors")
             (folder / "state.json").write_text(json.dumps(state))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(f"{path}.unfinished", ignore_errors=True)    # its room is needed
+        shutil.rmtree(f"{path}.unfinished", ignore_errors=True)    # frees the space
         tqdm.write(f"warning: no checkpoint at step {run.step} ({error}); the run continues")
         return
     for old in checkpoints(run.out)[:-2]:
@@ -711,9 +711,9 @@ def save_checkpoint(run: Run):
 
 @torch.no_grad()
 def load_checkpoint(run: Run):
-    """Resume from the newest checkpoint in --out, if there is one, and cut the logs back to it.
+    """Resume from the newest checkpoint in --out, if there is one, and truncate the logs to it.
 
-    UserError where it cannot be read, or a log is shorter: to begin again would cut the logs to nothing.
+    UserError if it cannot be read, or a log is too short. (Starting over would erase the logs.)
     """
     lengths = dict.fromkeys(LOGS, 0)
     for folder in checkpoints(run.out)[-1:]:
@@ -727,16 +727,16 @@ def load_checkpoint(run: Run):
             lengths = state["logs"]
             for name, length in lengths.items():
                 if (size := (run.out / f"{name}.jsonl").stat().st_size) < length:
-                    raise OSError(f"it was made when {name}.jsonl had {length} bytes, which has {size}")
+                    raise OSError(f"it was made when {name}.jsonl had {length} bytes; now it has {size}")
         except (UserError, OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise UserError(f"{folder} cannot be read ({error}); remove it, and the run resumes from the "
-                            f"checkpoint before it, or begins again where there is none") from error
+                            f"checkpoint before it, or starts over if there is none") from error
         run.batches.load(state["batches"])
         torch.set_rng_state(states["cpu"])
         if "device" in states and (device := run.policy.device.type) != "cpu":
             getattr(torch, device).set_rng_state(states["device"])
         version, numbers, gauss = state["draws"]
-        run.rng.setstate((version, tuple(numbers), gauss))         # JSON has made a list of the tuple
+        run.rng.setstate((version, tuple(numbers), gauss))         # JSON turned the tuple into a list
         run.step, run.skipped, run.unheard = state["step"], state["skipped"], state["unheard"]
         run.kept = state["kept"]
         print(f"resuming after step {run.step}, from {folder}")
@@ -745,8 +745,8 @@ def load_checkpoint(run: Run):
 
 
 def read_tensors(path: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file whose names begin so, by the rest of their names; one at a time, as eight
-    processes may have no room for eight copies of all."""
+    """Yield (name without the prefix, tensor) of a file's tensors with that prefix. One at a time, as there
+    may be no room for eight copies, one in each of eight processes."""
     with safe_open(path, "pt") as tensors:
         for name in tensors.keys():
             if name.startswith(prefix):
@@ -755,7 +755,7 @@ def read_tensors(path: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def load_weights(module: torch.nn.Module, path: Path, world: World, prefix: str = ""):
-    """Copy the weights in a file into a module, or into its shards. UserError unless it has them all."""
+    """Copy a file's weights into a module, or into its shards. UserError if any is missing."""
     weights = dict(module.named_parameters())
     for name, tensor in read_tensors(path, prefix):
         weight = weights.pop(name)
@@ -765,7 +765,7 @@ def load_weights(module: torch.nn.Module, path: Path, world: World, prefix: str 
 
 
 def open_logs(run: Run, lengths: dict[str, int]):
-    """Open the logs to append to them, cut back to so many bytes."""
+    """Truncate the logs to these lengths in bytes, and open them for appending."""
     for name in LOGS:
         path = run.out / f"{name}.jsonl"
         path.touch()
@@ -778,14 +778,14 @@ def open_logs(run: Run, lengths: dict[str, int]):
 
 
 class AdamW:
-    """AdamW without weight decay, in float32: a bfloat16 that is rounded loses steps of 1e-6.
+    """AdamW without weight decay, in float32: rounding to bfloat16 would swallow steps of 1e-6.
 
-    A weight that is not float32 gets a float32 copy (its master), which is what Adam moves; the weight is
-    that copy, rounded. With `offload` the copies and both moments (12 bytes a parameter, most of the memory
-    of training) stay on the CPU and are updated there: the gradient goes over, the new weight comes back.
-    There is one torch optimizer per weight, so that no more than one gradient is converted at a time. Frozen
-    weights have no state. Gradients stay of the weight's own type, also while micro-batches add up. Of
-    weights in shards, each process has copies and moments of its own part.
+    A weight that is not float32 gets a float32 copy, its master. Adam moves the master, and the weight is the
+    master rounded. With `offload`, masters and both moments (12 bytes a parameter, most of the memory of
+    training) live on the CPU and are updated there: gradients are copied over, and new weights back. There is
+    one torch optimizer per weight, so that only one gradient at a time is converted. Frozen weights have no
+    state. Gradients keep the weight's dtype, also while micro-batches accumulate. If weights are sharded,
+    each process has masters and moments for its own shards.
     """
 
     def __init__(self, module: torch.nn.Module, lr: float, betas=(0.9, 0.999), offload: bool = False,
@@ -794,25 +794,25 @@ class AdamW:
         self.weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.masters, self.optimizers = {}, {}
         for name, weight in self.weights.items():
-            device = "cpu" if offload else weight.device           # a float32 weight that stays is its master
+            device = "cpu" if offload else weight.device           # a float32 weight here is its own master
             master = local(weight).detach().to(device, torch.float32).requires_grad_()
             self.masters[name] = master
             self.optimizers[name] = torch.optim.AdamW([master], lr=lr, weight_decay=0.0, betas=betas,
                                                       fused=True)
 
     def set_lr(self, lr: float):
-        """The learning rate from now on."""
+        """Change the learning rate."""
         for optimizer in self.optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
 
     @torch.no_grad()
     def step(self, max_norm: float = float("inf")) -> Tensor:
-        """Clip the norm of the gradients to `max_norm`, move the weights, free the gradients.
+        """Clip the gradient norm to `max_norm`, move the weights, free the gradients.
 
-        A gradient that is not finite is not followed, and is counted in `skipped`: one NaN would be in every
-        weight for ever. A weight whose gradient is zero stays where it is, as one that has none: so is the
-        vision tower's where no question has an image, and momentum would move it. Returns the norm before
-        clipping, a scalar.
+        A step whose gradient is not finite is skipped and counted in `skipped`, as a single NaN would spread
+        to every weight for good. A weight with a zero gradient stays put, like one without a gradient: if no
+        question has an image, several processes give the vision tower zeros, and momentum would move it.
+        Returns the norm before clipping, a scalar.
         """
         norms = [torch.linalg.vector_norm(local(w.grad), dtype=torch.float32) if w.grad is not None
                  else torch.zeros((), device=w.device) for w in self.weights.values()]
@@ -833,7 +833,7 @@ class AdamW:
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds, complete on rank 0: moments, counts of steps, float32 copies."""
+        """What a checkpoint holds, complete on rank 0: moments, step counts, float32 masters."""
         kept = {}
         for name, master in self.masters.items():
             weight = self.weights[name]
@@ -845,10 +845,10 @@ class AdamW:
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, Tensor]]):
-        """Resume from what `tensors` returned, as pairs; the weights themselves must have been loaded before.
-        UserError where it is the state of other weights."""
+        """Resume from the items of what `tensors` returned. The weights must have been loaded before.
+        UserError if it is the state of other weights."""
         for name, master in self.masters.items():
-            master.copy_(local(self.weights[name]))                # of which perhaps no copy was kept
+            master.copy_(local(self.weights[name]))                # a float32 run saved no masters
         for key, value in tensors:
             name, _, part = key.rpartition(".")
             if name not in self.weights or part != "step" and value.shape != self.weights[name].shape:
@@ -864,23 +864,23 @@ class AdamW:
 
 
 def is_copy(master: Tensor, weight: Tensor) -> bool:
-    """Whether a master has memory of its own, and is not the weight itself."""
+    """Whether a master has memory of its own, rather than being the weight itself."""
     return master.dtype != weight.dtype or master.data_ptr() != local(weight).data_ptr()
 
 
 def freeze(model: torch.nn.Module, pattern: str | None, path: str):
-    """No gradient for weights whose name has a match of the regular expression. UserError if none has."""
+    """Turn off gradients of weights whose name matches the regular expression. UserError if none does."""
     names = [name for name, _ in model.named_parameters()]
     chosen = {name for name in names if pattern and re.search(pattern, name)}
     if pattern and not chosen:
-        raise UserError(f"--freeze {pattern} matches no weight of {path}; they are named like "
+        raise UserError(f"--freeze {pattern} matches no weight of {path}; its weights have names like "
                         f"{', '.join(names[::len(names) // 4])}")
     for name, weight in model.named_parameters():
         weight.requires_grad_(name not in chosen)
 
 
 def skeleton(path: str) -> torch.nn.Module:
-    """The model of a checkpoint without its weights, from its config alone."""
+    """The model of a checkpoint without weights, built from its config alone."""
     with naming(path), torch.device("meta"):
         config = AutoConfig.from_pretrained(path)
         config._attn_implementation = None                         # as in load_vlm
@@ -893,8 +893,8 @@ def skeleton(path: str) -> torch.nn.Module:
 def sft(vlm: VLM, examples: list[Example], steps: int, name: str, args, world: World):
     """Supervised fine-tuning on the examples' truths: mean cross-entropy per token.
 
-    The learning rate warms up over 50 steps, as Adam's first steps are noise, and decays linearly to lr / 10.
-    With several processes the weights must lie in shards.
+    The learning rate warms up over 50 steps, as Adam's first steps are noisy, and decays linearly to lr / 10.
+    With several processes, the weights must be sharded.
     """
     lr = args.sft_lr
     optimizer = AdamW(vlm.model, lr, (0.9, 0.95), args.offload, world)
@@ -917,13 +917,13 @@ def sft(vlm: VLM, examples: list[Example], steps: int, name: str, args, world: W
 
 
 def pretraining_size(args) -> int:
-    """Questions in a batch of D's pre-training: as many responses as in one of the loop."""
+    """Questions in a batch of D's pre-training, so that it has as many responses as a batch of the loop."""
     return max(1, args.batch_size * args.num_samples // args.collect)
 
 
 def pretraining_pairs(student: VLM, examples: list[Example], collection: Collection, args, world: World):
-    """Endless batches for Eq. 1, this process's part of them: N fresh responses of the student and N of
-    teachers a question."""
+    """Endless batches for Eq. 1, this process's share: for each question, N fresh responses of the student
+    and N of the teachers."""
     N, rng = args.collect, random.Random(args.seed)
     batches = Batches(examples, pretraining_size(args), rng)
     while True:
@@ -942,14 +942,15 @@ def pretraining_pairs(student: VLM, examples: list[Example], collection: Collect
 
 CODE = ("model.py", "discriminator.py", "teachers.py", "eval.py", "train.py")
 BEFORE_LOOP = ("data", "teachers", "sft", "collection.jsonl", "discriminator.safetensors")
+LOOP_INPUTS = ("eval_data", "judge", "reward_weights")
 
 
 class RunFolder:
-    """--out. Its run.json records what all in it is made from: options, inputs by content, and code.
+    """--out. Its run.json records what everything in it was made from: options, inputs by content, and code.
 
-    A command with other options or inputs is refused, so a result that is there is what this command makes,
-    and is not made again. Changed code is not refused, but a notice says so. --from copies what another run
-    made before its loop, if that would come out the same here.
+    A command whose options or inputs differ is refused. So whatever exists is what this command would make,
+    and is reused. Changed code is allowed, but a notice names it. --from copies what another run made before
+    its loop, provided that this command would make the same.
     """
 
     def __init__(self, args, world: World):
@@ -957,11 +958,11 @@ class RunFolder:
         self.clock, self.record = Meter(pick_device(args.device)), read_record(self.out)
 
     def open(self, data: dict) -> dict:
-        """The record, for rank 0: begins a new run's. UserError where files in --out were made from something
-        else, or nobody knows from what; what is wrong with inputs must have been said before."""
-        wanted, donor = made_from(self.args, data), getattr(self.args, "from")
+        """Return the record, begun if the run is new; rank 0 alone calls this, after check_inputs. UserError
+        if --out or --from was made from something else, or nobody knows from what."""
+        wanted, donor = record_of(self.args, data), getattr(self.args, "from")
         if self.record:
-            self.compare(self.out, self.record, wanted, ("before the loop", "loop"))
+            compare(self.out, self.record, wanted)
             steps = max([self.record["steps"], *(int(path.name[11:]) for path in checkpoints(self.out))])
             if steps > self.args.steps:
                 raise UserError(f"{self.out} has come to step {steps}, beyond --steps {self.args.steps}; "
@@ -970,58 +971,40 @@ class RunFolder:
             raise UserError(f"{self.out} holds files and no run.json that says what they were made from; "
                             f"choose another --out")
         if donor:
-            record = read_record(Path(donor))
-            if not record:
-                raise UserError(f"--from {donor}: no run's folder, it has no run.json")
-            self.compare(Path(donor), record, wanted, ("before the loop",))
-            wanted["code"]["before the loop"] = record["code"]["before the loop"]
+            if not (record := read_record(Path(donor))):
+                raise UserError(f"--from {donor}: not the folder of a run, it has no run.json")
+            loop = {field_of(option) for option in OPTIONS["loop"]}
+            compare(Path(donor), record, wanted, ignored=loop.union(LOOP_INPUTS))
         if not self.record:
             self.record = wanted
             self.write(steps=0)
-        for name in BEFORE_LOOP:                       # also what a kill has kept from being copied
-            if donor and (Path(donor) / name).exists() and not self.has(name):
-                copy_into(Path(donor) / name, self.out / name)
+        for name in BEFORE_LOOP if donor else ():      # also what a kill has kept from being copied
+            source, target = Path(donor) / name, self.out / name
+            if source.exists() and not target.exists():
+                with all_or_nothing(target) as unfinished:
+                    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, unfinished)
         return self.record
 
-    def compare(self, there: Path, record: dict, wanted: dict, parts: tuple[str, ...]):
-        """UserError with what differs between the records of a folder and of this command, of which the older
-        may lack an option. Changed code triggers a notice."""
-        defaults, differ = vars(make_parser(self.args.student).parse_args([])), []
-        for part in parts:
-            for name in record[part] | wanted[part]:
-                old, value = (made.get(name, defaults.get(name)) for made in (record[part], wanted[part]))
-                if old != value:
-                    differ.append(f"--{name.replace('_', '-')} {old} there, {value} here")
-        if differ:
-            raise UserError(f"{there} was made with other settings ({', '.join(differ)}); choose another "
-                            f"--out (--from RUN takes over what comes before a loop, where that stays the "
-                            f"same)")
-        changed = [name for name in CODE if any(record["code"][part].get(name) != wanted["code"][part][name]
-                                                for part in parts)]
-        if changed:
-            print(f"what is in {there} was made when {', '.join(changed)} read otherwise, and is used as it "
-                  f"is; choose another --out to make it anew")
-
     def stage(self, name: str, make) -> Path:
-        """The path of --out/name, which make(path) makes, unless it is there: complete, or not at all. All
-        processes call make, of which rank 0 is to write."""
+        """The path of --out/name. Unless it exists, make(path) makes it, complete or not at all. All
+        processes call make, and rank 0 writes."""
         path = self.out / name
         if not self.world.rank_0(path.exists):
             make(path)
-            gc.collect()                               # models in shards hold on to themselves
+            gc.collect()                               # sharded models hold references to themselves
             self.world.barrier()
         return path
 
-    def has(self, *names: str) -> bool:
-        """Whether these are there."""
-        return all((self.out / name).exists() for name in names)
+    def has(self, name: str) -> bool:
+        """Whether --out/name exists."""
+        return (self.out / name).exists()
 
     def is_trained(self) -> bool:
         """Whether the loop has come to its last step, and the student was saved."""
         return self.record.get("steps") == self.args.steps and self.has("student")
 
     def write(self, steps: int):
-        """Keep the record; steps: of the loop whose student is there."""
+        """Save the record. steps: how many the saved student has been trained for."""
         self.record["steps"] = steps
         if self.world.rank:
             return
@@ -1032,67 +1015,72 @@ class RunFolder:
             raise UserError(f"--out {self.out} cannot be written ({error.strerror})") from error
 
 
-def made_from(args, data: dict) -> dict[str, dict]:
-    """What a run is made from: every option but those of the machine, inputs by content, and code. data: the
-    examples, or the task, of each option."""
-    def chosen(*groups):
-        names = [option.name.strip("-").replace("-", "_") for group in groups for option in OPTIONS[group]]
-        return {name: getattr(args, name) for name in names}
+def field_of(option) -> str:
+    """The attribute of the parsed arguments that holds an option."""
+    return option.name.strip("-").replace("-", "_")
 
-    def contents(name):
+
+def record_of(args, data: dict) -> dict:
+    """The run.json of a new run: every option but those of the machine, files by what they hold, and hashes
+    of the code. data: the examples, or the task, of each option."""
+    made = {field_of(option): getattr(args, field_of(option)) for group, options in OPTIONS.items()
+            for option in options if group not in ("machine", "models and data")}
+    made |= asdict(sampling_of(args))
+    del made["truncated"]                              # see --truncate-rollouts
+    for name in ("data", "sft_data", "collection", "eval_data"):
         pictures = [e.pictures for e in getattr(data.get(name), "examples", data.get(name, ()))]
-        pictures = zlib.crc32(json.dumps(pictures).encode())
-        return {name: f"{stamp(getattr(args, name))} {pictures}"} if getattr(args, name) else {}
-    teachers, judge = [make_teacher(name) for name in args.teachers], args.judge
-    if endpoint := endpoint_of(judge):
-        judge = endpoint.model                         # its address may change
-    elif judge != "rule":
-        judge = stamp(judge)
-    before = chosen("SFT", "collection", "discriminator", "every stage") | asdict(sampling_of(args))
-    del before["truncated"]                            # of the loop alone, see --truncate-rollouts
-    before |= {"student": "toy" if args.student == "toy" else stamp(args.student), "skip_bad": args.skip_bad,
-               "dtype": pick_dtype(args.device, args.dtype),
-               "teachers": [teacher.name for teacher in teachers],
-               "checkpoints": [stamp(teacher.path) for teacher in teachers if hasattr(teacher, "path")]}
-    before |= contents("data") | contents("sft_data") | contents("collection")
-    loop = chosen("loop") | contents("eval_data") | {"reward_weights": args.reward_weights, "judge": judge}
+        if path := getattr(args, name):
+            made[name] = f"{stamp(path)} {zlib.crc32(json.dumps(pictures).encode())}"
+    teachers, endpoint = [make_teacher(name) for name in args.teachers], endpoint_of(args.judge)
+    judge = endpoint.model if endpoint else args.judge             # without the address, which may change
+    made |= {"student": "toy" if args.student == "toy" else stamp(args.student), "skip_bad": args.skip_bad,
+             "dtype": pick_dtype(args.device, args.dtype), "reward_weights": args.reward_weights,
+             "judge": judge if endpoint or judge == "rule" else stamp(judge),
+             "teachers": [teacher.name for teacher in teachers],
+             "checkpoints": [stamp(teacher.path) for teacher in teachers if hasattr(teacher, "path")]}
     code = {name: stamp(Path(__file__).with_name(name)) for name in CODE}
-    return json.loads(json.dumps({"before the loop": before, "loop": loop,
-                                  "code": {"before the loop": code, "loop": code}}))
+    return json.loads(json.dumps({"options": made, "code": code, "steps": 0}))
 
 
 def read_record(folder: Path) -> dict:
-    """The record in a run's folder; {} where there is no run.json."""
+    """The record in a run's folder; {} if there is no run.json."""
     path = folder / "run.json"
     record = read_json(path) if path.exists() else {}
-    parts = {"before the loop", "loop", "code", "steps"}
-    if path.exists() and not (isinstance(record, dict) and parts <= record.keys()):
-        raise UserError(f"{path}: not the record of a run; choose another --out")
+    if path.exists() and not (isinstance(record, dict) and {"options", "code", "steps"} <= record.keys()):
+        raise UserError(f"{path}: not the record of a run of this version; choose another --out")
     return record
 
 
-def copy_into(source: Path, target: Path):
-    """Copy a file or a folder, all of it or nothing."""
-    copy_all = shutil.copytree if source.is_dir() else shutil.copyfile
-    with all_or_nothing(target) as unfinished:
-        copy_all(source, unfinished)
+def compare(folder: Path, record: dict, wanted: dict, ignored: Iterable[str] = ()):
+    """UserError naming the options in which the record of a folder differs from the wanted one. An option
+    that the record lacks had its default. Changed code triggers a notice."""
+    defaults, differ = vars(make_parser(wanted["options"]["student"]).parse_args([])), []
+    for name in sorted((record["options"] | wanted["options"]).keys() - ignored):
+        old, new = (made["options"].get(name, defaults.get(name)) for made in (record, wanted))
+        if old != new:
+            differ.append(f"--{name.replace('_', '-')} {old} there, {new} here")
+    if differ:
+        raise UserError(f"{folder} was made with other settings ({', '.join(differ)}); choose another --out "
+                        f"(--from RUN copies what comes before the loop, if that stays the same)")
+    if changed := [name for name in CODE if record["code"].get(name) != wanted["code"][name]]:
+        print(f"{folder} was made by other versions of {', '.join(changed)}; what it holds is reused as is")
 
 
 # -------------------------------------------------------------------------------------------- stages of a run
 
 
 def check_inputs(args, folder: RunFolder) -> dict[str, list]:
-    """UserError for what is wrong with data, checkpoints and servers, before anything is written.
+    """UserError if data, checkpoints or servers are not usable, before anything is written.
 
-    Returns the examples (or tasks) of the data files given, by option. Servers are not asked where their work
-    is done.
+    Returns the examples (or the task) of each data file, by option. Servers whose work is already done are
+    not contacted.
     """
     check_rewards(args)
     given, student, processor = {}, [], None
-    if args.student != "toy":                                      # the toy does not exist yet
+    if args.student != "toy":                                      # which does not exist yet
         student, processor = [args.student], load_processor(args.student)
     collected = folder.has("discriminator.safetensors")
-    # rows that were left out because of a teacher must be left out again
+    # rows that were once left out because of a teacher must be left out again
     asked = student if collected and not args.skip_bad else student + args.teachers
     judged = [rule_check] if args.judge == "rule" else []
     for name, load, models, response, checks in (
@@ -1113,14 +1101,14 @@ def check_inputs(args, folder: RunFolder) -> dict[str, list]:
     if args.collection:
         read_collection(args.collection, given["data"], processor, args)
     if args.truncate_rollouts:
-        print(f"rollouts are truncated (top-p {args.top_p}, top-k {args.top_k}), as the paper's: what is "
+        print(f"rollouts are truncated (top-p {args.top_p}, top-k {args.top_k}), as in the paper: what is "
               "never sampled is never pushed down; watch `tail` and `heldout_sampled`, or give "
               "--no-truncate-rollouts")
     return given
 
 
 def check_rewards(args):
-    """UserError unless all rewards of reward_terms, on a made-up group, have weights, and one not 0."""
+    """UserError unless every reward that reward_terms gives has a weight, and one weight is not 0."""
     K = 2 * args.num_samples
     outputs = Outputs([["?"] * K], torch.zeros(1, K, 1, dtype=torch.long),
                       torch.ones(1, K, 1, dtype=torch.bool))
@@ -1135,15 +1123,15 @@ def check_rewards(args):
 
 
 def read_collection(path, examples: list[Example], processor, args) -> Collection:
-    """The collection as far as a student with this processor (None: not known yet) can use it."""
+    """The part of the collection that a student with this processor (None: unknown yet) can use."""
     if processor is None:
         return Collection(path, examples)
     return Collection(path, examples, image_tokens(processor), processor.tokenizer, args.max_new_tokens)
 
 
 def toy_world_and_teachers(folder: RunFolder, args, data: dict) -> list:
-    """The teachers. Where no data is given, the toy world is drawn, and its examples and tasks are put into
-    `data`. The toy student is trained with the toy teachers, as their stages do not need one another."""
+    """The teachers. Without --data, this draws the toy world and puts its examples and tasks into `data`. The
+    toy student is trained alongside the toy teachers, as none of them needs the others."""
     models, words = {}, []                             # by stage: family, lessons, width, steps
     if not args.data:
         drawn = folder.stage("data", partial(toy_world, seed=args.seed, world=folder.world))
@@ -1169,8 +1157,8 @@ def toy_world_and_teachers(folder: RunFolder, args, data: dict) -> list:
 
 
 def side_by_side(folder: RunFolder, args, models: dict[str, tuple]):
-    """The stages of tiny models, each in a process of its own, as many at a time as there are cores. Several
-    processes of torchrun, which have the cores already, do one after the other together."""
+    """Train tiny models, each in its own process, as many at a time as there are cores. Under torchrun, all
+    processes train one model after the other together."""
     if folder.world.size > 1:
         for name, model in models.items():
             folder.stage(name, lambda path: tiny_vlm_from_scratch(path, *model, args, folder.world))
@@ -1183,12 +1171,12 @@ def side_by_side(folder: RunFolder, args, models: dict[str, tuple]):
                         for path, model in todo.items()]:
                 job.result()
     except BrokenProcessPool as error:
-        raise UserError(f"a process that trained one of {', '.join(models)} has died; was its memory full?"
-                        ) from error
+        raise UserError(f"a process that trained one of {', '.join(models)} has died; did it run out of "
+                        f"memory?") from error
 
 
 def leave_with_parent(parent: int):
-    """What a process of side_by_side does first: it will end when its parent has been killed."""
+    """Set up a process of side_by_side; it exits when its parent has been killed."""
     def watch():
         while os.getppid() == parent:
             time.sleep(0.2)
@@ -1199,14 +1187,14 @@ def leave_with_parent(parent: int):
 
 
 def toy_world(path: Path, seed: int, world: World):
-    """Draw the toy world: what is asked, and lessons for the student (sft) and its teachers.
+    """Draw the toy world: questions, and lessons for the student (sft) and its teachers.
 
-    All first learn to see, in single words, and then to speak in their own ways. The student mostly stays
-    with single words and, asked for a shape, mostly echoes the colour in the question. Nobody is ever right
-    there in training, as its answers name shapes in words that nobody says: only similarity speaks. Held-out
-    answers have the ordinary words. Each teacher has a blind spot: A takes squares for circles, B circles for
-    squares. One they share: both take one for two, and two for one. There only the student's own responses
-    can be right.
+    All of them first learn to see, answering in single words, and then to speak in their own styles. The
+    student mostly keeps to single words and, when asked for a shape, mostly echoes the colour in the
+    question. In training nobody is ever right about a shape, because the true answers there use words that
+    nobody says. So only the similarity reward teaches shapes; the held-out answers have the ordinary words.
+    Each teacher has a blind spot: A takes squares for circles, and B circles for squares. Both confuse the
+    counts one and two, so only the student's own responses can be right there.
     """
     if world.rank:
         return
@@ -1222,12 +1210,13 @@ def toy_world(path: Path, seed: int, world: World):
 
 def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]], width: int, steps: int,
                           args, world: World):
-    """A tokenizer trained on the lessons, random weights, SFT on each in turn; a checkpoint folder.
+    """Train a tokenizer on the lessons, then a model from random weights by SFT on each lesson in turn.
 
-    The first takes `steps`, the others a quarter of that: seeing takes longer than speaking.
+    The first takes `steps`, the others a quarter as many: learning to see takes longer than to speak. The
+    checkpoint is saved as `folder`.
     """
     examples = sum(lessons, [])
-    # with the words of the prompts among them, these become tokens too, and the prompts short
+    # the prompts' words are among the texts, so that each becomes a token, and prompts are short
     texts = [text for e in examples for text in (e.text, e.truth)]
     texts += 50 * [SYSTEM, BEFORE + AFTER, "user\nassistant\nsystem\n"]
     random_weights = Path(f"{folder}.random")
@@ -1245,9 +1234,9 @@ def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]
 
 
 def fine_tuned_student(folder: RunFolder, args, data: dict) -> str:
-    """The warm start, both reference and first policy: the student's checkpoint after SFT, if any.
+    """The warm start, both reference and first policy: the student's checkpoint, after SFT if there is any.
 
-    UserError where packed rows do not suit its family: before teachers are paid for.
+    UserError if its family cannot be scored as we do, before anyone pays for teachers' responses.
     """
     start, world = args.student, folder.world
 
@@ -1272,7 +1261,7 @@ def fine_tuned_student(folder: RunFolder, args, data: dict) -> str:
 
 
 def load_student(path: str, args) -> VLM:
-    """The student to be trained, from a checkpoint."""
+    """Load the student for training."""
     student = load_vlm(path, args.device, args.dtype)
     if args.gradient_checkpointing:
         checkpoint_layers(student.model)
@@ -1280,11 +1269,11 @@ def load_student(path: str, args) -> VLM:
 
 
 def teachers_responses(folder: RunFolder, args, teachers: list, data: dict, start: str) -> Collection | None:
-    """The collection, filled now. Only examples with a response stay in data["data"]."""
+    """Fill the collection, and keep only the examples with a response in data["data"]."""
     if args.algorithm != "ril":
         return None
     path = Path(args.collection or folder.out / "collection.jsonl")
-    # once D has been trained on them, nobody is asked for the responses that lack
+    # once D has been trained on the collection, nobody is asked for missing responses
     if not (args.collection or folder.world.rank_0(partial(folder.has, "discriminator.safetensors"))):
         with folder.clock.phase("collection"):
             fill_collection(str(path), teachers, data["data"], args.collect, sampling_of(args), args.seed,
@@ -1302,7 +1291,7 @@ def teachers_responses(folder: RunFolder, args, teachers: list, data: dict, star
 
 def pretrained_discriminator(folder: RunFolder, args, data: dict, collection: Collection | None,
                              start: str) -> Path | None:
-    """D pre-trained for this student by Eq. 1, on fresh responses of the student and the collected ones."""
+    """Pre-train D by Eq. 1 on fresh responses of the student and the collected ones."""
     if collection is None:
         return None
 
@@ -1315,7 +1304,7 @@ def pretrained_discriminator(folder: RunFolder, args, data: dict, collection: Co
         optimizer = AdamW(D, args.pretrain_lr, offload=args.offload, world=world)
         pretrain_discriminator(D, optimizer, pairs, args.discriminator_steps, args.pretrain_lr,
                                args.token_budget, pretraining_size(args))
-        # with its optimizer: a new one's first steps are as long as its rate allows, whatever they follow
+        # with its optimizer, as a new one's first steps have full length, however small the gradient
         tensors = {f"D {name}": weight for name, weight in world.full_weights(D).items()}
         tensors |= {f"optimizer {name}": moment for name, moment in optimizer.tensors().items()}
         if world.rank == 0:
@@ -1327,13 +1316,13 @@ def pretrained_discriminator(folder: RunFolder, args, data: dict, collection: Co
 
 def trained_student(folder: RunFolder, args, data: dict, collection: Collection | None,
                     pretrained: Path | None, start: str, get_judge):
-    """The loop, and the student that comes out of it, a checkpoint like the one it began as."""
+    """Run the loop and save the trained student, a checkpoint like the one it started from."""
     path, world = folder.out / "student", folder.world
     if world.rank_0(folder.is_trained):
         return
     if path.exists() and not checkpoints(folder.out):
-        raise UserError(f"{path} cannot be trained further, as its last checkpoint is gone; choose another "
-                        f"--out")
+        raise UserError(f"{path} cannot be trained further because its last checkpoint is gone; choose "
+                        f"another --out")
     begin = time.perf_counter()
     policy = load_student(start, args)
     D = Discriminator(policy) if pretrained else None
@@ -1349,18 +1338,18 @@ def trained_student(folder: RunFolder, args, data: dict, collection: Collection 
     folder.write(steps=args.steps)
     if world.rank == 0:
         for old in checkpoints(folder.out)[:-1]:
-            remove(old)                                   # the last one is for a run that is given more steps
+            remove(old)                                   # the last one lets a run be given more steps
     folder.clock.seconds["loop"] = time.perf_counter() - begin
     del run, policy, D
     gc.collect()                                       # as in RunFolder.stage
 
 
 def save_student(world: World, vlm: VLM, start: str, path: Path):
-    """Save a model, which was the checkpoint `start` before it was trained, in place of what is there."""
+    """Save a model that was the checkpoint `start` before training, replacing whatever is at `path`."""
     weights = world.full_weights(vlm.model)
     if world.rank:
         return
-    if world.size > 1:                                    # fully_shard has changed the classes of its modules
+    if world.size > 1:                                    # fully_shard changed the classes of its modules
         vlm = read_vlm(start, "cpu", str(vlm.model.dtype).removeprefix("torch."))
         for name, weight in vlm.model.named_parameters():
             weight.data.copy_(weights[name])
@@ -1369,7 +1358,7 @@ def save_student(world: World, vlm: VLM, start: str, path: Path):
 
 
 def report(folder: RunFolder, args, data: dict, get_judge, start: str):
-    """Held-out scores before and after, greedy and sampled; curves.png and report.html of the run."""
+    """Score the held-out questions before and after, greedy and sampled; write curves.png and report.html."""
     results, out, held_out = {}, folder.out, data.get("eval_data")
     for name, checkpoint in (("before", start), ("after", str(out / "student"))):
         def make(path):
@@ -1398,17 +1387,17 @@ def report(folder: RunFolder, args, data: dict, get_judge, start: str):
 
 
 class Option(NamedTuple):
-    """An option of the command line. A default of True or False makes it a flag, which --no-NAME takes back;
-    a list takes several values."""
+    """An option of the command line. A default of True or False makes it a flag, with --no-NAME to turn it
+    off; a default that is a list means several values."""
     name: str
     default: object                                    # the paper's, where it has one
     what: str
-    toy: object = None                                 # the toy's default, where that differs
+    toy: object = None                                 # the toy's default, if it differs
     choices: tuple = ()
 
 
-# All options are part of a run's record (made_from), but for those that stand in "machine": these change no
-# step, but for rounding. --from takes over what another run made before the loop, if all agrees but "loop".
+# Every option is part of a run's record (record_of) except those in "machine", which change nothing but
+# rounding. --from takes over what another run made before its loop if everything agrees except "loop".
 OPTIONS = {
     "models and data": [                               # of inputs, what they hold is recorded
         Option("--student", "toy", "checkpoint folder or hub id, or toy: a tiny one, from scratch"),
@@ -1421,62 +1410,61 @@ OPTIONS = {
         Option("--sft-data", None, "examples to fine-tune on first; default, for the toy student: --data, or "
                "the toy world's own"),
         Option("--eval-data", None, "held-out questions, or a benchmark as eval.py takes it"),
-        Option("--skip-bad", False, "leave out examples whose image cannot be read, and those that a model "
-               "cannot be asked"),
-        Option("--out", "runs/toy", "folder of the run; what is finished in it is not done again"),
-        Option("--from", None, "folder of a run that differs in its loop alone: what it made before, is "
-               "copied")],
+        Option("--skip-bad", False, "leave out examples whose image cannot be read, or that a model cannot "
+               "be asked"),
+        Option("--out", "runs/toy", "folder of the run; finished stages in it are reused"),
+        Option("--from", None, "folder of a run that differs only in its loop: copy what came before it")],
     "SFT": [
-        Option("--sft-steps", 0, "steps of SFT; 0 for a student that has had it", toy=500),
-        Option("--sft-lr", 1e-5, "learning rate of SFT, decays linearly to a tenth", toy=1e-3),
+        Option("--sft-steps", 0, "steps of SFT; 0 for a student that has already had it", toy=500),
+        Option("--sft-lr", 1e-5, "learning rate of SFT; decays linearly to a tenth", toy=1e-3),
         Option("--sft-batch-size", 64, "examples per step of SFT", toy=32),
         Option("--teacher-steps", 0, "steps of SFT of each teacher of the toy world", toy=400)],
     "collection": [
-        Option("--collect", 16, "responses of each teacher to each question; and N of D's pre-training",
+        Option("--collect", 16, "responses of each teacher to each question; also N of D's pre-training",
                toy=8)],
-    "discriminator": [                                 # the first two serve the loop too
-        Option("--num-samples", 4, "G, responses of the student, and as many of teachers, a question"),
+    "discriminator": [                                 # the loop uses the first two as well
+        Option("--num-samples", 4, "G: responses of the student, and as many of teachers, to each question"),
         Option("--batch-size", 144, "questions per step", toy=64),
         Option("--discriminator-steps", 1111, "steps of discriminator pre-training", toy=60),
-        Option("--pretrain-lr", 1e-5, "learning rate of that, decays linearly to a tenth", toy=1e-3)],
+        Option("--pretrain-lr", 1e-5, "its learning rate; decays linearly to a tenth", toy=1e-3)],
     "loop": [
         Option("--algorithm", "ril", "rl: Algorithm 1, no teachers and no D", choices=("ril", "rl")),
         Option("--loss", "dr_grpo", "grpo divides by std and by length", choices=tuple(LOSSES)),
         Option("--similarity", "binary", "how finely the similarity reward is graded",
                choices=tuple(SIMILARITIES)),
         Option("--freeze-discriminator", False, "skip lines 7-9: D stays as pre-trained"),
-        Option("--truncate-rollouts", True, "the student samples with top-p, top-k and penalty in the loop "
-               "too, as the paper has it, and not from all of its distribution", toy=False),
-        Option("--teacher-rollouts", True, "train the policy on teachers' responses too, and not D alone"),
-        Option("--freeze", None, "regular expression: weights that the loop leaves as they are, by name: "
+        Option("--truncate-rollouts", True, "in the loop, too, the student samples with top-p, top-k and "
+               "penalty, as in the paper; --no-truncate-rollouts: from its full distribution", toy=False),
+        Option("--teacher-rollouts", True, "teachers' responses train the policy, not just D"),
+        Option("--freeze", None, "regular expression for the names of weights that the loop does not change: "
                "'visual' the vision tower, 'lm_head' the vocabulary head, 'self_attn', 'mlp', 'norm' "
                "(Table 5c)"),
         Option("--mu", 1, "updates of D and of the policy per step"),
         Option("--beta", 0.01, "weight of the KL to the reference"),
         Option("--eps", 0.2, "the ratio is clipped to 1 - eps .. 1 + eps"),
         Option("--lr", 1e-6, "learning rate of the student", toy=1.5e-4),
-        Option("--warmup", 0, "steps in which the student's learning rate rises from nothing", toy=20),
+        Option("--warmup", 0, "steps over which the student's learning rate rises from 0", toy=20),
         Option("--discriminator-lr", 1e-6, "learning rate of D", toy=6e-4)],
     "machine": [
         Option("--steps", 1000, "steps of the loop; a finished run can be given more", toy=150),
-        Option("--device", None, "cuda, mps or cpu; default: the best there is"),
+        Option("--device", None, "cuda, mps or cpu; default: the best available"),
         Option("--token-budget", 8192, "tokens per micro-batch: fewer need less memory", toy=16384),
         Option("--rollout-batch", 16, "questions sampled at a time: fewer need less memory", toy=64),
-        Option("--gradient-checkpointing", False, "compute layers twice, keep only their inputs"),
-        Option("--offload", False, "optimizer states live and work on the CPU; D and the reference wait "
-               "there"),
+        Option("--gradient-checkpointing", False, "keep only the inputs of layers, and compute them twice"),
+        Option("--offload", False, "keep optimizer states on the CPU and update there; park D and the "
+               "reference there, too"),
         Option("--eval-every", 100, "steps between held-out accuracies", toy=25),
         Option("--log-every", 10, "steps between printed samples"),
         Option("--save-every", "15m", "steps between checkpoints of the loop, or minutes as 15m", toy="20")],
     "every stage": [
-        Option("--seed", 0, "of all that is drawn"),
+        Option("--seed", 0, "seed of everything random"),
         Option("--dtype", None, "default: bfloat16 on a GPU, float32 on the CPU",
                choices=("float32", "bfloat16"))],
 }
 
 
 def make_parser(student: str) -> argparse.ArgumentParser:
-    """The options, with the defaults of this student."""
+    """A parser of all options, with the defaults for this student."""
     toy = student == "toy"
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1494,7 +1482,7 @@ def make_parser(student: str) -> argparse.ArgumentParser:
                 settings["choices"] = option.choices or None
             groups[title].add_argument(option.name, **settings, help=f"{option.what} [{value}]")
     groups["loop"].add_argument("--reward-weights", nargs="+", type=reward_weight, metavar="NAME=WEIGHT",
-                                default=REWARD_WEIGHTS, help="answer=0: the judge is heard, but not rewarded")
+                                default=REWARD_WEIGHTS, help="answer=0: verdicts are logged, and earn 0")
     add_sampling_options(parser)
     if toy:
         parser.set_defaults(max_new_tokens=24)
@@ -1502,7 +1490,7 @@ def make_parser(student: str) -> argparse.ArgumentParser:
 
 
 def reward_weight(text: str) -> tuple[str, float]:
-    """NAME=WEIGHT, as a pair."""
+    """Parse NAME=WEIGHT into a pair."""
     name, _, weight = text.partition("=")
     if name not in REWARD_WEIGHTS:
         raise argparse.ArgumentTypeError(f"{text}: expected NAME=WEIGHT, with one of "
@@ -1510,11 +1498,11 @@ def reward_weight(text: str) -> tuple[str, float]:
     try:
         return name, float(weight)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {weight!r} is no number") from error
+        raise argparse.ArgumentTypeError(f"{text}: {weight!r} is not a number") from error
 
 
 def parse_args(argv=None):
-    """The command line, checked as far as it can be without reading a file."""
+    """Parse the command line, and check all that can be checked without reading a file."""
     parser = make_parser(make_parser("toy").parse_known_args(argv)[0].student)
     args = parser.parse_args(argv)
     for name in ("num_samples", "mu", "batch_size", "token_budget", "collect", "max_new_tokens", "eval_every",
@@ -1531,7 +1519,7 @@ def parse_args(argv=None):
     if args.student != "toy" and not args.data:
         parser.error("--data is needed for a named student")
     if args.collection and not args.data:
-        parser.error("--collection needs the --data that it answers")
+        parser.error("--collection needs --data, the questions that it answers")
     if args.data and args.algorithm == "ril" and not (args.teachers or args.collection):
         parser.error("RIL needs --teachers or a --collection of their responses (or --algorithm rl)")
     if args.student == "toy":
@@ -1541,8 +1529,8 @@ def parse_args(argv=None):
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     fewest = min(args.batch_size, args.sft_batch_size, pretraining_size(args))
     if ranks > 1 and (args.offload or fewest < ranks):
-        parser.error(f"{ranks} processes want no --offload, and at least {ranks} as --batch-size, as "
-                     "--sft-batch-size, and as --batch-size x --num-samples / --collect")
+        parser.error(f"{ranks} processes need --batch-size, --sft-batch-size, and --batch-size x "
+                     f"--num-samples / --collect to be at least {ranks}, and no --offload")
     return args
 
 

@@ -4,8 +4,12 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -101,16 +105,67 @@ def run(script, *options, cwd=ROOT):
 
 def call(script, *options):
     """As `run`, in this process: it saves the seconds that a new one takes to import torch."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = exit_code(script, options)
+    return subprocess.CompletedProcess(options, code, out.getvalue(), err.getvalue())
+
+
+def exit_code(script, options):
+    """The exit code of a script's main, called in this process."""
     import importlib
     from model import run as run_main
-    main, code = importlib.import_module(script.removesuffix(".py")).main, 0
-    out, err = io.StringIO(), io.StringIO()
+    main = importlib.import_module(script.removesuffix(".py")).main
     argv, sys.argv = sys.argv, [script, *map(str, options)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run_main(main)
+        run_main(main)
     except SystemExit as stop:
-        code = stop.code
+        return stop.code or 0
     finally:
         sys.argv = argv
-    return subprocess.CompletedProcess(options, code, out.getvalue(), err.getvalue())
+    return 0
+
+
+class Forked:
+    """A script in a process that is forked from this one, and so need not import torch. It can be killed, and
+    has the methods of subprocess.Popen that the tests use."""
+
+    def __init__(self, script, *options, cwd=ROOT, **environment):
+        self.log, self.returncode = tempfile.TemporaryFile("w+"), None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.dup2(self.log.fileno(), 1)
+                os.dup2(self.log.fileno(), 2)
+                sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+                os.chdir(cwd)
+                os.environ.update(environment)
+                code = exit_code(script, options)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+
+    def poll(self):
+        """The exit code; None while it runs."""
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout=240):
+        """Everything it printed, when it has ended; and None, for stderr."""
+        until = time.time() + timeout
+        while self.poll() is None and time.time() < until:
+            time.sleep(0.01)
+        if self.returncode is None:
+            self.send_signal(signal.SIGKILL)
+            raise AssertionError(f"still running after {timeout} seconds")
+        self.log.seek(0)
+        return self.log.read(), None

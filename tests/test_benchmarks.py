@@ -7,15 +7,13 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
 import pytest
 
 import eval as e
-from conftest import ROOT, call, noise_image, run
+from conftest import Forked, call, noise_image, run
 from model import UserError
 from teachers import Example, open_image
 
@@ -330,24 +328,24 @@ def test_an_interrupted_evaluation_resumes(checkpoints, tmp_path):
     data = tsv(tmp_path / "many.tsv", *({"index": i, "image": b64(i) if i < 20 else i % 20, "answer": "Yes",
                                          "question": " yes" * rng.randint(1, 9)} for i in range(300)))
 
-    def command(out):
-        return [sys.executable, str(ROOT / "eval.py"), "--model", checkpoints["qwen2_5_vl"],
-                "--data", str(data), "--out", str(tmp_path / out), "--max-new-tokens", "8",
-                "--batch-size", "4"]
+    def started(out):
+        return Forked("eval.py", "--model", checkpoints["qwen2_5_vl"], "--data", data, "--out",
+                      tmp_path / out, "--max-new-tokens", 8, "--batch-size", 4)
     file, lines = tmp_path / "cut" / "qwen2_5_vl" / "many.jsonl", 0
     for _ in range(2):
-        process = subprocess.Popen(command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = started("cut")
         until, wanted = time.time() + 60, lines + 40
         while time.time() < until and (not file.exists() or file.read_bytes().count(b"\n") < wanted):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         lines = file.read_bytes().count(b"\n")
         assert wanted <= lines < 301
     with open(file, "ab") as torn:
         torn.write(b'{"id": "7", "te')
     for out in ("cut", "intact"):
-        subprocess.run(command(out), check=True, capture_output=True)
+        said, _ = (process := started(out)).communicate()
+        assert process.returncode == 0, said
 
     def texts(out):
         rows = [json.loads(line) for line in open(tmp_path / out / "qwen2_5_vl" / "many.jsonl")][1:]
@@ -410,7 +408,7 @@ def without_last_line(path):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda f: stars(f, row(), row(index=2, image="77")), "MMStar.tsv:3: its image is that of"),
+    (lambda f: stars(f, row(), row(index=2, image="77")), "MMStar.tsv:3: its image should be in row"),
     (lambda f: stars(f, row(), row(index=2, image="!" * 80)), "MMStar.tsv:3"),
     (lambda f: stars(f, row(), row(index=2, image=base64.b64encode(b"x" * 80).decode())), "MMStar.tsv:3"),
     (lambda f: stars(f, row(), row()), "MMStar.tsv:3: the id '1' was used before"),

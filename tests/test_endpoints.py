@@ -18,7 +18,7 @@ from PIL import Image
 
 import families
 import train
-from conftest import ROOT, TEXTS, call, lamp_files, run
+from conftest import TEXTS, Forked, call, lamp_files, run
 from eval import JUDGE_PROMPT, LLMJudge, parse_verdict
 from model import Sampling, UserError
 from teachers import (KEY, CallFailed, Endpoint, ServerTeacher, chat, check_endpoint, endpoint_of,
@@ -153,19 +153,18 @@ def test_killed_in_the_middle_it_resumes_to_the_same_file(tmp_path):
     hostile.reply = slowly
     out = tmp_path / "killed"
     options = ["--teachers", f"m@{hostile.url}", "--data", data, "--out", out, "-n", 8]
-    command = [sys.executable, str(ROOT / "teachers.py"), *map(str, options)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = Forked("teachers.py", *options)
     while not out.exists() or len(out.read_bytes().splitlines()) < 60:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     before = out.read_bytes()
     assert before.count(b"\n") < 200
     with open(out, "ab") as file:
         file.write(b'{"id": "lamp3", "teach')                      # the half of a line
     hostile.calls = 0
-    done = run("teachers.py", *options)
+    done = call("teachers.py", *options)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == (tmp_path / "complete").read_bytes()
     assert len(out.read_bytes().splitlines()) == 200
@@ -237,7 +236,7 @@ def test_a_page_is_no_server_and_a_list_of_models_is(monkeypatch):
     check_endpoint(Endpoint("m", server.url))
     with pytest.raises(UserError, match="does not serve big; it serves m"):
         check_endpoint(Endpoint("big", server.url))
-    with pytest.raises(UserError, match="no OpenAI-compatible server .*doctype"):
+    with pytest.raises(UserError, match="not an OpenAI-compatible server .*doctype"):
         check_endpoint(Endpoint("m", server.url.removesuffix("/v1")))
 
 
@@ -293,7 +292,7 @@ def test_what_is_wrong_with_a_server_is_said_before_any_work(tmp_path, checkpoin
     monkeypatch.delenv(KEY, raising=False)
     locked = Endpoint("m", Hostile(says, key="sesame").url)
     refused(locked, f"wants a key: set the environment variable {KEY}")
-    for key, says_so in (("wrong-key", "does not accept the key"), ("sesame\r\nX-Evil: 1", "no key can be")):
+    for key, says_so in (("wrong-key", "does not accept the key"), ("sesame\r\nX-Evil: 1", "no valid key")):
         monkeypatch.setenv(KEY, key)               # the second is quoted by what refuses it as a header
         refused(locked, says_so)
     for key in ("sesame\n", "sesame"):

@@ -138,9 +138,11 @@ def test_the_discriminator_learns_on_this_backbone(vlm):
     optimizer = AdamW(D, 3e-3)
     texts = [["yes", "no", "There are 3.", "It is blue."]] * 3
     is_student = torch.tensor([[True, True, False, False]] * 3)
-    losses = [update_discriminator(D, optimizer, D.encode([""] * len(texts), texts), is_student, 60)["d_loss"]
-              for _ in range(25)]
-    assert losses[-1] < losses[0] - 0.1
+    losses = []
+    while len(losses) < 100 and (not losses or losses[-1] > losses[0] - 0.1):
+        responses = D.encode([""] * len(texts), texts)
+        losses.append(update_discriminator(D, optimizer, responses, is_student, 60)["d_loss"])
+    assert losses[-1] <= losses[0] - 0.1
 
 
 def test_a_reply_ends_with_the_token_that_ends_a_turn(vlm):
@@ -158,18 +160,32 @@ def test_saved_and_loaded_again_it_scores_the_same(vlm, prompts, tmp_path):
     torch.testing.assert_close(score(again, prompts, outputs), score(vlm, prompts, outputs))
 
 
+SIZES_OF_STEP = {"steps": 1, "batch-size": 4, "token-budget": 300, "num-samples": 2, "lr": 1e-3, "collect": 2,
+                 "discriminator-steps": 1, "max-new-tokens": 32, "top-k": 0, "top-p": 1}
+
+
 @pytest.mark.parametrize("student", quick(families.FAMILIES, ("gemma4", "lfm3_vl")))
-def test_a_ril_step_with_teachers_of_two_other_families(student, folders, tmp_path):
+def test_a_ril_step(student, folders, tmp_path):
     """The command line itself, on photographs rather than the toy world."""
+    data, responses = lamp_files(tmp_path, 6)
+    done = call("train.py", "--student", folders[student], "--collection", responses, "--data", data, "--out",
+                tmp_path / "out", "--device", "cpu", "--gradient-checkpointing", "--offload", "--similarity",
+                "continuous", *(x for name, value in SIZES_OF_STEP.items() for x in (f"--{name}", value)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    assert row["reward/similarity/student"] > 0 and row["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("student", quick(("gemma3", "lfm3_vl", "qwen3_5", "idefics3"), ("gemma3",)))
+def test_a_ril_step_with_teachers_of_two_other_families(student, folders, tmp_path):
+    """Responses that another family's tokenizer or template leaves its marks on."""
     data, _ = lamp_files(tmp_path, 6)
     others = [f for f in families.FAMILIES if f != student]
     others = [others[(families.FAMILIES.index(student) + i) % len(others)] for i in (1, 4)]
-    sizes = {"steps": 1, "batch-size": 4, "token-budget": 300, "collect": 24, "num-samples": 2, "lr": 1e-3,
-             "discriminator-steps": 1, "max-new-tokens": 32, "top-k": 0, "top-p": 1}
+    sizes = SIZES_OF_STEP | {"collect": 24}
     done = call("train.py", "--student", folders[student], "--teachers", *(folders[f] for f in others),
                 "--data", data, "--eval-data", data, "--out", tmp_path / "out", "--device", "cpu",
-                "--gradient-checkpointing", "--offload", "--similarity", "continuous",
-                *(x for name, value in sizes.items() for x in (f"--{name}", value)))
+                "--similarity", "continuous", *(x for name, value in sizes.items() for x in (f"--{name}", value)))
     assert done.returncode == 0, done.stderr[-2000:]
     row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
     assert {f"reward/similarity/{f}" for f in others} <= row.keys() and row["grad_norm"] > 0
@@ -229,11 +245,11 @@ def test_an_image_that_is_read_one_way_only_is_noticed(folders, tmp_path, monkey
     data, responses = lamp_files(tmp_path, 4)
     first, *others = data.read_text().splitlines()
     first = {name: value for name, value in json.loads(first).items() if name != "image"}
-    data.write_text("\n".concat([json.dumps(first), *others]) + "\n")
+    data.write_text("\n".join([json.dumps(first), *others]) + "\n")
     monkeypatch.setattr(model, "sees_image_both_ways", lambda trunk: False)
     done = call("train.py", "--student", folders["gemma3"], "--data", data, "--collection", responses,
                 "--out", tmp_path / "run", "--device", "cpu")
-    assert done.returncode == 2 and "it reads responses in rows differently" in done.stderr
+    assert done.returncode == 2 and "it reads responses in rows differently" in done.stderr, done.stderr
 
 
 def test_slots_that_decode_differently_are_noticed(qwen, checkpoints, monkeypatch, capsys):

@@ -83,7 +83,7 @@ def test_files_that_nobody_knows_are_not_taken_for_results(copied, tmp_path):
     other.mkdir()
     shutil.copy(out / "collection.jsonl", other)
     refused("no run.json that says what they were made from", *options, "--steps", 4, "--out", other)
-    for broken in ("{}", "[1]", '{"loop": {}}', "{"):
+    for broken in ("{}", "[1]", '{"options": {}}', "{"):
         (out / "run.json").write_text(broken)
         refused("run.json: not ", *options, "--steps", 4, "--out", out)
     (out / "run.json").unlink()
@@ -94,7 +94,7 @@ def test_an_option_that_an_old_record_lacks_had_its_default(copied):
     """A new option that locks out all folders of before."""
     out, options = copied
     record = json.loads((out / "run.json").read_text())
-    del record["before the loop"]["repetition_penalty"], record["loop"]["reward_weights"]
+    del record["options"]["repetition_penalty"], record["options"]["reward_weights"]
     (out / "run.json").write_text(json.dumps(record))
     command = [*options, "--steps", 4, "--out", out]
     assert call("train.py", *command).returncode == 0
@@ -174,11 +174,11 @@ def test_a_result_that_other_code_made_is_said(copied, tmp_path, capsys):
     new = ["--out", tmp_path / "new", "--from", out]
     for command in (["--out", out], new):
         run_code(code, ["train.py", *map(str, options), "--steps", "4", *map(str, command)])
-        assert f"{out} was made when discriminator.py read otherwise" in capsys.readouterr().out
+        assert f"{out} was made by other versions of discriminator.py" in capsys.readouterr().out
     done = call("train.py", *options, "--steps", 4, "--out", out)
-    assert "read otherwise" not in done.stdout
+    assert "other versions" not in done.stdout
     done = call("train.py", *options, "--steps", 4, *new)          # its loop was the edited code's
-    assert f"{tmp_path / 'new'} was made when discriminator.py read otherwise" in done.stdout
+    assert f"{tmp_path / 'new'} was made by other versions of discriminator.py" in done.stdout
 
 
 def test_an_option_that_a_fork_adds_is_part_of_the_record(copied, tmp_path):

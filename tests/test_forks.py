@@ -5,24 +5,27 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load
 
 from conftest import ROOT, lamp_files, quick
+from model import World, load_vlm, save_vlm
+from teachers import load_examples
+from train import sft
 
 FORKS = sorted((ROOT / "tests" / "forks").glob("*.diff"))
 # What the command says to use a fork; and what it would say without, where a default would differ anyway.
 OPTIONS = {"gspo": ["--loss", "gspo"], "rloo": ["--loss", "rloo"], "gad": ["--similarity", "gad"],
-           "overlong": ["--max-new-tokens", "12"], "lora": ["--rank", "4"],
+           "overlong": ["--similarity", "continuous"], "replay": ["--similarity", "continuous"],
+           "lora": ["--rank", "4"], "curriculum": ["--batch-size", "3"],
            "clip_higher": ["--mu", "2", "--eps", "0.01", "--eps-high", "0.5"],
            "program_teacher": ["--teachers", "program:teacher.py"]}
 INSTEAD = {"gad": ["--similarity", "continuous"], "clip_higher": ["--mu", "2", "--eps", "0.01"],
-           "overlong": ["--max-new-tokens", "12"]}
-# a student that is right now and then
-RIGHT = ["--sft-data", "lamps.jsonl", "--sft-steps", "20", "--sft-lr", "3e-3"]
-OPTIONS |= {"curriculum": RIGHT, "teachers_up": RIGHT, "resample": RIGHT}
-INSTEAD |= {"curriculum": RIGHT, "teachers_up": RIGHT, "resample": RIGHT}
+           **{name: OPTIONS[name] for name in ("overlong", "replay", "curriculum")}}
+# these want a student that is right now and then
+RIGHT = ("curriculum", "teachers_up", "resample")
 MODULES = ("model", "discriminator", "teachers", "eval", "train")
 PROGRAM = "import sys\nprint('Looking at it,', sys.argv[1][:11])\n"
 
@@ -58,21 +61,33 @@ def test_forks_are_short_and_in_the_readme():
     for fork in FORKS:
         lines = fork.read_text(encoding="utf-8").splitlines()
         assert len([line for line in lines if line.startswith("+++")]) == 1, fork.name
-        assert len([line for line in lines if line[:1] == "+" and line.strip("+ ")]) - 1 <= 16, fork.name
+        assert len([line for line in lines if line[:1] == "+" and line.strip("+ ")]) - 1 <= 17, fork.name
         assert f"tests/forks/{fork.name}" in readme
 
 
 @pytest.fixture(scope="module")
-def plain_weights(checkpoints, tmp_path_factory):
+def plain_weights(tmp_path_factory):
     """The student that comes out without a fork, by options."""
     found = {}
 
-    def weights(options):
-        if tuple(options) not in found:
+    def weights(student, options):
+        if (student, *options) not in found:
             folder = tmp_path_factory.mktemp("plain") / "code"
-            found[tuple(options)] = trained(folder, checkpoints["qwen2_5_vl"], options)
-        return found[tuple(options)]
+            found[student, *options] = trained(folder, student, options)
+        return found[student, *options]
     return weights
+
+
+@pytest.fixture(scope="module")
+def right_student(checkpoints, tmp_path_factory):
+    """A student that has learned to answer, and is right now and then."""
+    folder = tmp_path_factory.mktemp("right")
+    data, _ = lamp_files(folder, 8)
+    vlm = load_vlm(checkpoints["qwen2_5_vl"], "cpu")
+    args = SimpleNamespace(sft_lr=3e-3, sft_batch_size=8, seed=0, token_budget=4096, offload=False)
+    sft(vlm, load_examples(str(data)), 80, "right", args, World())
+    save_vlm(vlm, str(folder / "student"))
+    return str(folder / "student")
 
 
 def trained(folder, checkpoint, options, fork=None):
@@ -95,9 +110,11 @@ def trained(folder, checkpoint, options, fork=None):
 
 @pytest.mark.parametrize("fork", quick(FORKS, [path for path in FORKS if path.stem == "gspo"]),
                          ids=lambda path: path.stem)
-def test_a_fork_runs_and_changes_something(fork, checkpoints, plain_weights, tmp_path):
+def test_a_fork_runs_and_changes_something(fork, checkpoints, plain_weights, tmp_path, request):
     """A fork of a function which has gone; or whose change no run would show."""
-    options = OPTIONS.get(fork.stem, [])
-    weights = trained(tmp_path / "code", checkpoints["qwen2_5_vl"], options, fork)
-    plain = plain_weights(INSTEAD.get(fork.stem, []))
+    student = checkpoints["qwen2_5_vl"]
+    if fork.stem in RIGHT:
+        student = request.getfixturevalue("right_student")
+    weights = trained(tmp_path / "code", student, OPTIONS.get(fork.stem, []), fork)
+    plain = plain_weights(student, INSTEAD.get(fork.stem, []))
     assert weights != plain and load(weights).keys() == load(plain).keys()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from conftest import call, lamp_files, noise_image, run
+from conftest import call, lamp_files, noise_image
 from discriminator import Discriminator, update_discriminator
 from model import UserError, encode, encode_responses, load_vlm
 from train import AdamW, freeze, sft, update_policy
@@ -90,7 +90,7 @@ def test_frozen_weights_do_not_move_and_the_others_do(qwen):
         frozen = "visual" in name or "self_attn" in name
         assert torch.equal(weight, before[name]) == frozen or not frozen and "bias" in name, name
     assert all(weight.grad is None for weight in policy.model.parameters())
-    with pytest.raises(UserError, match="matches no weight of here; they are named like"):
+    with pytest.raises(UserError, match="matches no weight of here; its weights have names like"):
         freeze(policy.model, "attention_head", "here")
 
 
@@ -103,7 +103,7 @@ def test_bfloat16_student_with_offload_and_checkpointing_learns_from_the_command
                tmp_path / "out", "--device", "cpu", "--steps", 3, "--batch-size", 4, "--token-budget", 200,
                "--collect", 2, "--discriminator-steps", 1, "--max-new-tokens", 24, "--lr", 1e-5, "--dtype",
                "bfloat16", "--similarity", "continuous", "--freeze", "vision_tower", "--rollout-batch", 3]
-    done = run("train.py", *options, "--offload", "--gradient-checkpointing")
+    done = call("train.py", *options, "--offload", "--gradient-checkpointing")
     assert done.returncode == 0, done.stderr[-2000:]
     before, after = load_vlm(checkpoints["internvl"], "cpu",
                              "bfloat16").model, load_vlm(str(tmp_path / "out/student"), "cpu",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, call, lamp_files
+from conftest import ROOT, Forked, call, lamp_files
 
 LOOP = ["--device", "cpu", "--batch-size", "4", "--discriminator-steps", "2", "--num-samples", "2",
         "--max-new-tokens", "24", "--eval-every", "4", "--log-every", "2", "--collect", "2",
@@ -38,7 +38,7 @@ def whole(checkpoints, tmp_path_factory):
     """A run of 12 steps that nothing happened to. Paths are relative, so that runs in other folders say the
     same."""
     folder = tmp_path_factory.mktemp("whole")
-    lamp_files(folder)
+    lamp_files(folder, 8)
     assert run_in(folder, checkpoints["qwen2_5_vl"]).returncode == 0
     return folder
 
@@ -49,9 +49,7 @@ def same(folder, other):
 
 
 def started(checkpoints, folder, *options):
-    return subprocess.Popen([sys.executable, ROOT / "train.py",
-                             *command(checkpoints["qwen2_5_vl"], "--save-every", 2, *options)],
-                            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Forked("train.py", *command(checkpoints["qwen2_5_vl"], "--save-every", 2, *options), cwd=folder)
 
 
 def wait_for(condition, seconds=60):
@@ -70,11 +68,11 @@ def lines(folder, name="metrics.jsonl"):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(checkpoints, whole, tmp_path):
     """A step repeated or left out, a draw or a moment of Adam forgotten: then the bytes differ from the
     uninterrupted run's."""
-    lamp_files(tmp_path)
+    lamp_files(tmp_path, 8)
     for steps in (1, 5, 8):                                     # before the first checkpoint, and between two
         process = started(checkpoints, tmp_path)
         wait_for(lambda: lines(tmp_path) >= steps)
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not (tmp_path / "run" / "student").exists()
     last = run_in(tmp_path, checkpoints["qwen2_5_vl"], "--save-every", "1m")
@@ -104,7 +102,7 @@ def test_a_killed_toy_run_leaves_nobody_training(tmp_path):
 @pytest.mark.slow
 def test_a_signal_saves_first(checkpoints, whole, tmp_path):
     """Ctrl-C that loses the last minutes, or ends in a traceback."""
-    lamp_files(tmp_path)
+    lamp_files(tmp_path, 8)
     for number, steps in ((signal.SIGINT, 2), (signal.SIGTERM, 6)):
         process = started(checkpoints, tmp_path, "--save-every", "60m")
         wait_for(lambda: lines(tmp_path) >= steps)
@@ -120,7 +118,7 @@ def test_a_signal_saves_first(checkpoints, whole, tmp_path):
 @pytest.mark.slow
 def test_a_corrupt_checkpoint_is_refused_and_nothing_lost(checkpoints, whole, tmp_path):
     """Half a file taken for a whole one; a run that begins again at step 1 and cuts its logs to nothing."""
-    lamp_files(tmp_path)
+    lamp_files(tmp_path, 8)
     stopped = run_in(tmp_path, checkpoints["qwen2_5_vl"], "--steps", 7, "--save-every", 2)
     assert stopped.returncode == 0
     newest, before = train.checkpoints(tmp_path / "run")[-1], lines(tmp_path)
@@ -153,7 +151,7 @@ def broken_losses(monkeypatch, bad):
 def test_a_log_that_lacks_bytes_costs_one_checkpoint(checkpoints, whole, tmp_path, monkeypatch):
     """A power cut: logs that were only flushed are behind the checkpoint; and the advice is to remove all. Or
     a run that is given fewer steps than it has done, and passes its student off as one of so many."""
-    lamp_files(tmp_path)
+    lamp_files(tmp_path, 8)
     process = started(checkpoints, tmp_path)
     wait_for(lambda: lines(tmp_path) >= 6)
     process.send_signal(signal.SIGTERM)

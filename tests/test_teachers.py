@@ -164,7 +164,7 @@ def test_an_interrupted_fill_resumes_to_the_same_file(tmp_path, checkpoints):
     rows = [json.loads(line) for line in lines]
     assert all(row["sampling"]["max_new_tokens"] == 5 and row["teacher"] == "qwen2_5_vl" for row in rows)
     examples[2] = replace(examples[2], question="How few?")
-    with pytest.raises(UserError, match=r"cut.jsonl:7: a response to another question than '2' is now"):
+    with pytest.raises(UserError, match=r"cut.jsonl:7: a response to another question than '2' asks now"):
         fill(cut)
 
 
@@ -370,7 +370,7 @@ def thin_long_and_spelt(tmp_path):
 
 
 REFUSED = {"thin": "aspect ratio must be smaller than 200", "spelt": "spells <|image_pad|>",
-           "long": "longer than the 4096 that"}
+           "long": "longer than the 4096 tokens that"}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -505,7 +505,7 @@ REFUSED_ROWS = {
                                     PLAIN | {"image": "https://a.b/c?d=1"}],
     "does not exist|too long": [PLAIN | {"image": "['y.png', 'x.png']"}, PLAIN | {"images": [BARE[:90]]},
                                 PLAIN | {"image": "x" * 900}],
-    "is a list of strings": [PLAIN | {"image": {"bytes": BARE}}, CHAT | {"images": [{"path": "x.png"}]},
+    "be a list of strings": [PLAIN | {"image": {"bytes": BARE}}, CHAT | {"images": [{"path": "x.png"}]},
                              PLAIN | {"image": False}, PLAIN | {"options": "hen, cow"},
                              PLAIN | {"options": ["hen", 2]}, PLAIN | {"options": {"A": "hen", "B": "cow"}},
                              PLAIN | {"answers": [{"answer": "B", "answer_confidence": "yes"}]}],
@@ -544,7 +544,7 @@ def test_rows_in_other_forms_are_refused_in_one_short_sentence(tmp_path, says):
 
 INDEXED = "index\timage_path\tquestion\tanswer\n1\tx.png\t"
 REFUSED_FILES = [
-    ("d.json", '{"a": 1}\n{"a": 2}\n', "JSON lines are called .jsonl"), ("d.json", '{"data": []}', "a list"),
+    ("d.json", '{"a": 1}\n{"a": 2}\n', "a file of JSON lines .jsonl"), ("d.json", '{"data": []}', "a list"),
     ("d.json", '{"v2_0": {"question": "?", "answer": "!", "capability": ["rec"]}}', "a list of rows"),
     ("d.json", '{"images": [], "info": {}}', "with images and annotations"), ("d.json", "[]", "no examples"),
     ("d.json", "[1]", "d.json: item 1: in none"), ("d.txt", '{"question": "?"}', "data is .jsonl"),
