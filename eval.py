@@ -86,8 +86,13 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
     a word is left, the response is wrong: the rule need not know how answers are denied, hedged or bounded.
     If the question names the truth, words of the question stay: in "red or blue?" they are rival answers.
     For yes, no and option letters, it is enough that the truth is the first clause and no rival follows.
+    "So the answer is: There are two dogs, I see.", for the truth "2", becomes in turn
 
-    >>> rule_verdict("How many dogs are there?", "2", "There are two dogs, I see.")
+        so the answer is . there are 2 dogs . i see            normalise
+        so the answer is . there are T dogs . i see            take_off
+        . T dogs .                                             HARMLESS phrases are gone; "dogs" is asked for
+
+    >>> rule_verdict("How many dogs are there?", "2", "So the answer is: There are two dogs, I see.")
     1
     >>> rule_verdict("How many dogs are there?", "2", "There are up to two dogs.")     # "up to" is left
     0
@@ -168,32 +173,6 @@ def normalise(text: str) -> str:
     return " ".join(words).strip(" .")
 
 
-def rule_judge(triples: list[Triple]) -> list[float | None]:
-    """The judge made of rule_verdict: it always has a verdict."""
-    return [rule_verdict(*triple) for triple in triples]
-
-
-def rule_check(example: Example):
-    """Raise UserError, naming file and line, for a truth that the rule judge could get wrong.
-
-    It handles numbers, yes and no, English phrases of up to 5 words, and one option, given by letter or text.
-    It refuses several letters, options that read as the letters of others, and options it cannot find.
-    """
-    question, truth = example.dialogue, example.truth
-    options, letter, _ = options_of(question, truth)
-    listed = "".join(options) or "ABCDEFGH"
-    several = re.fullmatch(rf"[{listed}](?:[ ,;&]*(?:and )?[{listed}])+", truth)
-    letters = re.findall("[A-Z]", truth)
-    if letter:
-        unclear = any(own != option and option in options for own, option in options.items())
-        unclear |= not any(options.values()) and re.search(r"(?i)\b(option|choice)s\b", question) is not None
-    else:
-        unclear = not PHRASE.fullmatch(normalise(truth)) or NOT_ENGLISH.search(question) is not None
-    if unclear or several and letters == sorted(set(letters)):
-        raise UserError(f"{example.where}: a rule cannot judge the answer {shortened(truth)!r}; give "
-                        "--judge MODEL, or skip the question with --skip-bad")
-
-
 # ==========================================================================================
 #
 #   MACHINERY: skip on first reading. The rest of the file finds answers in responses, runs
@@ -229,6 +208,32 @@ def marked_answer(text: str) -> str:
 def conclusions(text: str) -> list[str]:
     """The text after each "the answer is", "so" or the like, up to the next such phrase, last one first."""
     return [part for part in reversed(CONCLUSION.split(text)[1:]) if re.search(r"\w", part)]
+
+
+def rule_judge(triples: list[Triple]) -> list[float | None]:
+    """The judge made of rule_verdict: it always has a verdict."""
+    return [rule_verdict(*triple) for triple in triples]
+
+
+def rule_check(example: Example):
+    """Raise UserError, naming file and line, for a truth that the rule judge could get wrong.
+
+    It handles numbers, yes and no, English phrases of up to 5 words, and one option, given by letter or text.
+    It refuses several letters, options that read as the letters of others, and options it cannot find.
+    """
+    question, truth = example.dialogue, example.truth
+    options, letter, _ = options_of(question, truth)
+    listed = "".join(options) or "ABCDEFGH"
+    several = re.fullmatch(rf"[{listed}](?:[ ,;&]*(?:and )?[{listed}])+", truth)
+    letters = re.findall("[A-Z]", truth)
+    if letter:
+        unclear = any(own != option and option in options for own, option in options.items())
+        unclear |= not any(options.values()) and re.search(r"(?i)\b(option|choice)s\b", question) is not None
+    else:
+        unclear = not PHRASE.fullmatch(normalise(truth)) or NOT_ENGLISH.search(question) is not None
+    if unclear or several and letters == sorted(set(letters)):
+        raise UserError(f"{example.where}: a rule cannot judge the answer {shortened(truth)!r}; give "
+                        "--judge MODEL, or skip the question with --skip-bad")
 
 
 # -------------------------------------------------------------------------------- words of the rule judge

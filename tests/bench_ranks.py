@@ -4,6 +4,8 @@ and whether what comes out is the same.
     python tests/bench_ranks.py                        60M Qwen2.5-VL, random weights, 152K words, float32, by
                                                        1, 2 and 3 processes: ten minutes on two cores
     python tests/bench_ranks.py --shape 0.3B --processes 1 2 4       0.25B weights: an hour
+    python tests/bench_ranks.py --shape 0.3B --questions 8 --tokens 32 --token-budget 4096 --temperature 0 \
+        --steps 2 --processes 1 2                                    the README's
 
 The real command line over gloo on the CPU, one thread a process. Memory is the most of any process, less what
 a process holds that has only imported torch and transformers; the plan is for responses that all differ.

@@ -185,7 +185,8 @@ def test_a_ril_step_with_teachers_of_two_other_families(student, folders, tmp_pa
     sizes = SIZES_OF_STEP | {"collect": 24}
     done = call("train.py", "--student", folders[student], "--teachers", *(folders[f] for f in others),
                 "--data", data, "--eval-data", data, "--out", tmp_path / "out", "--device", "cpu",
-                "--similarity", "continuous", *(x for name, value in sizes.items() for x in (f"--{name}", value)))
+                "--similarity", "continuous",
+                *(x for name, value in sizes.items() for x in (f"--{name}", value)))
     assert done.returncode == 0, done.stderr[-2000:]
     row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
     assert {f"reward/similarity/{f}" for f in others} <= row.keys() and row["grad_norm"] > 0

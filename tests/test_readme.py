@@ -13,7 +13,7 @@ def test_every_path_that_the_readme_links_to_exists():
         assert (ROOT / path).exists(), path
 
 
-MOST_ABOVE = {"train.py": 330, "model.py": 350, "teachers.py": 260, "eval.py": 200, "discriminator.py": 170}
+MOST_ABOVE = {"train.py": 330, "model.py": 350, "teachers.py": 260, "eval.py": 180, "discriminator.py": 175}
 
 
 def above_banner(source):
@@ -85,8 +85,8 @@ def test_no_function_is_longer_than_a_screen():
 
 
 def test_the_readme_can_be_read():
-    """A README that grows; lines of code that a screen cuts off."""
-    assert README.count("\n") <= 300
+    """A README that grows; lines that a screen cuts off."""
+    assert README.count("\n") <= 300 and max(map(len, README.splitlines())) <= 120
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert len(line) <= 110, f"{path.name}:{number}"
