@@ -41,8 +41,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import (VLM, Prompt, Sampling, UserError, World, chat_turns, decode, encode, load_processor,
-                   load_vlm, opened_thought, pick_device, pick_dtype, run, stamp, stream, without_thoughts,
-                   write_atomic)
+                   load_vlm, opened_thought, pick_device, pick_dtype, run_main, stamp, stream,
+                   without_thoughts, write_atomic)
 from teachers import (CallFailed, Check, Example, chat, check_endpoint, check_prompts, drop_torn_line,
                       encode_example, endpoint_of, load_examples, merge_files, messages_of, open_image,
                       own_file, prompt_checks, question_hash, read_jsonl, read_tsv, shortened)
@@ -1477,4 +1477,4 @@ def read_tasks(args: argparse.Namespace, models: list[str]) -> tuple[list[Task],
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -353,7 +353,7 @@ def packed_mask(trunk, rows: Rows):
 # ==========================================================================================
 
 
-def run(main):
+def run_main(main):
     """Call `main`; exit with one sentence and code 2 on a UserError or a full disk, with 130 on Ctrl-C."""
     try:
         main()

@@ -46,7 +46,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from model import (MARK, VLM, Prompt, Sampling, UserError, World, chat_turns, context_of, decode, encode,
                    encode_responses, load_processor, load_vlm, pick_device, pick_dtype, process, prompt_text,
-                   run, score, stamp, stream, tokens_of_image, write_atomic)
+                   run_main, score, stamp, stream, tokens_of_image, write_atomic)
 
 # -------------------------------------------------------------------------------- examples
 
@@ -1501,4 +1501,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -67,8 +67,7 @@ from eval import (Task, check_judge, draw_curves, make_judge, predict_greedy, pr
 from model import (VLM, Outputs, UserError, World, all_or_nothing, check_scoring, checkpoint_layers, concat,
                    encode_responses, gathered, generate, image_tokens, load_processor, load_vlm,
                    local, micro_batches, naming, pick_device, pick_dtype, read_vlm, remove, row_sizes,
-                   save_vlm, score, stamp, without_thoughts, write_atomic)
-from model import run as run_main
+                   run_main, save_vlm, score, stamp, without_thoughts, write_atomic)
 from teachers import (Collection, Example, ToySplit, add_sampling_options, build_tiny_vlm, draw_toy_world,
                       encode_examples, endpoint_of, fill_collection, load_examples, make_teacher,
                       prompt_checks, read_json, read_jsonl, sampling_of)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 FAMILIES = ("qwen2_5_vl", "internvl")
 TEXTS = 20 * ["How many red circles are there? "
@@ -114,7 +116,7 @@ def call(script, *options):
 def exit_code(script, options):
     """The exit code of a script's main, called in this process."""
     import importlib
-    from model import run as run_main
+    from model import run_main
     main = importlib.import_module(script.removesuffix(".py")).main
     argv, sys.argv = sys.argv, [script, *map(str, options)]
     try:
@@ -139,6 +141,7 @@ class Forked:
                 os.dup2(self.log.fileno(), 1)
                 os.dup2(self.log.fileno(), 2)
                 sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+                tqdm.set_lock(threading.RLock())                   # or one that is killed keeps everybody's
                 os.chdir(cwd)
                 os.environ.update(environment)
                 code = exit_code(script, options)

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from discriminator import SYSTEM  # noqa: E402
-from model import ROW, VLM, UserError, load_processor, pick_device, run  # noqa: E402
+from model import ROW, VLM, UserError, load_processor, pick_device, run_main  # noqa: E402
 from teachers import encode_example, load_examples, make_teacher  # noqa: E402
 from train import freeze, make_parser, pretraining_size, skeleton  # noqa: E402
 
@@ -155,4 +155,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)
