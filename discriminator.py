@@ -2,17 +2,18 @@
 
     max_phi  1/N sum_i [ log D(o_i^student) + log(1 - D(o_i^teacher)) ]                            (Eq. 1)
 
-D is a copy of the student's own language backbone, in which a linear head (d x 1) on the last layer's state
-at the final token replaces the vocabulary head (d x V). Its output is p_student, the probability that the
-student wrote the text. A response earns the similarity reward if p_student < 0.5.
+D is a copy of the student's own language backbone, in which a linear head (d x 1) replaces the vocabulary
+head (d x V). The head reads the last layer's state at the last token of D's prompt, where D's answer would
+begin. Its output is p_student, the probability that the student wrote the text. A response earns the
+similarity reward if p_student < 0.5.
 
 The paper writes D(q, o), but its D sees the response alone, neither image nor question (Fig. 3). So D can
 only judge how something is said; whether it is true is the judge's business. One sentence of the paper's
 section 4.1 has the labels the other way round. Eq. 1, Fig. 3 and the reward agree with one another, and we
 follow them: student = 1, teacher = 0.
 
-How this differs from the paper: identical responses are read once, and many responses share one packed row,
-because the text in front of a response is always the same. Neither changes a number.
+Identical responses are read once, and many responses share one packed row, because the text in front of a
+response is always the same. Neither changes a number.
 """
 import copy
 
@@ -65,8 +66,8 @@ class Discriminator(nn.Module):
         self.head = nn.Linear(width, 1, device=student.device)     # float32, even on a bfloat16 backbone
         before, after = around_response(student.processor)
         bos = needs_bos(self.tokenizer, before)
-        self.before = self.tokenizer(before, add_special_tokens=bos).input_ids
-        self.after = self.tokenizer(after, add_special_tokens=False).input_ids
+        self.prompt_start = self.tokenizer(before, add_special_tokens=bos).input_ids
+        self.prompt_end = self.tokenizer(after, add_special_tokens=False).input_ids
         self.thinks = bool(opened_thought(student.processor))
 
     def encode(self, questions: list[str], texts: list[list[str]]) -> Outputs:
@@ -81,34 +82,34 @@ class Discriminator(nn.Module):
         every = [without_thoughts(text) for text in every] if self.thinks else every
         rows = self.tokenizer(every, add_special_tokens=False, split_special_tokens=True).input_ids
         device = self.head.weight.device
-        return as_outputs(texts, [torch.tensor(row + self.after, device=device) for row in rows])
+        return as_outputs(texts, [torch.tensor(row + self.prompt_end, device=device) for row in rows])
 
     def plain_logit(self, ids: Tensor) -> Tensor:
         """D's definition: one response, ids (r,) -> the logit of p_student. `logits` computes the same."""
-        tokens = torch.cat([torch.tensor(self.before, device=ids.device), ids])              # (F + r,)
+        tokens = torch.cat([torch.tensor(self.prompt_start, device=ids.device), ids])        # (F + r,)
         states = self.backbone(input_ids=tokens[None]).last_hidden_state                     # (1, F + r, d)
         return self.head(states[0, -1].float())[0]
 
     def logits(self, responses: Outputs) -> Tensor:
         """Logits of p_student, (B, K) float32, in packed rows. N = 5 distinct responses, n = 2 to a row:
 
-            before | o_1 | o_2          `before` (F tokens) is always the same, so each row reads it once.
-            before | o_3 | o_4          Each o ends with `after`; the state at its last token gives its
-            before | o_5 |  -           logit. Identical responses share one.
+            start | o_1 | o_2          `prompt_start` (F tokens) is always the same, so each row reads it once.
+            start | o_3 | o_4          Each o ends with `prompt_end`; the state at its last token gives its
+            start | o_5 |  -           logit. Identical responses share one.
 
         A row of n responses with r tokens each takes F + n r tokens instead of n (F + r). We choose n so that
         n r = 3 F: longer rows would save at most another quarter, but every token attends to more others.
         """
         padded = torch.where(responses.mask, responses.ids, -1).flatten(0, 1)                # (B K, R)
         ids, which = padded.unique(dim=0, return_inverse=True)     # (N, R): identical responses once
-        mask, F = ids >= 0, len(self.before)
+        mask, F = ids >= 0, len(self.prompt_start)
         n = 3 * F * len(ids) // int(mask.sum())                    # 3 F / (mean length of a response)
         n = min(max(1, n), len(ids))
         rows = -(-len(ids) // n)                                   # N / n, rounded up
         missing = rows * n - len(ids)                              # empty places in the last row
         ids, mask = (nn.functional.pad(x, (0, 0, 0, missing)).unflatten(0, (rows, n)) for x in (ids, mask))
 
-        prompt = Prompt(torch.tensor(self.before), {}, torch.arange(F)[None])
+        prompt = Prompt(torch.tensor(self.prompt_start), {}, torch.arange(F)[None])
         states_of = packed_states if self.packs else row_states
         states, at, _ = states_of(self.backbone, [prompt] * rows, ids, mask)                 # (T, d)
         # The last token of each response. Example: lengths 2 and 3 occupy at[0:2] and at[2:5], so they end
@@ -128,30 +129,30 @@ class Discriminator(nn.Module):
         return logits.sigmoid()
 
     def parts(self, responses: Outputs, budget: int) -> list[list[int]]:
-        """Questions in groups whose responses have up to `budget` tokens (with `before`, if unpacked)."""
-        sizes = responses.mask.sum(2) + (0 if self.packs else len(self.before))              # (B, K)
+        """Questions in groups whose responses have up to `budget` tokens (with `start`, if unpacked)."""
+        sizes = responses.mask.sum(2) + (0 if self.packs else len(self.prompt_start))              # (B, K)
         return micro_batches(sizes.sum(1).tolist(), budget)
 
 
 def update_discriminator(D: Discriminator, optimizer, responses: Outputs, is_student: Tensor, budget: int,
-           questions: int | None = None) -> dict[str, float]:
+           num_questions: int | None = None) -> dict[str, float]:
     """One step of Eq. 1 (line 8 of Algorithm 2) on responses (B, K), `budget` tokens at a time.
 
     Every question has equally many responses of each side, so the gradients of the parts add up to the
-    batch's. questions: their number across all processes. Returns loss and accuracy before the step. Line 10
+    batch's. num_questions: B summed over all processes. Returns loss and accuracy before the step. Line 10
     needs p_student from the updated D, so it takes a second, forward-only pass.
     """
-    questions = questions or len(is_student)
+    num_questions = num_questions or len(is_student)
     loss, right = torch.zeros(2, device=is_student.device)
     for part, weight in optimizer.world.even(D.parts(responses, budget)):
         logits, label = D.logits(responses[part]), is_student[part]
-        share = weight * discriminator_loss(logits, label) * len(label) / questions
+        share = weight * discriminator_loss(logits, label) * len(label) / num_questions
         share.backward()
         loss += share.detach()
         right += weight * ((logits > 0) == label).sum()
     optimizer.step()
     loss, right = optimizer.world.all_reduce(torch.stack([loss, right])).tolist()
-    return {"d_loss": loss, "d_accuracy": right / (questions * is_student.shape[1])}
+    return {"d_loss": loss, "d_accuracy": right / (num_questions * is_student.shape[1])}
 
 
 def pretrain_discriminator(D: Discriminator, optimizer, batches, steps: int, lr: float, budget: int,

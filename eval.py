@@ -62,11 +62,13 @@ def make_judge(name: str, cache: Path | None = None, device: str | None = None,
 
 
 def final_answer(response: str) -> str:
-    """Return the final answer of a response. It is in the part that the response marks as its answer, or else
-    in the whole response. If there are conclusions, it begins with the clause of the last one.
+    """Return the final answer of a response: what it puts in a box or an answer tag, or else all of it; from
+    its last "so", "the answer is" or the like on, with the words before that in the same clause.
 
-    A mark is a box or an answer tag. A conclusion contains "the answer is", "so" or the like. The reasons
-    given for an answer are cut off, and a calculation is reduced to its result. Thoughts are ignored.
+    Reasons given for an answer are cut off, a calculation is reduced to its result, thoughts are ignored.
+
+    >>> final_answer("They are red, so the answer is B, because A is blue.")
+    'so the answer is B'
     """
     text = marked_answer(without_thoughts(response))
     found = [match for match in CONCLUSION.finditer(text) if re.search(r"\w", text[match.end():])]
@@ -84,7 +86,7 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
 
     The rule removes the truth from the final answer, then HARMLESS phrases, then words of the question. If
     a word is left, the response is wrong: the rule need not know how answers are denied, hedged or bounded.
-    If the question names the truth, words of the question stay: in "red or blue?" they are rival answers.
+    If the question names the truth, its words are not removed, as in "red or blue?" they are rival answers.
     For yes, no and option letters, it is enough that the truth is the first clause and no rival follows.
     "So the answer is: There are two dogs, I see.", for the truth "2", becomes in turn
 

@@ -108,8 +108,8 @@ class Outputs:
     mask: Tensor
     tail: float = 0.0
 
-    def __getitem__(self, questions: list[int]):
-        return Outputs([self.text[b] for b in questions], self.ids[questions], self.mask[questions])
+    def __getitem__(self, part: list[int]):
+        return Outputs([self.text[b] for b in part], self.ids[part], self.mask[part])
 
 
 # ---------------------------------------------------------------------------------------------- encode
@@ -162,7 +162,7 @@ def decode(vlm: VLM, responses: list[Tensor]) -> list[str]:
 @dataclass(frozen=True)
 class Sampling:
     """How to sample; the defaults are the paper's. Temperature 0 is greedy; top_k 0, top_p 1, penalty 1 mean
-    off. If not `truncated`, sample from the full distribution: top_k and top_p only define its tail."""
+    off. If not `truncated`, all three are off, and top_k and top_p only define what counts as the tail."""
     temperature: float = 1.0
     top_p: float = 0.95
     top_k: int = 50
@@ -280,9 +280,9 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
 def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float = 1.0) -> Tensor:
     """Log-probability of every response token, (B, K, R) float32, zero where padded. Differentiable.
 
-    temperature is the one the policy samples with: the ratio must compare the distributions that were sampled
-    from. (Top-k, top-p and penalty are left out, because they may exclude teachers' tokens. So what they cut
-    off is never sampled, thus never pushed down, and gains probability: see Sampling.truncated.)
+    temperature is the one the policy samples with. Top-k, top-p and penalty are not applied, because some of
+    the teachers' tokens would get probability 0. So with truncated rollouts, these are not quite the log-probs
+    of the sampler: see "Sampled, not only greedy" in the README.
     """
     states_of = packed_states if vlm.packs else row_states
     states, _, before = states_of(vlm.trunk, prompts, outputs.ids, outputs.mask)
@@ -297,12 +297,12 @@ def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float 
 @dataclass
 class Rows:
     """Prompts and responses laid out in rows of L tokens by `pack`; see packed_states."""
-    order: list[int]                   # the questions in the order of the rows; short ones share a row
+    order: list[int]                   # indices of the questions as they lie; several short ones fit in a row
     tokens: Tensor                     # (rows, L)
     question: Tensor                   # (rows, L), -1 for padding
     owner: Tensor                      # (rows, L)
-    place: Tensor                      # (rows, L)
-    positions: Tensor                  # (rows, L, A)
+    place: Tensor                      # (rows, L): 0, 1, ... along the prompt and on into each response
+    positions: Tensor                  # (rows, L, A): for the rotary embedding; equal to place unless A = 3
     at: Tensor                         # (N,): indices of the response tokens, with the rows laid end to end
     before: Tensor                     # (N,): indices of the tokens that predict them
 
@@ -314,13 +314,14 @@ def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tu
 
         token             a  b  c  d  e  f
         owner             0  0  0  1  1  2       0 the prompt, k the response o_k
-        place, position   0  1  2  3  4  3       every response begins right after the prompt
+        place             0  1  2  3  4  3       every response begins right after the prompt
         is seen by        a to f, b to f, c to f, d e, e, f
         is predicted by   -  a  b  c  d  c       the prompt's last state predicts each first token
 
-    so each response is computed as if it alone followed the prompt. Returns the states of all tokens (T, d),
-    and two index tensors (N,) into them: the N response tokens, in the order of mask.nonzero(), and the
-    tokens that predict them.
+    so each response is computed as if it alone followed the prompt. Its position ids continue those of the
+    prompt's last token, on all three axes of a Qwen-VL. Returns the states of all tokens (T, d), and two
+    index tensors (N,) into them: the N response tokens, in the order of mask.nonzero(), and the tokens that
+    predict them.
     """
     rows = pack(prompts, ids, mask)
     states = states_of_rows(trunk, rows.tokens, rows.positions, packed_mask(trunk, rows),

@@ -9,7 +9,7 @@ has right responses to learn from. The result is a plain checkpoint.
 Algorithm 2 of the paper. Lines 1 and 2 make a `Run`; the others stand by their numbers in `ril`, `ril_step`
 and `update_policy` below:
 
-     1  ref <- init    2  policy <- init    3  for each batch of questions
+     1  ref <- init    2  policy <- init    3  for each batch of questions (mu = 1, G = 4)
      4    old <- policy                     5    sample G student outputs per question from old
      6    take G teacher outputs per question from the saved collection
      7-9  mu times: update D by Eq. 1 on these 2G
@@ -18,7 +18,9 @@ and `update_policy` below:
 
 How this differs from the paper: `old` is never a third network. Only its log-probs are needed, and these are
 the policy's own before the first update. The ratio and the KL are per token and summed over a response, as in
-Dr.GRPO. If the judge fails on a response, it leaves its group; the paper does not say what happens then.
+Dr.GRPO. If the judge fails on a response, it leaves its group; the paper does not say what happens then. D
+keeps the optimizer of its pre-training. The toy student samples from its full distribution in the loop. The
+paper selects training data by log-probabilities and gives no formula; ours is `select` in teachers.py.
 
     python train.py                                    all of it on a toy world, minutes on a laptop
     python train.py --algorithm rl --out runs/rl       Algorithm 1: the judge's reward alone, no teachers
@@ -93,7 +95,8 @@ def reward_terms(group: Group, args) -> dict[str, Tensor]:
     """The terms of R(q, o) = 1[D(o) < 0.5] + judge(q, a, o) by name, each (B, K).
 
     To add a reward, add an entry here and its weight to REWARD_WEIGHTS. It is then logged, printed and drawn
-    under its name. NaN means that a response has no such reward, and removes it from its group.
+    under its name. NaN means that a response has no such reward. If the term counts (its weight is not 0),
+    the response leaves its group.
     """
     terms = {}
     if group.p_student is not None:
@@ -114,17 +117,17 @@ def total_reward(terms: dict[str, Tensor], weights: dict[str, float]) -> tuple[T
 
 
 @dataclass(frozen=True)
-class Loss:
+class LossForm:
     """How GRPO and Dr.GRPO differ; read by advantages, importance_ratio and policy_loss."""
     divide_by_std: bool                # advantages are divided by the standard deviation of their group
     mean_over_tokens: bool             # the gain of a response is divided by its length
 
 
-LOSSES = {"dr_grpo": Loss(divide_by_std=False, mean_over_tokens=False),
-          "grpo": Loss(divide_by_std=True, mean_over_tokens=True)}
+LOSSES = {"dr_grpo": LossForm(divide_by_std=False, mean_over_tokens=False),
+          "grpo": LossForm(divide_by_std=True, mean_over_tokens=True)}
 
 
-def advantages(reward: Tensor, valid: Tensor, loss: Loss) -> Tensor:
+def advantages(reward: Tensor, valid: Tensor, form: LossForm) -> Tensor:
     """A_i = R_i - mean_j R_j over the valid responses of a question: (B, K), zero where not valid.
 
     Dr.GRPO stops there. GRPO also divides by the group's standard deviation, which blows up when all rewards
@@ -132,16 +135,16 @@ def advantages(reward: Tensor, valid: Tensor, loss: Loss) -> Tensor:
     """
     count = valid.sum(1, keepdim=True).clamp(min=1)
     centred = (reward - (reward * valid).sum(1, keepdim=True) / count) * valid
-    if loss.divide_by_std:
+    if form.divide_by_std:
         std = (centred.square().sum(1, keepdim=True) / count).sqrt()
         centred = centred / (std + 1e-4)
     return centred
 
 
-def importance_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, loss: Loss) -> Tensor:
+def importance_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, form: LossForm) -> Tensor:
     """pi_theta / pi_old of every token, (B, K, R), for Eq. 2 and for the metric clip_fraction.
 
-    mask and loss are for forks: GSPO has one ratio for a whole response.
+    mask and form are for forks: GSPO has one ratio for a whole response.
     """
     return (logp - old_logp).exp()
 
@@ -153,21 +156,21 @@ def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
 
 
 def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Tensor, mask: Tensor,
-                valid: Tensor, own: Tensor, eps: float, beta: float, loss: Loss) -> Tensor:
+                valid: Tensor, is_student: Tensor, eps: float, beta: float, form: LossForm) -> Tensor:
     """Eq. 2, negated and summed over questions, so that micro-batches add up -> scalar.
 
         (1/2G) sum_i  sum_t [ min(ratio_t A_i, clip(ratio_t, 1 - eps, 1 + eps) A_i) - beta KL_t ]
 
     logp, old_logp, ref_logp, mask (which includes the stop token): (B, K, R). advantage, valid: (B, K).
-    own (B, K): sampled by the policy, for forks that treat teachers' responses differently. Dr.GRPO sums over
-    tokens. GRPO takes their mean, which makes each token of a long wrong answer cheaper.
+    is_student (B, K): not from a teacher, for forks that treat these differently. Dr.GRPO sums over tokens.
+    GRPO takes their mean, which makes each token of a long wrong answer cheaper.
     """
-    ratio = importance_ratio(logp, old_logp, mask, loss)
+    ratio = importance_ratio(logp, old_logp, mask, form)
     A = advantage[..., None]                                                          # (B, K, 1)
     gain = torch.minimum(ratio * A, ratio.clamp(1 - eps, 1 + eps) * A)                # (B, K, R)
     gain = gain - beta * k3_kl(logp, ref_logp)
     gain = (gain * mask).sum(-1)                                                      # (B, K)
-    if loss.mean_over_tokens:
+    if form.mean_over_tokens:
         gain = gain / mask.sum(-1).clamp(min=1)
     size = valid.sum(1, keepdim=True).clamp(min=1)                            # 2G, less judge failures
     return -(gain * valid / size).sum()
@@ -176,38 +179,50 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Ten
 # ------------------------------------------------------------------------------------------ Algorithm 2
 
 
-def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid: Tensor, own: Tensor,
-                  questions: int) -> dict[str, float]:
+# `run` is everything that the loop changes (class Run, below):
+#   run.policy, run.reference      VLMs (model.py); the reference is the policy at its start, None if beta is 0
+#   run.D, run.d_optimizer         the discriminator, None in Algorithm 1; run.optimizer is the policy's
+#   run.score(vlm, prompts, outputs, part)     log-probs of some of the questions, see `score` in model.py
+#   run.sampler(), run.using(m)    contexts in which the policy can sample, and m is on the device
+#   run.draw(questions, collection)            line 6: G saved responses of teachers to each question
+#   run.world                      the processes (one, unless torchrun started more): mine(), all_reduce(), ...
+#   run.unheard                    whether the last step had no verdict at all, as when the judge is down
+
+
+def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid: Tensor, is_student: Tensor,
+                  num_questions: int) -> dict[str, float]:
     """Lines 11-13: mu updates of the policy by Eq. 2, each summed over micro-batches of questions.
 
-    prompts: B; outputs: (B, K, R); advantage, valid, own (sampled by the policy): (B, K); questions: B summed
-    over all processes. Returns loss, kl, clip_fraction and grad_norm.
+    prompts: B; outputs: (B, K, R); advantage, valid, is_student: (B, K); num_questions: B summed over all
+    processes. Returns loss, kl, clip_fraction and grad_norm.
     """
     args, policy, reference, form = run.args, run.policy, run.reference, LOSSES[run.args.loss]
-    # pairs (micro-batch of questions, weight); a single process has only weights of 1 (see World.even)
+    # Pairs (micro-batch of questions, weight). The weight is 1, or 0 for a filler that keeps processes in step.
     parts = run.world.even(micro_batches(row_sizes(policy.packs, prompts, outputs.mask), args.token_budget))
     old_logps, ref_logps, norms, stats = {}, {}, [], defaultdict(float)
 
     if reference:                                                                     # unless beta is 0
         with run.using(reference.model), torch.no_grad():
-            for i, (part, _) in enumerate(parts):                                     # line 1
+            for i, (part, _) in enumerate(parts):
                 ref_logps[i] = run.score(reference, prompts, outputs, part)           #          (b, K, R)
 
     for update in range(args.mu):                                                     # line 11
         for i, (part, weight) in enumerate(parts):
             logp = run.score(policy, prompts, outputs, part)                          #          (b, K, R)
-            # The policy has not moved yet, so it is pi_old; for teachers' responses too. Their ratio compares
-            # two students and starts at 1, as if the student had sampled them.
+            # pi_old is the policy before its first update, also in the ratio for teachers' responses: no
+            # teacher's log-prob is needed.
             if update == 0:
                 old_logps[i] = logp.detach()                                          # line 4
             old_logp, mask = old_logps[i], outputs.mask[part]
             ref_logp = ref_logps[i] if reference else old_logp     # without one, for the logged KL only
-            loss = weight / questions * policy_loss(logp, old_logp, ref_logp, advantage[part], mask,
-                                                    valid[part], own[part], args.eps, args.beta, form)
+            loss = weight / num_questions * policy_loss(
+                logp, old_logp, ref_logp, advantage[part], mask, valid[part], is_student[part], args.eps,
+                args.beta, form)
             loss.backward()
             stats["loss"] += loss.detach()
-            # The loss has the KL on all responses. The metric has it on the policy's own, which sample it.
-            sampled = mask & own[part][..., None]                                     #          (b, K, R)
+            # The loss has the KL on all responses. The metric averages it over the student's own: only there
+            # is k3 an unbiased estimate.
+            sampled = mask & is_student[part][..., None]                              #          (b, K, R)
             stats["kl"] += weight * k3_kl(logp.detach(), ref_logp)[sampled].sum()
             stats["sampled"] += weight * sampled.sum()
             stats["tokens"] += weight * mask.sum()
@@ -258,8 +273,8 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     if D:
         drawn = run.draw(questions, collection)                                       # line 6   B lists of G
         taught = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
-        outputs = concat([outputs, taught])                                             #          (B, 2G, R)
-        sources = [own + [teacher for teacher, _ in pairs] for own, pairs in zip(sources, drawn)]
+        outputs = concat([outputs, taught])                                           #          (B, 2G, R)
+        sources = [["student"] * G + [teacher for teacher, _ in pairs] for pairs in drawn]
     B, K, _ = outputs.ids.shape
     is_student = torch.arange(K, device=policy.device).expand(B, K) < G
     verdicts_of = ask_judge(judge, batch, outputs)     # for line 10; a remote judge works while D learns
@@ -268,7 +283,7 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     if D:
         with run.phase("discriminator"), run.using(D):
             responses = D.encode([example.text for example in batch], outputs.text)
-            # D pauses while the judge is down, just as the policy does
+            # without any verdict in the last step, D is not updated either: the policy could not follow it
             for update in range(0 if args.freeze_discriminator or run.unheard else args.mu):    # line 7
                 d_stats = update_discriminator(D, run.d_optimizer, responses, is_student,
                                                args.token_budget, len(questions))     # line 8   Eq. 1
@@ -308,7 +323,7 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     if args.student == "toy":
         torch.set_num_threads(1)                       # its steps are too short to split
-    world = World.from_torchrun(pick_device(args.device))       # all processes do each stage together
+    world = World.from_torchrun(pick_device(args.device))         # all processes do each stage together
     folder = RunFolder(args, world)
     data = world.rank_0(partial(check_inputs, args, folder))
     folder.record = world.rank_0(partial(folder.open, data))
