@@ -93,7 +93,7 @@ class Discriminator(nn.Module):
     def logits(self, responses: Outputs) -> Tensor:
         """Logits of p_student, (B, K) float32, in packed rows. N = 5 distinct responses, n = 2 to a row:
 
-            start | o_1 | o_2          `prompt_start` (F tokens) is always the same, so each row reads it once.
+            start | o_1 | o_2          `prompt_start` (F tokens) is always the same, so a row reads it once.
             start | o_3 | o_4          Each o ends with `prompt_end`; the state at its last token gives its
             start | o_5 |  -           logit. Identical responses share one.
 

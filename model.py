@@ -281,8 +281,8 @@ def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float 
     """Log-probability of every response token, (B, K, R) float32, zero where padded. Differentiable.
 
     temperature is the one the policy samples with. Top-k, top-p and penalty are not applied, because some of
-    the teachers' tokens would get probability 0. So with truncated rollouts, these are not quite the log-probs
-    of the sampler: see "Sampled, not only greedy" in the README.
+    the teachers' tokens would get probability 0. So with truncated rollouts, these are not the log-probs of
+    the sampler: see "Sampled, not only greedy" in the README.
     """
     states_of = packed_states if vlm.packs else row_states
     states, _, before = states_of(vlm.trunk, prompts, outputs.ids, outputs.mask)

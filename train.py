@@ -185,19 +185,19 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Ten
 #   run.score(vlm, prompts, outputs, part)     log-probs of some of the questions, see `score` in model.py
 #   run.sampler(), run.using(m)    contexts in which the policy can sample, and m is on the device
 #   run.draw(questions, collection)            line 6: G saved responses of teachers to each question
-#   run.world                      the processes (one, unless torchrun started more): mine(), all_reduce(), ...
+#   run.world                      the processes (one, unless torchrun starts more): mine, all_reduce, ...
 #   run.unheard                    whether the last step had no verdict at all, as when the judge is down
 
 
-def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid: Tensor, is_student: Tensor,
-                  num_questions: int) -> dict[str, float]:
+def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid: Tensor,
+                  is_student: Tensor, num_questions: int) -> dict[str, float]:
     """Lines 11-13: mu updates of the policy by Eq. 2, each summed over micro-batches of questions.
 
     prompts: B; outputs: (B, K, R); advantage, valid, is_student: (B, K); num_questions: B summed over all
     processes. Returns loss, kl, clip_fraction and grad_norm.
     """
     args, policy, reference, form = run.args, run.policy, run.reference, LOSSES[run.args.loss]
-    # Pairs (micro-batch of questions, weight). The weight is 1, or 0 for a filler that keeps processes in step.
+    # Pairs (micro-batch of questions, weight): 1, or 0 for a filler that keeps processes in step.
     parts = run.world.even(micro_batches(row_sizes(policy.packs, prompts, outputs.mask), args.token_budget))
     old_logps, ref_logps, norms, stats = {}, {}, [], defaultdict(float)
 
