@@ -11,7 +11,8 @@ that lets every response see the prompt and itself but not its siblings. So the 
 prompt once per question instead of K times.
 
 Notation, here and in every file: B questions, G samples per side, K responses per question (in RIL K = 2G,
-the student's first, then the teachers'), P prompt tokens, R response tokens, V vocabulary size, d width.
+the student's first, then the teachers'), P prompt tokens, R response tokens, L tokens in a row, V vocabulary
+size, d width, X axes of positions. N counts whatever the nearest comment says.
 """
 import copy
 import hashlib
@@ -89,7 +90,7 @@ class VLM:
 @dataclass
 class Prompt:
     """One question, ready for the model: token ids (P,), the processor's image tensors (may be {}), and the
-    positions of the tokens (A, P). A is 1, or 3 in the Qwen-VL families, whose rotary embedding counts time,
+    positions of the tokens (X, P). X is 1, or 3 in the Qwen-VL families, whose rotary embedding counts time,
     height and width."""
     ids: Tensor
     images: dict[str, Tensor]
@@ -302,7 +303,7 @@ class Rows:
     question: Tensor                   # (rows, L), -1 for padding
     owner: Tensor                      # (rows, L)
     place: Tensor                      # (rows, L): 0, 1, ... along the prompt and on into each response
-    positions: Tensor                  # (rows, L, A): for the rotary embedding; equal to place unless A = 3
+    positions: Tensor                  # (rows, L, X): for the rotary embedding; equal to place unless X = 3
     at: Tensor                         # (N,): indices of the response tokens, with the rows laid end to end
     before: Tensor                     # (N,): indices of the tokens that predict them
 
@@ -794,7 +795,7 @@ def stack(tensors: list[Tensor]) -> Tensor:
 
 
 def position_ids(positions: Tensor) -> Tensor:
-    """Positions (B, L, A) as a model wants them: (B, L), or (3, B, L) if there are three axes."""
+    """Positions (B, L, X) as a model wants them: (B, L), or (3, B, L) if there are three axes."""
     return positions.movedim(-1, 0) if positions.shape[-1] > 1 else positions[..., 0]
 
 
@@ -835,7 +836,7 @@ def prefill(vlm: VLM, prompts: list[Prompt]) -> tuple[list[Tensor], dict[str, Te
 
 def read_prompts(vlm: VLM, prompts: list[Prompt], cache: DynamicCache, side: str) -> tuple[Tensor, ...]:
     """Fill the cache by a forward pass over prompts, padded on this side. Returns states (B, P, d), ids and
-    mask (B, P), and positions (B, P, A)."""
+    mask (B, P), and positions (B, P, X)."""
     def batch(rows):
         return pad_sequence(rows, batch_first=True, padding_side=side).to(vlm.device)
     ids, positions = batch([p.ids for p in prompts]), batch([p.positions.T for p in prompts])
@@ -854,7 +855,7 @@ def seen_in(vlm: VLM, ids: Tensor, mask: Tensor) -> Tensor:
 class Slots:
     """Responses in progress, one in each slot.
 
-    rows holds tensors with one row per slot: token, the last one; its position (A) and its column (1) in the
+    rows holds tensors with one row per slot: token, the last one; its position (X) and its column (1) in the
     cache; seen (V), the tokens so far; count, the number of sampled tokens; ids (R + 1), those tokens;
     noise (R); end, the response's length once it has ended. cache holds each layer's keys and values in turn,
     (slots, heads, room, w). The first columns of a slot are [prompt | response so far], without padding:
@@ -1125,7 +1126,7 @@ def row_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple
     tokens = lay([torch.cat([p.ids.to(ids.device), r]) for p, r in pairs])                   # (B K, L)
     visible = lay([torch.ones(len(p.ids) + len(r), dtype=torch.long) for p, r in pairs])
     positions = lay([torch.cat([p.positions, p.positions[:, -1:] + 1 + torch.arange(len(r))], dim=1).T
-                     for p, r in pairs])                                                     # (B K, L, A)
+                     for p, r in pairs])                                                     # (B K, L, X)
     states = states_of_rows(trunk, tokens, positions, visible, prompts, **token_types(trunk, tokens))
     L = tokens.shape[1]
     at = torch.cat([i * L + len(p.ids) + torch.arange(len(r)) for i, (p, r) in enumerate(pairs)])

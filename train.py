@@ -180,7 +180,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Ten
 
 
 # `run` is everything that the loop changes (class Run, below):
-#   run.policy, run.reference      VLMs (model.py); the reference is the policy at its start, None if beta is 0
+#   run.policy, run.reference      VLMs (model.py); the reference is the first policy, None if beta is 0
 #   run.D, run.d_optimizer         the discriminator, None in Algorithm 1; run.optimizer is the policy's
 #   run.score(vlm, prompts, outputs, part)     log-probs of some of the questions, see `score` in model.py
 #   run.sampler(), run.using(m)    contexts in which the policy can sample, and m is on the device

@@ -13,7 +13,7 @@ def test_every_path_that_the_readme_links_to_exists():
         assert (ROOT / path).exists(), path
 
 
-MOST_ABOVE = {"train.py": 345, "model.py": 351, "teachers.py": 260, "eval.py": 180, "discriminator.py": 175}
+MOST_ABOVE = {"train.py": 345, "model.py": 352, "teachers.py": 260, "eval.py": 180, "discriminator.py": 175}
 
 
 def above_banner(source):
