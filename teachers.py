@@ -516,7 +516,7 @@ def select(vlm: VLM, examples: list[Example], num: int, longest: int, seed: int,
         with torch.no_grad():
             logps = score(vlm, encode_examples(vlm, batch), outputs)                 # (B, 1, R)
         means += (logps.sum((1, 2)) / outputs.mask.sum((1, 2))).tolist()             # (B,)
-    world.barrier()                                                   # may wait for over an hour
+    world.barrier()                                # may wait for over an hour
     rng, keys = random.Random(seed), []
     for mean in world.all_gather(means):
         weight = max(1e-9, -math.expm1(mean))
