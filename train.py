@@ -992,11 +992,12 @@ class RunFolder:
         if not self.record:
             self.record = wanted
             self.write(steps=0)
-        for name in BEFORE_LOOP if donor else ():      # also what a kill has kept from being copied
-            source, target = Path(donor) / name, self.out / name
-            if source.exists() and not target.exists():
-                with all_or_nothing(target) as unfinished:
-                    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, unfinished)
+        for name in BEFORE_LOOP:                       # also what a kill has kept from being copied
+            if donor and (Path(donor) / name).exists() and not self.has(name):
+                source = Path(donor) / name
+                copy_all = shutil.copytree if source.is_dir() else shutil.copyfile
+                with all_or_nothing(self.out / name) as unfinished:
+                    copy_all(source, unfinished)
         return self.record
 
     def stage(self, name: str, make) -> Path:

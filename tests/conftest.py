@@ -145,7 +145,7 @@ class Forked:
                 os.chdir(cwd)
                 os.environ.update(environment)
                 code = exit_code(script, options)
-            except BaseException:
+            except Exception:
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()
