@@ -1,6 +1,6 @@
 """The discriminator of Eq. 1: was this written by the student, or by a teacher?
 
-    max_phi  1/N sum_i [ log D(o_i^student) + log(1 - D(o_i^teacher)) ]                            (Eq. 1)
+    max_phi  1/G sum_i [ log D(o_i^student) + log(1 - D(o_i^teacher)) ]                            (Eq. 1)
 
 D is a copy of the student's own language backbone, in which a linear head (d x 1) replaces the vocabulary
 head (d x V). The head reads the last layer's state at the last token of D's prompt, where D's answer would
@@ -12,8 +12,8 @@ only judge how something is said; whether it is true is the judge's business. On
 section 4.1 has the labels the other way round. Eq. 1, Fig. 3 and the reward agree with one another, and we
 follow them: student = 1, teacher = 0.
 
-Identical responses are read once, and many responses share one packed row, because the text in front of a
-response is always the same. Neither changes a number.
+Identical responses are read once and counted as often as they occur. Many responses share one packed row,
+because the text in front of a response is always the same. Neither changes a number.
 """
 import copy
 
@@ -71,7 +71,7 @@ class Discriminator(nn.Module):
         self.thinks = bool(opened_thought(student.processor))
 
     def encode(self, questions: list[str], texts: list[list[str]]) -> Outputs:
-        """Tokenize B lists of K responses, each followed by the text that closes D's prompt.
+        """Tokenize B lists of K responses, each with the text that closes D's prompt (`prompt_end`).
 
         The B questions are unused: the paper's D sees the response alone. They are here for forks (GAD's D
         reads both, see tests/forks/gad.diff). If the student's prompts open a thought, D reads only what
@@ -85,7 +85,7 @@ class Discriminator(nn.Module):
         return as_outputs(texts, [torch.tensor(row + self.prompt_end, device=device) for row in rows])
 
     def plain_logit(self, ids: Tensor) -> Tensor:
-        """D's definition: one response, ids (r,) -> the logit of p_student. `logits` computes the same."""
+        """D's definition: one response of `encode`, ids (r,) -> its logit. `logits` computes the same."""
         tokens = torch.cat([torch.tensor(self.prompt_start, device=ids.device), ids])        # (F + r,)
         states = self.backbone(input_ids=tokens[None]).last_hidden_state                     # (1, F + r, d)
         return self.head(states[0, -1].float())[0]
@@ -98,31 +98,33 @@ class Discriminator(nn.Module):
             start | o_5 |  -           logit. Identical responses share one.
 
         A row of n responses with r tokens each takes F + n r tokens instead of n (F + r). We choose n so that
-        n r = 3 F: longer rows would save at most another quarter, but every token attends to more others.
+        n r = 3 F. Then `start` is a quarter of a row: longer rows could save no more than that, but in them
+        every token attends to more others.
         """
         padded = torch.where(responses.mask, responses.ids, -1).flatten(0, 1)                # (B K, R)
         ids, which = padded.unique(dim=0, return_inverse=True)     # (N, R): identical responses once
-        mask, F = ids >= 0, len(self.prompt_start)
-        n = 3 * F * len(ids) // int(mask.sum())                    # 3 F / (mean length of a response)
-        n = min(max(1, n), len(ids))
-        rows = -(-len(ids) // n)                                   # N / n, rounded up
-        missing = rows * n - len(ids)                              # empty places in the last row
-        ids, mask = (nn.functional.pad(x, (0, 0, 0, missing)).unflatten(0, (rows, n)) for x in (ids, mask))
+        mask, N, F = ids >= 0, len(ids), len(self.prompt_start)
+        n = 3 * F * N // int(mask.sum())                           # 3 F / (mean length of a response)
+        n = min(max(1, n), N)
+        rows = -(-N // n)                                          # N / n, rounded up
+        empty = rows * n - N                                       # places in the last row
+        ids, mask = (nn.functional.pad(x, (0, 0, 0, empty)).unflatten(0, (rows, n)) for x in (ids, mask))
 
         prompt = Prompt(torch.tensor(self.prompt_start), {}, torch.arange(F)[None])
         states_of = packed_states if self.packs else row_states
-        states, at, _ = states_of(self.backbone, [prompt] * rows, ids, mask)                 # (T, d)
+        # states of all tokens (T, d), and where among them the tokens of the responses are
+        states, at, _ = states_of(self.backbone, [prompt] * rows, ids, mask)
         # The last token of each response. Example: lengths 2 and 3 occupy at[0:2] and at[2:5], so they end
         # at at[1] and at[4].
         lengths = mask.flatten(0, 1).sum(1)                        # (rows n,), 0 for empty places
-        final = at[lengths.cumsum(0)[:rows * n - missing] - 1]     # (N,)
+        final = at[lengths.cumsum(0)[:N] - 1]                      # (N,)
         logits = self.head(states[final].float())[:, 0]            # (N,)
         return logits[which.view(responses.mask.shape[:2])]
 
     @torch.no_grad()
     def p_student(self, responses: Outputs, budget: int, world) -> Tensor:
-        """Probabilities (B, K) that the student wrote each response. Each process reads `budget` tokens at a
-        time."""
+        """Probabilities (B, K) that the student wrote each response, `budget` tokens at a time. Line 10 needs
+        them from the updated D, so this is another, forward-only pass."""
         logits = torch.empty(responses.mask.shape[:2], device=responses.mask.device)
         for part, _ in world.even(self.parts(responses, budget)):
             logits[part] = self.logits(responses[part])
@@ -135,12 +137,12 @@ class Discriminator(nn.Module):
 
 
 def update_discriminator(D: Discriminator, optimizer, responses: Outputs, is_student: Tensor, budget: int,
-           num_questions: int | None = None) -> dict[str, float]:
+                         num_questions: int | None = None) -> dict[str, float]:
     """One step of Eq. 1 (line 8 of Algorithm 2) on responses (B, K), `budget` tokens at a time.
 
     Every question has equally many responses of each side, so the gradients of the parts add up to the
-    batch's. num_questions: B summed over all processes. Returns loss and accuracy before the step. Line 10
-    needs p_student from the updated D, so it takes a second, forward-only pass.
+    batch's. num_questions: B summed over all processes. optimizer.step sums the gradients over processes and
+    frees them. Returns loss and accuracy before the step.
     """
     num_questions = num_questions or len(is_student)
     loss, right = torch.zeros(2, device=is_student.device)

@@ -10,9 +10,7 @@ responses end. `score` does the same in training: one row holds [prompt | o_1 | 
 that lets every response see the prompt and itself but not its siblings. So the model computes picture and
 prompt once per question instead of K times.
 
-Notation, here and in every file: B questions, G samples per side, K responses per question (in RIL K = 2G,
-the student's first, then the teachers'), P prompt tokens, R response tokens, L tokens in a row, V vocabulary
-size, d width, X axes of positions. N counts whatever the nearest comment says.
+The notation (B, G, K, P, R, L, T, V, d, X, N) is explained at the top of train.py.
 """
 import copy
 import hashlib
@@ -49,24 +47,20 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.utils import chat_template_utils, is_torchvision_available, logging
 
 
-class UserError(Exception):
-    """An error that the user can fix: one sentence that names file, line and what to write. Exit code 2."""
-
-
 @dataclass
 class VLM:
     """A model and its processor.
 
     stop_ids end a response; banned_ids, such as image placeholders, never appear in one (see special_ids).
-    packs: whether K responses can share a row and samples can decode in slots (see can_pack). The logits are
-    cap tanh(scale head(states) / cap), but most families use neither cap nor scale (see find_head).
+    packs: whether K responses can share a row and samples can decode in slots (see can_pack). What follows it
+    is machinery.
     """
     model: PreTrainedModel
     processor: ProcessorMixin
     stop_ids: list[int]
     banned_ids: list[int]
     packs: bool = True
-    scale: float = 1.0
+    scale: float = 1.0                                           # of the logits, see find_head
     cap: float | None = None
     prompts: dict = field(default_factory=dict)                  # cache of encoded prompts
     room: int = 2 ** 29                                            # bytes that the cache may still take
@@ -127,14 +121,7 @@ def encode(vlm: VLM, question: str, images: list[Image.Image],
     ids = inputs.pop("input_ids")                                  # (1, P)
     of_text = ("attention_mask", "mm_token_type_ids", "token_type_ids")
     images = {name: x for name, x in inputs.items() if name not in of_text}
-    positions = torch.arange(ids.shape[1])[None]
-    if hasattr(vlm.trunk, "get_rope_index"):                       # Qwen-VL: (3, 1, P), and an unused offset
-        is_image = (ids == vlm.model.config.image_token_id).int()
-        found, _ = vlm.trunk.get_rope_index(ids, mm_token_type_ids=is_image,
-                                            attention_mask=torch.ones_like(ids),
-                                            image_grid_thw=images.get("image_grid_thw"))
-        positions = found[:, 0]
-    return Prompt(ids[0], images, positions)
+    return Prompt(ids[0], images, positions_of(vlm, ids, images))
 
 
 def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
@@ -150,20 +137,13 @@ def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
     return as_outputs(texts, rows)
 
 
-def decode(vlm: VLM, responses: list[Tensor]) -> list[str]:
-    """Convert the token ids of responses to text, without stop and banned tokens or surrounding space."""
-    forbidden = {*vlm.stop_ids, *vlm.banned_ids}
-    rows = [[i for i in ids.tolist() if i not in forbidden] for ids in responses]
-    return [text.strip() for text in vlm.tokenizer.batch_decode(rows)]
-
-
 # ---------------------------------------------------------------------------------------------- generate
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How to sample; the defaults are the paper's. Temperature 0 is greedy; top_k 0, top_p 1, penalty 1 mean
-    off. If not `truncated`, all three are off, and top_k and top_p only define what counts as the tail."""
+    off. If not `truncated`, these three are off, and top_k and top_p only define what counts as the tail."""
     temperature: float = 1.0
     top_p: float = 0.95
     top_k: int = 50
@@ -252,7 +232,8 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
                 ahead = list(islice(line, max(1, slots // G)))     # prefill the next prompts, once each
                 if not ahead:
                     break
-                block = prefill(vlm, [prompt for _, (prompt, _) in ahead])     # one row per prompt
+                # caches and first tokens, a row per prompt
+                block = prefill(vlm, [prompt for _, (prompt, _) in ahead])
                 block_noise = torch.cat([own for _, (_, own) in ahead])                      # (prompts G, R)
                 ready.extend((b, g, i * G + g) for i, (b, _) in enumerate(ahead) for g in range(G))
             starting = [ready.popleft() for _ in range(min(slots - len(owners), len(ready)))]
@@ -270,7 +251,7 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
                 if len(done[b]) == G:
                     rows = done.pop(b)
                     yield b, [rows[g] for g in range(G)]
-        for source, target in table.close_gaps(ends):              # running responses come first
+        for source, target in table.close_gaps(ends):              # running responses fill the freed slots
             owners[target] = owners[source]
         owners = owners[:ends.count(0)]
 
@@ -287,25 +268,12 @@ def score(vlm: VLM, prompts: list[Prompt], outputs: Outputs, temperature: float 
     """
     states_of = packed_states if vlm.packs else row_states
     states, _, before = states_of(vlm.trunk, prompts, outputs.ids, outputs.mask)
-    head, targets = vlm.model.get_output_embeddings(), outputs.ids[outputs.mask]             # (N,)
+    head, targets = vlm.model.get_output_embeddings(), outputs.ids[outputs.mask]
     logps = torch.zeros(outputs.mask.shape, device=states.device)
     # log softmax(logits / temperature)[targets], in chunks: the logits (N, V) never exist at once
     logps[outputs.mask] = TokenLogps.apply(states[before], head.weight, head.bias, targets, temperature,
-                                           vlm.scale, vlm.cap)
+                                           vlm.scale, vlm.cap)                               # (N,)
     return logps
-
-
-@dataclass
-class Rows:
-    """Prompts and responses laid out in rows of L tokens by `pack`; see packed_states."""
-    order: list[int]                   # indices of the questions as they lie; several short ones fit in a row
-    tokens: Tensor                     # (rows, L)
-    question: Tensor                   # (rows, L), -1 for padding
-    owner: Tensor                      # (rows, L)
-    place: Tensor                      # (rows, L): 0, 1, ... along the prompt and on into each response
-    positions: Tensor                  # (rows, L, X): for the rotary embedding; equal to place unless X = 3
-    at: Tensor                         # (N,): indices of the response tokens, with the rows laid end to end
-    before: Tensor                     # (N,): indices of the tokens that predict them
 
 
 def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -316,13 +284,13 @@ def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tu
         token             a  b  c  d  e  f
         owner             0  0  0  1  1  2       0 the prompt, k the response o_k
         place             0  1  2  3  4  3       every response begins right after the prompt
-        is seen by        a to f, b to f, c to f, d e, e, f
+        sees              a, ab, abc, abcd, abcde, abcf      f sees neither d nor e
         is predicted by   -  a  b  c  d  c       the prompt's last state predicts each first token
 
     so each response is computed as if it alone followed the prompt. Its position ids continue those of the
-    prompt's last token, on all three axes of a Qwen-VL. Returns the states of all tokens (T, d), and two
-    index tensors (N,) into them: the N response tokens, in the order of mask.nonzero(), and the tokens that
-    predict them.
+    prompt's last token, on all three axes of a Qwen-VL. Several short questions may share a row; they do not
+    see each other. Returns the states of all tokens (T, d), and two index tensors (N,) into them: the N
+    response tokens, in the order of mask.nonzero(), and the tokens that predict them.
     """
     rows = pack(prompts, ids, mask)
     states = states_of_rows(trunk, rows.tokens, rows.positions, packed_mask(trunk, rows),
@@ -330,7 +298,7 @@ def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tu
     return states.flatten(0, 1), rows.at, rows.before
 
 
-def packed_mask(trunk, rows: Rows):
+def packed_mask(trunk, rows: "Rows"):
     """Which token sees which, (rows, L, L): each sees the prompt of its question and its own response, up to
     itself. (Padding sees padding, because attention over nothing gives NaN.) In families that read images in
     both directions, tokens of one image also see each other. Returns what attention_masks makes of this."""
@@ -340,10 +308,7 @@ def packed_mask(trunk, rows: Rows):
     of_prompt = rows.owner[:, None] == 0
     visible = same_question & (same_response | of_prompt) & (back >= 0)
     if sees_image_both_ways(trunk):
-        is_image = rows.tokens == trunk.config.image_token_id
-        starts = is_image & ~pad(is_image, (1, 0))[:, :-1]
-        image = starts.cumsum(1) * is_image                        # 1, 2, ... per image, else 0
-        visible |= (image[:, :, None] == image[:, None]) & (image[:, None] > 0)
+        visible |= of_same_image(trunk, rows.tokens)
     return attention_masks(trunk, visible, back)
 
 
@@ -353,6 +318,10 @@ def packed_mask(trunk, rows: Rows):
 #   loads checkpoints, talks to processors, and decodes on a GPU.
 #
 # ==========================================================================================
+
+
+class UserError(Exception):
+    """An error that the user can fix: one sentence that names file, line and what to write. Exit code 2."""
 
 
 def run_main(main):
@@ -767,6 +736,13 @@ def as_outputs(texts: list[list[str]], rows: list[Tensor]) -> Outputs:
     return Outputs(texts, ids.unflatten(0, (len(texts), -1)), mask.unflatten(0, (len(texts), -1)))
 
 
+def decode(vlm: VLM, responses: list[Tensor]) -> list[str]:
+    """Convert the token ids of responses to text, without stop and banned tokens or surrounding space."""
+    forbidden = {*vlm.stop_ids, *vlm.banned_ids}
+    rows = [[i for i in ids.tolist() if i not in forbidden] for ids in responses]
+    return [text.strip() for text in vlm.tokenizer.batch_decode(rows)]
+
+
 def concat(parts: list[Outputs]) -> Outputs:
     """Put responses to the same questions side by side, padded to the longest."""
     texts = [sum(rows, []) for rows in zip(*(part.text for part in parts))]
@@ -794,6 +770,17 @@ def stack(tensors: list[Tensor]) -> Tensor:
     return whole
 
 
+def positions_of(vlm: VLM, ids: Tensor, images: dict[str, Tensor]) -> Tensor:
+    """The positions (X, P) of a prompt's tokens (1, P). The Qwen-VL families compute theirs."""
+    if not hasattr(vlm.trunk, "get_rope_index"):
+        return torch.arange(ids.shape[1])[None]
+    is_image = (ids == vlm.model.config.image_token_id).int()
+    positions, _ = vlm.trunk.get_rope_index(ids, mm_token_type_ids=is_image,
+                                            attention_mask=torch.ones_like(ids),
+                                            image_grid_thw=images.get("image_grid_thw"))
+    return positions[:, 0]                                         # of (3, 1, P)
+
+
 def position_ids(positions: Tensor) -> Tensor:
     """Positions (B, L, X) as a model wants them: (B, L), or (3, B, L) if there are three axes."""
     return positions.movedim(-1, 0) if positions.shape[-1] > 1 else positions[..., 0]
@@ -805,6 +792,14 @@ ATTENTION = ("full_attention", "sliding_attention")                # layer types
 def sees_image_both_ways(trunk) -> bool:
     """Whether image tokens see later tokens of their image, as in Gemma 3 (forward's arguments show it)."""
     return "token_type_ids" in inspect.signature(trunk.forward).parameters
+
+
+def of_same_image(trunk, tokens: Tensor) -> Tensor:
+    """Which tokens (rows, L) belong to the same image, (rows, L, L) bool."""
+    is_image = tokens == trunk.config.image_token_id
+    starts = is_image & ~pad(is_image, (1, 0))[:, :-1]
+    image = starts.cumsum(1) * is_image                            # 1, 2, ... per image, else 0
+    return (image[:, :, None] == image[:, None]) & (image[:, None] > 0)
 
 
 def attention_masks(trunk, visible: Tensor, back: Tensor) -> Tensor | dict[str, Tensor]:
@@ -1078,6 +1073,19 @@ def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
     return groups
 
 
+@dataclass
+class Rows:
+    """Prompts and responses laid out in rows of L tokens by `pack`; see packed_states."""
+    order: list[int]                   # indices of the questions as they lie; several short ones fit in a row
+    tokens: Tensor                     # (rows, L)
+    question: Tensor                   # (rows, L), -1 for padding
+    owner: Tensor                      # (rows, L)
+    place: Tensor                      # (rows, L): 0, 1, ... along the prompt and on into each response
+    positions: Tensor                  # (rows, L, X): for the rotary embedding; equal to place unless X = 3
+    at: Tensor                         # (N,): indices of the response tokens, with the rows laid end to end
+    before: Tensor                     # (N,): indices of the tokens that predict them
+
+
 def pack(prompts: list[Prompt], ids: Tensor, mask: Tensor) -> Rows:
     """Lay out prompts and responses (B, K, R) in rows, as packed_states shows.
 
@@ -1246,7 +1254,7 @@ def check_decoding(vlm: VLM, prompts: list[Prompt]):
 def refuse(vlm: VLM, what: str, error: Tensor):
     """Raise UserError if an error is larger than rounding explains."""
     if not error < MOST_ERROR[vlm.model.dtype]:
-        raise UserError(f"{vlm.model.name_or_path} ({type(vlm.model).__name__}) cannot be used: {what} "
+        raise UserError(f"{vlm.model.name_or_path} ({type(vlm.model).__name__}): with this code {what} "
                         f"differently from its own forward pass (off by {error:.3g})")
 
 
@@ -1262,7 +1270,8 @@ def can_pack(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def find_head(vlm: VLM, prompt: Prompt) -> tuple[float, float | None]:
-    """(scale, cap) of a family's logits: the values in its config, if the model really applies them."""
+    """(scale, cap) of a family's logits, cap tanh(scale head(states) / cap): the values in its config, if the
+    model really applies them. Most families use neither."""
     text = vlm.model.config.get_text_config()
     cap, scales = getattr(text, "final_logit_softcapping", None), [1.0]
     for name in ("logits_scaling", "logit_scale", "output_multiplier"):

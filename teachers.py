@@ -93,76 +93,6 @@ class Example:
         return "\n".join([f"{question}\n{reply}" for question, reply in self.history] + [self.text])
 
 
-def load_examples(path: str, skip_bad: bool = False, checks: Iterable["Check"] = ()) -> list[Example]:
-    """Read examples and open every image once, so that errors surface before any work is done.
-
-    The file extension determines the format: .jsonl has one row per line, .json a list of rows. A row is
-        {"id", "image", "question", "answer", "hint", "options", "category", "answers"},
-        {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}, or
-        {"id", "images", "messages": [{"role": "user", "content"}, {"role": "assistant", "content"}, ...]}.
-    An image is a path, or a list of paths, relative to the file or to the folder `images` beside it. The file
-    may also be a benchmark's: a .tsv of VLMEvalKit, or a .json of captions in COCO's form.
-
-    Raises UserError, naming file and line, for anything in another form, a missing or unreadable image, a
-    repeated id, and a row that one of the checks refuses (see prompt_checks). With skip_bad, rows with a bad
-    image and rows that a check refuses are left out, and their number is printed.
-    """
-    examples = check_images(list(read_examples(path)), path, skip_bad)
-    examples = check_prompts(examples, path, skip_bad, checks)
-    if not examples:
-        raise UserError(f"{path}: no examples in it")
-    return examples
-
-
-def encode_example(vlm: VLM, example: Example) -> Prompt:
-    """Encode the example as a prompt for this model. Raises UserError, naming file and line, if that fails.
-
-    The first 512 MB of prompts are cached: encoding the toy's pictures every time would double its SFT time.
-    """
-    if example in vlm.prompts:
-        return vlm.prompts[example]
-    images = [open_image(path, example.where) for path in example.images]
-    try:
-        prompt = encode(vlm, example.text, images, example.history)
-    except UserError as error:
-        raise UserError(f"{example.where}: {error}") from error
-    with vlm.lock:
-        vlm.room -= prompt.ids.nbytes + sum(x.nbytes for x in prompt.images.values())
-        if vlm.room > 0:
-            vlm.prompts[example] = prompt
-    return prompt
-
-
-def encode_examples(vlm: VLM, examples: list[Example]) -> list[Prompt]:
-    """Encode examples in threads. A picture of 1024 x 1024 pixels takes 85 ms on one core, 56 ms on two."""
-    if torch.get_num_threads() == 1:
-        return [encode_example(vlm, example) for example in examples]
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return list(threads.map(partial(encode_example, vlm), examples))
-
-
-# -------------------------------------------------------------------------------- teachers
-
-
-class Teacher(Protocol):
-    """What fill_collection needs. CheckpointTeacher and ServerTeacher, below, provide it. If a teacher has a
-    `path`, each of its responses records a hash of the files there and the teacher's `dtype`."""
-    name: str                                      # what the collection and the logs call it
-
-    def check(self):
-        """Raise UserError if the teacher cannot be asked. It must be cheap: it runs before any work."""
-
-    def ask(self, todo: list[tuple[Example, int]], num: int, sampling: Sampling,
-            seed: int) -> Iterable[tuple[Example, list[tuple[str, bool]]]]:
-        """Yield (example, [(text, finished), ...]) as responses arrive, in any order and any portions.
-
-        todo: pairs (example, have). `have` responses exist already; those numbered have to num - 1 are still
-        wanted. If a teacher yields fewer, another run asks for the rest. finished: False if a token limit cut
-        the text off. A response should depend only on the seed, the example and its own number, so that
-        interruptions do not change it.
-        """
-
-
 # -------------------------------------------------------------------------------- the collection
 
 
@@ -173,24 +103,25 @@ class Collection:
                  longest: int = 0):
         """Read a collection for these examples. A row is {"id", "teacher", "text", "finished"}.
 
-        Two kinds of responses are left out and counted. `unfinished` ones are blank, or a token limit cut
-        them off ("finished": false). `overlong` ones have more than `longest` tokens of the student, which it
-        could never say in full. `self.examples` has the examples with a response left. Raises UserError if an
-        example has no row at all, if no response is left, or if one spells a `forbidden` student token.
+        Two kinds of responses are left out and counted. Those not `finished` are blank, or a token limit cut
+        them off. `overlong` ones have more than `longest` tokens of the student, which it could never say in
+        full. `self.examples` has the examples with a response left. Raises UserError if an example has no row
+        at all, if no response is left, or if one spells a `forbidden` student token.
         """
         self.responses = defaultdict(lambda: defaultdict(list))
         self.unfinished = self.overlong = 0
-        named = set()
-        for name, teacher, text, finished in read_responses(path, forbidden):
-            named.add(name)
-            may_be = tokenizer is not None and len(text.encode()) >= longest       # a token has >= 1 byte
+        seen = set()                                               # ids of examples
+        for key, teacher, text, finished in read_responses(path, forbidden):
+            seen.add(key)
+            # a token is at least a byte, so a short text need not be counted; the stop token is one more
+            may_be = tokenizer is not None and len(text.encode()) + 1 > longest
             overlong = may_be and response_length(tokenizer, text) > longest
             self.unfinished += not finished
             self.overlong += overlong
             if finished and not overlong:
-                self.responses[name][teacher].append(text)
+                self.responses[key][teacher].append(text)
         for example in examples:
-            if example.id not in named:
+            if example.id not in seen:
                 raise UserError(f"{path}: no response for the question {example.id!r} of {example.where}")
         self.examples = [example for example in examples if example.id in self.responses]
         if not self.examples:
@@ -216,13 +147,13 @@ class Collection:
         return drawn
 
 
-def fill_collection(path: str, teachers: list[Teacher], examples: list[Example], num: int, sampling: Sampling,
-                    seed: int = 0, world: World = World()) -> bool:
+def fill_collection(path: str, teachers: list["Teacher"], examples: list[Example], num: int,
+                    sampling: Sampling, seed: int = 0, world: World = World()) -> bool:
     """Add to the file until each teacher has `num` responses to each example, sampled with `sampling`.
 
     Existing responses with the same example, teacher, sampling settings and seed are kept. So an interrupted
     fill resumes where it stopped, with the same responses (from a server, only if it honours seeds). The
-    processes share the questions to a checkpoint; rank 0 alone asks a server. Returns whether the collection
+    processes split the questions to a checkpoint; rank 0 alone asks a server. Returns whether the collection
     is complete; another call retries what a server failed on. Raises UserError if two teachers share a name,
     if one is called "student" or cannot be asked, or if the file has a response of an edited checkpoint, or
     one to another question or picture under the id of an example.
@@ -241,9 +172,11 @@ def fill_collection(path: str, teachers: list[Teacher], examples: list[Example],
     for teacher in teachers:                       # check all before the first does any work
         world.rank_0(teacher.check)
     for teacher in teachers:
-        mine = world.mine(todo[teacher.name])
-        if not hasattr(teacher, "path"):
-            mine = [] if world.rank else todo[teacher.name]
+        mine = todo[teacher.name]
+        if hasattr(teacher, "path"):               # a checkpoint, not a server
+            mine = world.mine(mine)
+        elif world.rank:
+            mine = []
         if mine:
             responses = teacher.ask(mine, num, sampling, seed)
             about = {"sampling": settings, "made_by": made_by.get(teacher.name)}
@@ -262,6 +195,28 @@ def fill_collection(path: str, teachers: list[Teacher], examples: list[Example],
 #   the client of servers, the toy world and its tiny models, and the command line.
 #
 # ==========================================================================================
+
+
+# -------------------------------------------------------------------------------- teachers
+
+
+class Teacher(Protocol):
+    """What fill_collection needs. CheckpointTeacher and ServerTeacher, below, provide it. If a teacher has a
+    `path`, each of its responses records a hash of the files there and the teacher's `dtype`."""
+    name: str                                      # what the collection and the logs call it
+
+    def check(self):
+        """Raise UserError if the teacher cannot be asked. It must be cheap: it runs before any work."""
+
+    def ask(self, todo: list[tuple[Example, int]], num: int, sampling: Sampling,
+            seed: int) -> Iterable[tuple[Example, list[tuple[str, bool]]]]:
+        """Yield (example, [(text, finished), ...]) as responses arrive, in any order and any portions.
+
+        todo: pairs (example, have). `have` responses exist already; those numbered have to num - 1 are still
+        wanted. If a teacher yields fewer, another run asks for the rest. finished: False if a token limit cut
+        the text off. A response should depend only on the seed, the example and its own number, so that
+        interruptions do not change it.
+        """
 
 
 @dataclass
@@ -347,8 +302,8 @@ class ServerTeacher:
         if failures:
             tqdm.write(f"{self.name}: {len(failures)} calls failed; the last: {failures[-1]}")
         if any(equal):
-            tqdm.write(f"{self.name}: in {sum(equal)} of {len(equal)} calls, {num} of {num} responses are "
-                       "equal: does the server honour n and temperature?")
+            tqdm.write(f"{self.name}: in {sum(equal)} of {len(equal)} calls, all responses are equal: does "
+                       "the server honour n and temperature?")
 
 
 def make_teacher(name: str, device: str | None = None, dtype: str | None = None, slots: int = 64) -> Teacher:
@@ -604,6 +559,27 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict]]:
                     if not isinstance(row, dict):
                         raise ValueError(f"expected an object in braces, found {shortened(row, 40)}")
                 yield where, row
+
+
+def load_examples(path: str, skip_bad: bool = False, checks: Iterable["Check"] = ()) -> list[Example]:
+    """Read examples and open every image once, so that errors surface before any work is done.
+
+    The file extension determines the format: .jsonl has one row per line, .json a list of rows. A row is
+        {"id", "image", "question", "answer", "hint", "options", "category", "answers"},
+        {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}, or
+        {"id", "images", "messages": [{"role": "user", "content"}, {"role": "assistant", "content"}, ...]}.
+    An image is a path, or a list of paths, relative to the file or to the folder `images` beside it. The file
+    may also be a benchmark's: a .tsv of VLMEvalKit, or a .json of captions in COCO's form.
+
+    Raises UserError, naming file and line, for anything in another form, a missing or unreadable image, a
+    repeated id, and a row that one of the checks refuses (see prompt_checks). With skip_bad, rows with a bad
+    image and rows that a check refuses are left out, and their number is printed.
+    """
+    examples = check_images(list(read_examples(path)), path, skip_bad)
+    examples = check_prompts(examples, path, skip_bad, checks)
+    if not examples:
+        raise UserError(f"{path}: no examples in it")
+    return examples
 
 
 def read_examples(path: str) -> Iterator[Example]:
@@ -1025,6 +1001,33 @@ def prompt_check(path: str, response: int | None) -> Check:
         except UserError as error:
             raise UserError(f"{example.where}: {error}") from error
     return check
+
+
+def encode_example(vlm: VLM, example: Example) -> Prompt:
+    """Encode the example as a prompt for this model. Raises UserError, naming file and line, if that fails.
+
+    The first 512 MB of prompts are cached: encoding the toy's pictures every time would double its SFT time.
+    """
+    if example in vlm.prompts:
+        return vlm.prompts[example]
+    images = [open_image(path, example.where) for path in example.images]
+    try:
+        prompt = encode(vlm, example.text, images, example.history)
+    except UserError as error:
+        raise UserError(f"{example.where}: {error}") from error
+    with vlm.lock:
+        vlm.room -= prompt.ids.nbytes + sum(x.nbytes for x in prompt.images.values())
+        if vlm.room > 0:
+            vlm.prompts[example] = prompt
+    return prompt
+
+
+def encode_examples(vlm: VLM, examples: list[Example]) -> list[Prompt]:
+    """Encode examples in threads. A picture of 1024 x 1024 pixels takes 85 ms on one core, 56 ms on two."""
+    if torch.get_num_threads() == 1:
+        return [encode_example(vlm, example) for example in examples]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return list(threads.map(partial(encode_example, vlm), examples))
 
 
 def image_bytes(image: str) -> bytes:

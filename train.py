@@ -17,10 +17,14 @@ and `update_policy` below:
     11-13 mu times: update policy by Eq. 2
 
 How this differs from the paper: `old` is never a third network. Only its log-probs are needed, and these are
-the policy's own before the first update. The ratio and the KL are per token and summed over a response, as in
-Dr.GRPO. If the judge fails on a response, it leaves its group; the paper does not say what happens then. D
-keeps the optimizer of its pre-training. The toy student samples from its full distribution in the loop. The
-paper selects training data by log-probabilities and gives no formula; ours is `select` in teachers.py.
+the policy's own before the step's first update. The ratio and the KL are per token and summed over a
+response, as in Dr.GRPO. A response on which the judge fails leaves its group, as the paper does not say what
+happens then. D keeps the optimizer of its pre-training. The toy student samples from its full distribution in
+the loop. The paper gives no formula for its choice of training data; ours is `select` in teachers.py.
+
+Notation, here and in every file: B questions, G samples per side, K responses per question (in RIL K = 2G,
+the student's first, then the teachers'), P prompt tokens, R response tokens, L tokens in a row, T tokens in
+all rows, V vocabulary size, d width, X axes of positions. N counts whatever the nearest comment says.
 
     python train.py                                    all of it on a toy world, minutes on a laptop
     python train.py --algorithm rl --out runs/rl       Algorithm 1: the judge's reward alone, no teachers
@@ -95,8 +99,7 @@ def reward_terms(group: Group, args) -> dict[str, Tensor]:
     """The terms of R(q, o) = 1[D(o) < 0.5] + judge(q, a, o) by name, each (B, K).
 
     To add a reward, add an entry here and its weight to REWARD_WEIGHTS. It is then logged, printed and drawn
-    under its name. NaN means that a response has no such reward. If the term counts (its weight is not 0),
-    the response leaves its group.
+    under its name. NaN means that a response has no such reward: it leaves its group, unless the weight is 0.
     """
     terms = {}
     if group.p_student is not None:
@@ -108,8 +111,8 @@ def reward_terms(group: Group, args) -> dict[str, Tensor]:
 def total_reward(terms: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, Tensor]:
     """The weighted sum of the terms, (B, K), and where it exists, (B, K) bool.
 
-    A term of weight 0 is only logged. If the judge failed (NaN), there is no reward: the 0 returned in its
-    place is masked out by the second tensor.
+    A term of weight 0 is only logged. Where another term is NaN, as if the judge failed, there is no reward:
+    the 0 returned in its place is masked out by the second tensor.
     """
     counted = [weights[name] * term for name, term in terms.items() if weights[name] != 0]
     reward = torch.stack(counted).sum(0)
@@ -172,7 +175,7 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Ten
     gain = (gain * mask).sum(-1)                                                      # (B, K)
     if form.mean_over_tokens:
         gain = gain / mask.sum(-1).clamp(min=1)
-    size = valid.sum(1, keepdim=True).clamp(min=1)                            # 2G, less judge failures
+    size = valid.sum(1, keepdim=True).clamp(min=1)              # valid responses: 2G, less judge failures
     return -(gain * valid / size).sum()
 
 
@@ -180,13 +183,16 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Ten
 
 
 # `run` is everything that the loop changes (class Run, below):
-#   run.policy, run.reference      VLMs (model.py); the reference is the first policy, None if beta is 0
-#   run.D, run.d_optimizer         the discriminator, None in Algorithm 1; run.optimizer is the policy's
-#   run.score(vlm, prompts, outputs, part)     log-probs of some of the questions, see `score` in model.py
-#   run.sampler(), run.using(m)    contexts in which the policy can sample, and m is on the device
-#   run.draw(questions, collection)            line 6: G saved responses of teachers to each question
-#   run.world                      the processes (one, unless torchrun starts more): mine, all_reduce, ...
-#   run.unheard                    whether the last step had no verdict at all, as when the judge is down
+#   run.policy, run.reference  VLMs (model.py); the reference is the first policy, None if beta is 0
+#   run.D, run.d_optimizer     the discriminator, None in Algorithm 1; run.optimizer is the policy's
+#   run.score(vlm, prompts, outputs, part)      log-probs of some of the questions, see `score` in model.py
+#   run.sampler(), run.using(m)                 contexts: the policy can sample; m is on the device
+#   run.draw(questions, collection)             line 6: G saved responses to each question of this process
+#   run.unheard                whether the last step had no verdict at all, as when the judge is down
+#   run.world                  the processes (one, unless torchrun starts more). mine(x): this one's share;
+#                              all_reduce(x): the sum over all; rank_0(f): f in the first, its result in all;
+#                              even(parts): equally many (part, weight) in each, as sharded weights need all
+#                              processes in every forward pass. A part that only fills up has weight 0.
 
 
 def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid: Tensor,
@@ -197,7 +203,6 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
     processes. Returns loss, kl, clip_fraction and grad_norm.
     """
     args, policy, reference, form = run.args, run.policy, run.reference, LOSSES[run.args.loss]
-    # Pairs (micro-batch of questions, weight): 1, or 0 for a filler that keeps processes in step.
     parts = run.world.even(micro_batches(row_sizes(policy.packs, prompts, outputs.mask), args.token_budget))
     old_logps, ref_logps, norms, stats = {}, {}, [], defaultdict(float)
 
@@ -209,19 +214,19 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
     for update in range(args.mu):                                                     # line 11
         for i, (part, weight) in enumerate(parts):
             logp = run.score(policy, prompts, outputs, part)                          #          (b, K, R)
-            # pi_old is the policy before its first update, also in the ratio for teachers' responses: no
-            # teacher's log-prob is needed.
+            # pi_old is the policy before this step's first update, also for teachers' responses: no teacher's
+            # log-prob is needed. In the first update the ratio is 1, and its gradient that of logp.
             if update == 0:
                 old_logps[i] = logp.detach()                                          # line 4
             old_logp, mask = old_logps[i], outputs.mask[part]
-            ref_logp = ref_logps[i] if reference else old_logp     # without one, for the logged KL only
+            ref_logp = ref_logps[i] if reference else old_logp     # with beta 0, KL to old is logged
             loss = weight / num_questions * policy_loss(
                 logp, old_logp, ref_logp, advantage[part], mask, valid[part], is_student[part], args.eps,
                 args.beta, form)
             loss.backward()
             stats["loss"] += loss.detach()
-            # The loss has the KL on all responses. The metric averages it over the student's own: only there
-            # is k3 an unbiased estimate.
+            # The loss has the KL on all valid responses, as in Eq. 2. The metric averages it over the
+            # student's own, because only there is k3 an unbiased estimate.
             sampled = mask & is_student[part][..., None]                              #          (b, K, R)
             stats["kl"] += weight * k3_kl(logp.detach(), ref_logp)[sampled].sum()
             stats["sampled"] += weight * sampled.sum()
@@ -267,8 +272,9 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
         noise = drawn_noise(run.world, questions, G, args.max_new_tokens, policy.device)
         outputs = generate(sampler, prompts, G, sampling, noise=noise,
                            slots=args.rollout_batch * G)                              # line 5   (B, G, R)
-    total = torch.tensor([outputs.tail, outputs.mask.sum().item()], device=policy.device)
-    row = {"tail": torch.div(*run.world.all_reduce(total)).item()}
+    sums = torch.tensor([outputs.tail, outputs.mask.sum().item()], device=policy.device)
+    tail, tokens = run.world.all_reduce(sums).tolist()
+    row = {"tail": tail / tokens}
     sources = [["student"] * G for _ in batch]
     if D:
         drawn = run.draw(questions, collection)                                       # line 6   B lists of G
@@ -282,9 +288,10 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     p_student = None
     if D:
         with run.phase("discriminator"), run.using(D):
-            responses = D.encode([example.text for example in batch], outputs.text)
-            # without any verdict in the last step, D is not updated either: the policy could not follow it
-            for update in range(0 if args.freeze_discriminator or run.unheard else args.mu):    # line 7
+            responses = D.encode([example.text for example in batch], outputs.text)   # questions: for forks
+            # after a step without any verdict, D waits, too: the policy could not follow it
+            learns = not args.freeze_discriminator and not run.unheard
+            for update in range(args.mu if learns else 0):                            # line 7
                 d_stats = update_discriminator(D, run.d_optimizer, responses, is_student,
                                                args.token_budget, len(questions))     # line 8   Eq. 1
                 if update == 0:
@@ -296,7 +303,7 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
 
     terms = reward_terms(group, args)                                                 # line 10
     reward, valid = total_reward(terms, args.reward_weights)                          #          (B, 2G)
-    if not args.teacher_rollouts:
+    if not args.teacher_rollouts:                      # then D alone sees the teachers
         valid = valid & is_student
     advantage = advantages(reward, valid, LOSSES[args.loss])                          # line 10  (B, 2G)
 
@@ -328,11 +335,11 @@ def main():
     data = world.rank_0(partial(check_inputs, args, folder))
     folder.record = world.rank_0(partial(folder.open, data))
     teachers = toy_world_and_teachers(folder, args, data)
-    start = fine_tuned_student(folder, args, data)                                    # SFT
+    start = fine_tuned_student(folder, args, data)     # the path of its checkpoint   # SFT
     collection = teachers_responses(folder, args, teachers, data, start)
     pretrained = pretrained_discriminator(folder, args, data, collection, start)      # Eq. 1
     verdicts = folder.out / f"verdicts{world.rank or ''}.jsonl"
-    get_judge = cache(partial(make_judge, args.judge, verdicts, args.device, args.dtype))
+    get_judge = cache(partial(make_judge, args.judge, verdicts, args.device, args.dtype))  # loaded on use
     trained_student(folder, args, data, collection, pretrained, start, get_judge)     # Algorithm 2
     report(folder, args, data, get_judge, start)
     world.close()

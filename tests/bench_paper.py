@@ -282,22 +282,30 @@ def verdict(mean, half):
     return "yes" if mean > 0 else "no"
 
 
-def health(out, seeds):
-    """How steady RIL was, a row a seed: of similarity over the last 60 steps, KL, and the gradient's norm."""
+STEADINESS = ("arm", "seed", "similarity, first -> last 20", "largest fall of its mean of 10",
+              "answer, first -> last 20", "tail, the same", "length, the same", "teachers' length",
+              "largest KL of last 100", "largest |g| after 20")
+
+
+def steadiness(out, seeds, arm):
+    """How steady an arm was, a row a seed, as STEADINESS says."""
     for seed in seeds:
-        path = out / f"seed{seed}" / slug(RIL.name) / "metrics.jsonl"
-        if path.exists():
-            rows = rows_of(path)
-            similarity = [row["reward/similarity/student"] for row in rows]
-            answer = [row["reward/answer/student"] for row in rows]
-            last = similarity[-60:]
-            yield (seed, f"{statistics.mean(similarity[:20]):.2f} -> {statistics.mean(similarity[-20:]):.2f}",
-                   f"{statistics.pstdev(last):.2f}", f"{min(last):.2f}",
-                   f"{statistics.mean(answer[:20]):.2f} -> {statistics.mean(answer[-20:]):.2f}",
-                   f"{statistics.mean(row['tail'] for row in rows[:20]):.2f} -> "
-                   f"{statistics.mean(row['tail'] for row in rows[-20:]):.2f}",
-                   f"{max(row['kl'] for row in rows[-100:]):.2f}",
-                   f"{max(row['grad_norm'] for row in rows[20:]):.1f}")
+        folder = out / f"seed{seed}" / slug(arm)
+        if not (folder / "evaluation-after.json").exists():
+            continue
+        rows = rows_of(folder / "metrics.jsonl")
+        similarity = [row["reward/similarity/student"] for row in rows]
+        means = [statistics.mean(similarity[i:i + 10]) for i in range(len(similarity) - 9)]
+        fall = max(max(means[:i + 1]) - mean for i, mean in enumerate(means))
+        taught = [row["length"] for row in rows_of(folder / "rollouts.jsonl") if row["source"] != "student"]
+
+        def change(name, digits):
+            first, last = (statistics.mean(row[name] for row in part) for part in (rows[:20], rows[-20:]))
+            return f"{first:.{digits}f} -> {last:.{digits}f}"
+        yield (arm, seed, change("reward/similarity/student", 2), f"{fall:.2f}",
+               change("reward/answer/student", 2), change("tail", 2), change("length", 1),
+               f"{statistics.mean(taught):.1f}", f"{max(row['kl'] for row in rows[-100:]):.2f}",
+               f"{max(row['grad_norm'] for row in rows[20:]):.1f}")
 
 
 def draw(found, path):
@@ -358,9 +366,8 @@ def main():
           [(claim, numbers, shown(*pair, sign="+"), verdict(*pair))
            for claim, numbers, pair in directions if pair])
     print()
-    table(("RIL, seed", "similarity, first -> last 20", "sd of last 60", "lowest of these",
-           "answer, first -> last 20", "tail, the same", "largest KL of last 100", "largest |g| after 20"),
-          list(health(args.out, args.seeds)))
+    table(STEADINESS, [row for arm in (RIL.name, "D with a replay buffer")
+                       for row in steadiness(args.out, args.seeds, arm)])
     draw(found, args.out / "paper.png")
 
 
