@@ -293,9 +293,7 @@ def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tu
     response tokens, in the order of mask.nonzero(), and the tokens that predict them.
     """
     rows = pack(prompts, ids, mask)
-    states = states_of_rows(trunk, rows.tokens, rows.positions, packed_mask(trunk, rows),
-                            [prompts[b] for b in rows.order])                                # (rows, L, d)
-    return states.flatten(0, 1), rows.at, rows.before
+    return states_of_rows(trunk, rows, packed_mask(trunk, rows), prompts)
 
 
 def packed_mask(trunk, rows: "Rows"):
@@ -1086,14 +1084,14 @@ class Rows:
     before: Tensor                     # (N,): indices of the tokens that predict them
 
 
-def pack(prompts: list[Prompt], ids: Tensor, mask: Tensor) -> Rows:
+def pack(prompts: list[Prompt], ids: Tensor, mask: Tensor, shared: bool = True) -> Rows:
     """Lay out prompts and responses (B, K, R) in rows, as packed_states shows.
 
-    Short questions share a row of up to ROW tokens. Longer rows would need less padding, but attention
-    compares every token of a row with every other.
+    If `shared`, short questions share a row of up to ROW tokens. Longer rows would need less padding, but
+    attention compares every token of a row with every other.
     """
     lengths, sizes = mask.sum(2).tolist(), row_sizes(True, prompts, mask)      # of responses, of questions
-    rows = micro_batches(sizes, max(ROW, *sizes))
+    rows = micro_batches(sizes, max(ROW, *sizes)) if shared else [[b] for b in range(len(sizes))]
     L = max(sum(sizes[b] for b in row) for row in rows)
     responses = ids[mask].split([sum(n) for n in lengths])
     tokens, owner, place, positions = [], [], [], []               # of each question, (tokens,)
@@ -1125,32 +1123,22 @@ def pack(prompts: list[Prompt], ids: Tensor, mask: Tensor) -> Rows:
 def row_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What packed_states returns, for families that cannot be packed. Each of the B K responses has its own
     row [prompt | o_k], padded on the right; the model makes its own mask."""
-    lengths = mask.sum(2).flatten().tolist()
-    prompts = [prompt for prompt in prompts for _ in range(mask.shape[1])]
-    pairs = list(zip(prompts, ids[mask].split(lengths)))
-
-    def lay(rows):
-        return pad_sequence(rows, batch_first=True).to(ids.device)
-    tokens = lay([torch.cat([p.ids.to(ids.device), r]) for p, r in pairs])                   # (B K, L)
-    visible = lay([torch.ones(len(p.ids) + len(r), dtype=torch.long) for p, r in pairs])
-    positions = lay([torch.cat([p.positions, p.positions[:, -1:] + 1 + torch.arange(len(r))], dim=1).T
-                     for p, r in pairs])                                                     # (B K, L, X)
-    states = states_of_rows(trunk, tokens, positions, visible, prompts, **token_types(trunk, tokens))
-    L = tokens.shape[1]
-    at = torch.cat([i * L + len(p.ids) + torch.arange(len(r)) for i, (p, r) in enumerate(pairs)])
-    at = at.to(ids.device)
-    return states.flatten(0, 1), at, at - 1
+    each = [prompt for prompt in prompts for _ in range(mask.shape[1])]
+    rows = pack(each, ids.flatten(0, 1)[:, None], mask.flatten(0, 1)[:, None], shared=False)
+    visible, types = (rows.question >= 0).long(), token_types(trunk, rows.tokens)            # (B K, L)
+    return states_of_rows(trunk, rows, visible, each, **types)
 
 
-def states_of_rows(trunk, tokens: Tensor, positions: Tensor, mask, prompts: list[Prompt], **types) -> Tensor:
-    """Last-layer states (rows, L, d) of tokens (rows, L) with the images of these prompts."""
+def states_of_rows(trunk, rows: Rows, mask, prompts: list[Prompt], **types) -> tuple[Tensor, Tensor, Tensor]:
+    """What packed_states returns, by a forward pass over rows of these prompts under a mask."""
     # Layers checkpoint only in training mode. The modules inside them (dropout) stay in evaluation mode.
     for layer in trunk.modules():
         layer.training = torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False)
-    states = trunk(input_ids=tokens, position_ids=position_ids(positions), attention_mask=mask,
-                   use_cache=False, **types, **images_of(trunk, prompts)).last_hidden_state
+    states = trunk(input_ids=rows.tokens, position_ids=position_ids(rows.positions), attention_mask=mask,
+                   use_cache=False, **types,
+                   **images_of(trunk, [prompts[b] for b in rows.order])).last_hidden_state   # (rows, L, d)
     trunk.eval()
-    return states
+    return states.flatten(0, 1), rows.at, rows.before
 
 
 def squash(logits: Tensor, scale: float, cap: float | None) -> Tensor:
