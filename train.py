@@ -976,7 +976,7 @@ class RunFolder:
 
     def __init__(self, args, world: World):
         self.args, self.world, self.out = args, world, Path(args.out)
-        self.clock, self.record = Meter(pick_device(args.device)), read_record(self.out)
+        self.record = read_record(self.out)
 
     def open(self, data: dict) -> dict:
         """Return the record, begun if the run is new; rank 0 alone calls this, after check_inputs. UserError
@@ -1172,8 +1172,7 @@ def toy_world_and_teachers(folder: RunFolder, args, data: dict) -> list:
     if args.student == "toy":
         lessons = [lesson for lesson in (words, data["sft_data"]) if lesson]
         models["sft"] = ("qwen2_5_vl", lessons, 64, args.sft_steps)
-        with folder.clock.phase("toy models"):
-            side_by_side(folder, args, models)
+        side_by_side(folder, args, models)
     slots = max(1, 2 * args.num_samples * args.rollout_batch // args.collect) * args.collect
     return [make_teacher(name, args.device, args.dtype, slots) for name in args.teachers]
 
@@ -1270,8 +1269,7 @@ def fine_tuned_student(folder: RunFolder, args, data: dict) -> str:
     if args.student == "toy":
         start = str(folder.out / "sft")                            # see toy_world_and_teachers
     elif args.sft_steps:
-        with folder.clock.phase("SFT"):
-            start = str(folder.stage("sft", make))
+        start = str(folder.stage("sft", make))
 
     def check():
         student = load_vlm(start, args.device, args.dtype)
@@ -1297,9 +1295,8 @@ def teachers_responses(folder: RunFolder, args, teachers: list, data: dict, star
     path = Path(args.collection or folder.out / "collection.jsonl")
     # once D has been trained on the collection, nobody is asked for missing responses
     if not (args.collection or folder.world.rank_0(partial(folder.has, "discriminator.safetensors"))):
-        with folder.clock.phase("collection"):
-            fill_collection(str(path), teachers, data["data"], args.collect, sampling_of(args), args.seed,
-                            folder.world)
+        fill_collection(str(path), teachers, data["data"], args.collect, sampling_of(args), args.seed,
+                        folder.world)
     collection = read_collection(path, data["data"], load_processor(start), args)
     for many, why in ((collection.unfinished, "responses are empty or were cut off by a token limit"),
                       (collection.overlong, f"responses have more than --max-new-tokens "
@@ -1332,8 +1329,7 @@ def pretrained_discriminator(folder: RunFolder, args, data: dict, collection: Co
         if world.rank == 0:
             with all_or_nothing(path) as unfinished:
                 save_file(tensors, unfinished)
-    with folder.clock.phase("discriminator"):
-        return folder.stage("discriminator.safetensors", make)
+    return folder.stage("discriminator.safetensors", make)
 
 
 def trained_student(folder: RunFolder, args, data: dict, collection: Collection | None,
@@ -1345,7 +1341,6 @@ def trained_student(folder: RunFolder, args, data: dict, collection: Collection 
     if path.exists() and not checkpoints(folder.out):
         raise UserError(f"{path} cannot be trained further because its last checkpoint is gone; choose "
                         f"another --out")
-    begin = time.perf_counter()
     policy = load_student(start, args)
     D = Discriminator(policy) if pretrained else None
     if D:
@@ -1361,7 +1356,6 @@ def trained_student(folder: RunFolder, args, data: dict, collection: Collection 
     if world.rank == 0:
         for old in checkpoints(folder.out)[:-1]:
             remove(old)                                   # the last one lets a run be given more steps
-    folder.clock.seconds["loop"] = time.perf_counter() - begin
     del run, policy, D
     gc.collect()                                       # as in RunFolder.stage
 
@@ -1402,7 +1396,6 @@ def report(folder: RunFolder, args, data: dict, get_judge, start: str):
     if results:
         print(results_table(results))
     print(f"The trained student is {out / 'student'}; open {out / 'report.html'}")
-    print("; ".join(f"{name} {seconds:.0f} s" for name, seconds in folder.clock.seconds.items()))
 
 
 # ---------------------------------------------------------------------------------------------- command line
