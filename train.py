@@ -402,7 +402,7 @@ class Run:
         self.step, self.kept = 0, {}
         self.skipped = 0                          # steps in a row, up to now, without any learning
         self.unheard = False                      # whether no response of the last step had a verdict
-        self.logs, self.recent, self.warned = {}, deque((), WINDOW), {}
+        self.logs, self.warned = {}, {}
         self.reference, self.networks, self.optimizers = None, {"policy": policy.model}, {}
         if D:
             world.shard(D, D.backbone, D.head, method="logits")
@@ -762,7 +762,12 @@ def load_checkpoint(run: Run):
         run.kept = state["kept"]
         print(f"resuming after step {run.step}, from {folder}")
     if run.world.rank == 0:
-        open_logs(run, lengths)
+        for name in LOGS:
+            path = run.out / f"{name}.jsonl"
+            path.touch()
+            os.truncate(path, lengths[name])
+            run.logs[name] = open(path, "a", encoding="utf-8")
+        run.recent = deque((row for _, row in read_jsonl(run.out / "metrics.jsonl")), WINDOW)
 
 
 def read_tensors(path: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -783,16 +788,6 @@ def load_weights(module: torch.nn.Module, path: Path, world: World, prefix: str 
         local(weight).copy_(world.shard_of(tensor, weight))
     if weights:
         raise UserError(f"{path} lacks {', '.join(weights)}")
-
-
-def open_logs(run: Run, lengths: dict[str, int]):
-    """Truncate the logs to these lengths in bytes, and open them for appending."""
-    for name in LOGS:
-        path = run.out / f"{name}.jsonl"
-        path.touch()
-        os.truncate(path, lengths[name])
-        run.logs[name] = open(path, "a", encoding="utf-8")
-    run.recent = deque((row for _, row in read_jsonl(run.out / "metrics.jsonl")), WINDOW)
 
 
 # ------------------------------------------------------------------------------------------ what makes it fit
