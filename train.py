@@ -494,14 +494,14 @@ class Run:
         for optimizer in self.optimizers.values():
             row["skipped_updates"] += optimizer.skipped
             optimizer.skipped = 0
-        self.unheard = not any(response["valid"] for response in flat(rollouts))
+        self.unheard = not any(response["valid"] for response in sum(rollouts, []))
         self.skipped = self.skipped + 1 if row["skipped_updates"] or self.unheard else 0
         timing = self.meter.row(self.step, row["length"] * len(rollouts) * self.args.num_samples)
         if self.world.rank:
             return
         last = self.step == self.args.steps - 1
         shown = rollouts[:4] if self.step % self.args.log_every == 0 or last else []
-        for name, rows in zip(LOGS, ([row], [timing], flat(shown), greedy)):
+        for name, rows in zip(LOGS, ([row], [timing], sum(shown, []), greedy)):
             self.logs[name].write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
             self.logs[name].flush()                                # so that others can read it now
         print_step(row, timing, shown)
@@ -571,11 +571,6 @@ def rollouts_of(step: int, group: Group, terms: dict[str, Tensor], reward: Tenso
     return rollouts
 
 
-def flat(rollouts: list[list[dict]]) -> list[dict]:
-    """The rows of all questions."""
-    return [row for rows in rollouts for row in rows]
-
-
 def mean(values) -> float | None:
     """The mean of the values that are not None; None if all are."""
     numbers = [value for value in values if value is not None]
@@ -584,7 +579,7 @@ def mean(values) -> float | None:
 
 def step_metrics(rollouts: list[list[dict]], longest: int) -> dict[str, float | None]:
     """The metrics of one step that follow from its rollouts; see the README. longest: --max-new-tokens."""
-    rows, metrics = flat(rollouts), {}
+    rows, metrics = sum(rollouts, []), {}
     own = [row for row in rows if row["source"] == "student"]
 
     def share_of_equal(value):                         # of questions whose valid responses all have one value

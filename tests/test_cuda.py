@@ -318,4 +318,4 @@ def test_a_step_of_the_loop_mixes_no_devices(family, folders, played, tmp_path):
         row, greedy = train.held_out_accuracy(run, task_of(str(data)), judge)
         assert "heldout_accuracy" in row and 0 < greedy[0]["p_student"] < 1
         train.save_checkpoint(run)
-    assert bool(counts["captures"]) == vlm.packs and len(train.flat(rollouts)) == 12
+    assert bool(counts["captures"]) == vlm.packs and len(sum(rollouts, [])) == 12
