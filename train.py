@@ -187,7 +187,6 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Ten
 #   run.D, run.d_optimizer     the discriminator, None in Algorithm 1; run.optimizer is the policy's
 #   run.score(vlm, prompts, outputs, part)      log-probs of some of the questions, see `score` in model.py
 #   run.sampler(), run.using(m)                 contexts: the policy can sample; m is on the device
-#   run.draw(questions, collection)             line 6: G saved responses to each question of this process
 #   run.unheard                whether the last step had no verdict at all, as when the judge is down
 #   run.world                  the processes (one, unless torchrun starts more). mine(x): this one's share;
 #                              all_reduce(x): the sum over all; rank_0(f): f in the first, its result in all;
@@ -277,7 +276,7 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     row = {"tail": tail / tokens}
     sources = [["student"] * G for _ in batch]
     if D:
-        drawn = run.draw(questions, collection)                                       # line 6   B lists of G
+        drawn = run.world.mine(collection.draw(questions, G, run.rng))                # line 6   B lists of G
         taught = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
         outputs = concat([outputs, taught])                                           #          (B, 2G, R)
         sources = [["student"] * G + [teacher for teacher, _ in pairs] for pairs in drawn]
@@ -428,10 +427,6 @@ class Run:
     def sampler(self):
         """A context in which this process holds all weights of the policy, as sampling requires."""
         return self.world.unsharded(self.policy, self.empty)
-
-    def draw(self, questions: list[Example], collection: Collection) -> list[list[tuple[str, str]]]:
-        """G pairs (teacher, response) from the collection for each question."""
-        return self.world.mine(collection.draw(questions, self.args.num_samples, self.rng))
 
     def score(self, vlm: VLM, prompts: list, outputs: Outputs, part: list[int]) -> Tensor:
         """Log-probs (b, K, R) of a micro-batch at the sampling temperature, or at 1 if sampling is greedy."""
