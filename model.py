@@ -323,7 +323,7 @@ class UserError(Exception):
 
 
 def run_main(main):
-    """Call `main`; exit with one sentence and code 2 on a UserError or a full disk, with 130 on Ctrl-C."""
+    """Call `main`; exit with a sentence and code 2 on a UserError or a disk's refusal, with 130 on Ctrl-C."""
     try:
         main()
     except UserError as error:
@@ -332,7 +332,7 @@ def run_main(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, SafetensorError) as error:
-        if not re.search("No space left|Read-only|Disk quota|Permission", str(error)):
+        if not re.search("No space left|Read-only|Disk quota|Permission|Not a directory|too long", str(error)):
             raise
         name = getattr(error, "filename", None) or "a checkpoint"
         done = "opened" if isinstance(error, PermissionError) else "written"

@@ -1015,11 +1015,8 @@ class RunFolder:
         self.record["steps"] = steps
         if self.world.rank:
             return
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.out / "run.json", json.dumps(self.record, indent=1))
-        except OSError as error:
-            raise UserError(f"--out {self.out} cannot be written ({error.strerror})") from error
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.out / "run.json", json.dumps(self.record, indent=1))
 
 
 def field_of(option) -> str:
