@@ -332,7 +332,7 @@ def run_main(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, SafetensorError) as error:
-        if not re.search("No space left|Read-only|Disk quota|Permission|Not a directory|too long", str(error)):
+        if not re.search("No space|Read-only|Disk quota|Permission|Not a directory|too long", str(error)):
             raise
         name = getattr(error, "filename", None) or "a checkpoint"
         done = "opened" if isinstance(error, PermissionError) else "written"

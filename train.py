@@ -833,8 +833,7 @@ class AdamW:
                 master.grad = local(weight.grad).to(master.device, master.dtype)
                 self.optimizers[name].step()
                 master.grad = None
-                if is_copy(master, weight):
-                    local(weight).copy_(master)
+                local(weight).copy_(master)
             weight.grad = None
         return norm
 
@@ -845,7 +844,7 @@ class AdamW:
             weight = self.weights[name]
             for part, value in self.optimizers[name].state[master].items():
                 kept[f"{name}.{part}"] = value if part == "step" else self.world.full_tensor(value, weight)
-            if is_copy(master, weight):
+            if (master.dtype, master.device) != (weight.dtype, weight.device):           # it is a copy
                 kept[f"{name}.master"] = self.world.full_tensor(master, weight)
         return kept
 
@@ -867,11 +866,6 @@ class AdamW:
                 master.copy_(value)
             else:
                 self.optimizers[name].state[master][part] = value.to(master.device)
-
-
-def is_copy(master: Tensor, weight: Tensor) -> bool:
-    """Whether a master has memory of its own, rather than being the weight itself."""
-    return master.dtype != weight.dtype or master.data_ptr() != local(weight).data_ptr()
 
 
 def freeze(model: torch.nn.Module, pattern: str | None, path: str):
