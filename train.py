@@ -47,7 +47,7 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import zip_longest
 from multiprocessing import get_context
@@ -1021,10 +1021,8 @@ def field_of(option) -> str:
 def record_of(args, data: dict) -> dict:
     """The run.json of a new run: every option but those of the machine, files by what they hold, and hashes
     of the code. data: the examples, or the task, of each option."""
-    made = {field_of(option): getattr(args, field_of(option)) for group, options in OPTIONS.items()
-            for option in options if group not in ("machine", "models and data")}
-    made |= asdict(sampling_of(args))
-    del made["truncated"]                              # see --truncate-rollouts
+    left_out = {field_of(option) for group in ("machine", "models and data") for option in OPTIONS[group]}
+    made = {name: value for name, value in vars(args).items() if name not in left_out}
     for name in ("data", "sft_data", "collection", "eval_data"):
         pictures = [e.pictures for e in getattr(data.get(name), "examples", data.get(name, ()))]
         if path := getattr(args, name):
@@ -1032,7 +1030,7 @@ def record_of(args, data: dict) -> dict:
     teachers, endpoint = [make_teacher(name) for name in args.teachers], endpoint_of(args.judge)
     judge = endpoint.model if endpoint else args.judge             # without the address, which may change
     made |= {"student": "toy" if args.student == "toy" else stamp(args.student), "skip_bad": args.skip_bad,
-             "dtype": pick_dtype(args.device, args.dtype), "reward_weights": args.reward_weights,
+             "dtype": pick_dtype(args.device, args.dtype),
              "judge": judge if endpoint or judge == "rule" else stamp(judge),
              "teachers": [teacher.name for teacher in teachers],
              "checkpoints": [stamp(teacher.path) for teacher in teachers if hasattr(teacher, "path")]}
