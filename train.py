@@ -353,10 +353,8 @@ def main():
 
 
 class Batches:
-    """Endless batches of `size` examples. Every example comes once before any comes again.
-
-    `pool` holds the examples that are next in line; `state` and `load` keep it across interruptions.
-    """
+    """Endless batches of `size` examples. Every example comes once before any comes again. `pool` holds those
+    that are next in line."""
 
     def __init__(self, examples: list[Example], size: int, rng: random.Random):
         self.examples, self.size, self.rng, self.pool = examples, size, rng, []
@@ -949,8 +947,7 @@ class RunFolder:
     """--out. Its run.json records what everything in it was made from: options, inputs by content, and code.
 
     A command whose options or inputs differ is refused. So whatever exists is what this command would make,
-    and is reused. Changed code is allowed, but a notice names it. --from copies what another run made before
-    its loop, provided that this command would make the same.
+    and is reused. Changed code is allowed, but a notice names it.
     """
 
     def __init__(self, args, world: World):
@@ -1141,8 +1138,7 @@ def toy_world_and_teachers(folder: RunFolder, args, data: dict) -> list:
             if not getattr(args, option):
                 setattr(args, option, str(drawn / f"{name}.jsonl"))
                 data[option] = load(getattr(args, option))
-        args.teachers = args.teachers or [str(folder.out / "teachers" / name)
-                                          for name in ("qwen", "internvl")]
+        args.teachers = args.teachers or [str(folder.out / name) for name in models]
     if args.student == "toy":
         lessons = [lesson for lesson in (words, data["sft_data"]) if lesson]
         models["sft"] = ("qwen2_5_vl", lessons, 64, args.sft_steps)
@@ -1184,12 +1180,8 @@ def leave_with_parent(parent: int):
 def toy_world(path: Path, seed: int, world: World):
     """Draw the toy world: questions, and lessons for the student (sft) and its teachers.
 
-    All of them first learn to see, answering in single words, and then to speak in their own styles. The
-    student mostly keeps to single words and, when asked for a shape, mostly echoes the colour in the
-    question. In training nobody is ever right about a shape, because the true answers there use words that
-    nobody says. So only the similarity reward teaches shapes; the held-out answers have the ordinary words.
-    Each teacher has a blind spot: A takes squares for circles, and B circles for squares. Both confuse the
-    counts one and two, so only the student's own responses can be right there.
+    All of them first learn to see, answering in single words, and then to speak in their own styles. What
+    each of them gets wrong, and why, is in the README: "What there is to learn".
     """
     if world.rank:
         return
@@ -1207,8 +1199,7 @@ def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]
                           args, world: World):
     """Train a tokenizer on the lessons, then a model from random weights by SFT on each lesson in turn.
 
-    The first takes `steps`, the others a quarter as many: learning to see takes longer than to speak. The
-    checkpoint is saved as `folder`.
+    The first takes `steps`, the others a quarter as many: learning to see takes longer than to speak.
     """
     examples = sum(lessons, [])
     # the prompts' words are among the texts, so that each becomes a token, and prompts are short
