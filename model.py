@@ -1200,18 +1200,18 @@ def check_scoring(vlm: VLM, prompts: list[Prompt]):
     pass. Raises UserError if the two differ.
 
     This checks, on the model at hand, what rows and slots assume of a family: what sees what, how positions
-    count, and that find_head describes the logits. It runs in float32, because rounding to bfloat16 would
-    hide a response that sees its sibling.
+    count, and that find_head describes the logits. It turns the model into float32 for good, because rounding
+    to bfloat16 would hide a response that sees its sibling.
     """
     outputs = encode_responses(vlm, [["Yes.", "It is not."]] * len(prompts))
-    with in_float32(vlm.model):
-        scored = score(vlm, prompts, outputs)
-        for b, k in product(range(len(prompts)), range(2)):
-            mask = outputs.mask[b, k]
-            response = outputs.ids[b, k][mask]
-            plain = plain_logits(vlm, prompts[b], response).log_softmax(-1).gather(1, response[:, None])[:, 0]
-            refuse(vlm, "it reads responses in rows", (plain - scored[b, k][mask]).abs().mean())
-        check_decoding(vlm, prompts)
+    vlm.model.float()
+    scored = score(vlm, prompts, outputs)
+    for b, k in product(range(len(prompts)), range(2)):
+        mask = outputs.mask[b, k]
+        response = outputs.ids[b, k][mask]
+        plain = plain_logits(vlm, prompts[b], response).log_softmax(-1).gather(1, response[:, None])[:, 0]
+        refuse(vlm, "it reads responses in rows", (plain - scored[b, k][mask]).abs().mean())
+    check_decoding(vlm, prompts)
 
 
 @torch.no_grad()
@@ -1263,20 +1263,6 @@ def find_head(vlm: VLM, prompt: Prompt) -> tuple[float, float | None]:
         if (ours - logits).abs().mean() < 1e-3 + 0.01 * logits.abs().mean():
             return scale, limit
     return 1.0, None                                               # check_decoding will refuse it
-
-
-@contextmanager
-def in_float32(model: PreTrainedModel):
-    """Hold the model in float32 for a while. Nothing is lost: a bfloat16 is a float32 that ends in zeros."""
-    tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
-    dtypes = [x.dtype for x in tensors]
-    for x in tensors:
-        x.data = x.data.float()
-    try:
-        yield
-    finally:
-        for x, dtype in zip(tensors, dtypes):
-            x.data = x.data.to(dtype)
 
 
 def plain_logits(vlm: VLM, prompt: Prompt, response: Tensor, states: bool = False):

@@ -305,9 +305,9 @@ def test_a_step_of_the_loop_mixes_no_devices(family, folders, played, tmp_path):
     examples = load_examples(str(data))
     collection = train.read_collection(str(responses), examples, vlm.processor, args)
     judge = make_judge("rule", tmp_path / "verdicts.jsonl", None, None)
-    vlm = move(vlm)
+    vlm, checked = move(vlm), move(load_vlm(args.student, "cpu", "bfloat16"))
     with Played():
-        check_scoring(vlm, [encode(vlm, "Is the lamp on?", [noise_image(32, 32)])])
+        check_scoring(checked, [encode(checked, "Is the lamp on?", [noise_image(32, 32)])])
         assert {w.dtype for w in vlm.model.parameters()} == {torch.bfloat16}
         D = train.Discriminator(vlm)
         run = train.Run(args, train.World(), tmp_path, vlm, examples, D)
