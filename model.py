@@ -347,8 +347,7 @@ def all_or_nothing(path: str | Path) -> Iterator[Path]:
     unfinished = Path(f"{path}.unfinished")
     remove(unfinished)                             # left by a killed run
     yield unfinished
-    parts = list(unfinished.iterdir()) if unfinished.is_dir() else []
-    for part in (*parts, unfinished):
+    for part in (*unfinished.glob("*"), unfinished):
         sync(part)
     unfinished.replace(path)
     sync(Path(path).parent)
@@ -1290,12 +1289,9 @@ class World:
     """The processes that torchrun started; this one is number `rank`. A single process needs none of this.
 
     All processes work on every stage of a run. Each draws the same batch of questions and the same noise, and
-    works on its own part of them, rank::size. Gradients are sums over questions, so the result does not
-    depend on the number of processes. Trained models are sharded (`shard`, FSDP2): each process holds a part
-    of each weight, with the gradient and optimizer state of that part. A process has all weights only while
-    it samples (in the loop: `unsharded`). The processes exchange nothing while one of them samples or asks a
-    judge. Rank 0 finds out what all must agree on (`rank_0`). Only rank 0 writes finished files and prints to
-    the console.
+    works on its own part of them, rank::size. Trained models are sharded (`shard`, FSDP2). A process has all
+    weights only while it samples (in the loop: `unsharded`). The processes exchange nothing while one of them
+    samples or asks a judge. Only rank 0 writes finished files and prints to the console.
     """
     rank: int = 0
     size: int = 1
@@ -1371,7 +1367,7 @@ class World:
               method: str = "gathered"):
         """Leave each process a part of each weight. FSDP gathers the weights when they are used: each decoder
         layer and each of `others` in its own forward and backward pass, the rest of `module` in those of
-        `method`. Gradients are sums over the processes.
+        `method`. Gradients are sums over the processes, whose number so does not change the result.
 
         The vision tower belongs to the rest. A process whose micro-batch has no image does not run it; if the
         tower's layers were gathered one by one, the other processes would wait for this one.
