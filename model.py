@@ -534,8 +534,7 @@ def check_files(path: str):
             if file.suffix == ".json":
                 json.loads(file.read_bytes())
             if file.suffix == ".safetensors":
-                with safe_open(file, "pt"):
-                    pass                                           # checks its header against its size
+                safe_open(file, "pt")                              # checks its header against its size
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{file} cannot be read: cut off or a git-lfs pointer? ({error})") from error
 

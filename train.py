@@ -970,8 +970,7 @@ class RunFolder:
         if donor:
             if not (record := read_record(Path(donor))):
                 raise UserError(f"--from {donor}: not the folder of a run, it has no run.json")
-            loop = {field_of(option) for option in OPTIONS["loop"]}
-            compare(Path(donor), record, wanted, ignored=loop.union(LOOP_INPUTS))
+            compare(Path(donor), record, wanted, ignored=fields("loop").union(LOOP_INPUTS))
         if not self.record:
             self.record = wanted
             self.write(steps=0)
@@ -1010,15 +1009,15 @@ class RunFolder:
         write_atomic(self.out / "run.json", json.dumps(self.record, indent=1))
 
 
-def field_of(option) -> str:
-    """The attribute of the parsed arguments that holds an option."""
-    return option.name.strip("-").replace("-", "_")
+def fields(*groups: str) -> set[str]:
+    """The attributes of the parsed arguments that hold the options of these groups."""
+    return {option.name.strip("-").replace("-", "_") for group in groups for option in OPTIONS[group]}
 
 
 def record_of(args, data: dict) -> dict:
     """The run.json of a new run: every option but those of the machine, files by what they hold, and hashes
     of the code. data: the examples, or the task, of each option."""
-    left_out = {field_of(option) for group in ("machine", "models and data") for option in OPTIONS[group]}
+    left_out = fields("machine", "models and data")
     made = {name: value for name, value in vars(args).items() if name not in left_out}
     for name in ("data", "sft_data", "collection", "eval_data"):
         pictures = [e.pictures for e in getattr(data.get(name), "examples", data.get(name, ()))]
