@@ -1141,23 +1141,18 @@ def toy_world_and_teachers(folder: RunFolder, args, data: dict) -> list:
     if args.student == "toy":
         lessons = [lesson for lesson in (words, data["sft_data"]) if lesson]
         models["sft"] = ("qwen2_5_vl", lessons, 64, args.sft_steps)
-        side_by_side(folder, args, models)
+        folder.world.rank_0(partial(side_by_side, folder, args, models))
     slots = max(1, 2 * args.num_samples * args.rollout_batch // args.collect) * args.collect
     return [make_teacher(name, args.device, args.dtype, slots) for name in args.teachers]
 
 
 def side_by_side(folder: RunFolder, args, models: dict[str, tuple]):
-    """Train tiny models, each in its own process, as many at a time as there are cores. Under torchrun, all
-    processes train one model after the other together."""
-    if folder.world.size > 1:
-        for name, model in models.items():
-            folder.stage(name, lambda path: tiny_vlm_from_scratch(path, *model, args, folder.world))
-        return
+    """Train tiny models, each in its own process, as many at a time as there are cores."""
     todo = {folder.out / name: model for name, model in models.items() if not folder.has(name)}
     try:
         with ProcessPoolExecutor(min(len(todo), os.cpu_count()) or 1, get_context("spawn"), leave_with_parent,
                                  (os.getpid(),)) as processes:
-            for job in [processes.submit(tiny_vlm_from_scratch, path, *model, args, folder.world)
+            for job in [processes.submit(tiny_vlm_from_scratch, path, *model, args)
                         for path, model in todo.items()]:
                 job.result()
     except BrokenProcessPool as error:
@@ -1195,7 +1190,7 @@ def toy_world(path: Path, seed: int, world: World):
 
 
 def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]], width: int, steps: int,
-                          args, world: World):
+                          args):
     """Train a tokenizer on the lessons, then a model from random weights by SFT on each lesson in turn.
 
     The first takes `steps`, the others a quarter as many: learning to see takes longer than to speak.
@@ -1205,17 +1200,13 @@ def tiny_vlm_from_scratch(folder: Path, family: str, lessons: list[list[Example]
     texts = [text for e in examples for text in (e.text, e.truth)]
     texts += 50 * [SYSTEM, BEFORE + AFTER, "user\nassistant\nsystem\n"]
     random_weights = Path(f"{folder}.random")
-    if world.rank == 0:
-        remove(random_weights)
-        build_tiny_vlm(str(random_weights), family, texts, width, layers=2, vocabulary=600, seed=args.seed)
-    world.barrier()
+    remove(random_weights)
+    build_tiny_vlm(str(random_weights), family, texts, width, layers=2, vocabulary=600, seed=args.seed)
     vlm = load_vlm(str(random_weights), args.device, args.dtype)
-    world.shard(vlm.model, vlm.model.get_decoder())
     for i, lesson in enumerate(lessons):
-        sft(vlm, lesson, steps // 4 if i else steps, folder.name, args, world)
-    save_student(world, vlm, str(random_weights), folder)
-    if world.rank == 0:
-        remove(random_weights)
+        sft(vlm, lesson, steps // 4 if i else steps, folder.name, args, World())
+    save_vlm(vlm, str(folder))
+    remove(random_weights)
 
 
 def fine_tuned_student(folder: RunFolder, args, data: dict) -> str:
