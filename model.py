@@ -992,7 +992,7 @@ def stream_in_step(vlm: VLM, line: Iterator, G: int, sampling: Sampling, slots: 
         states, mask, position, seen = (x[which] for x in (states[:, -1:], mask, positions[:, -1:],
                                                            seen_in(vlm, ids, mask)))
         noise, tail_sums = torch.cat([own for _, (_, own) in ahead]), torch.zeros(len(live), device=device)
-        chosen, lengths = torch.zeros(len(live), R, dtype=torch.long, device=device), [R] * len(live)
+        chosen, lengths = torch.zeros(len(live), R, dtype=torch.long, device=device), torch.full_like(live, R)
         for step in range(R):
             logits = next_logits(vlm, states, banned)                                        # (N, V)
             if tails is not None and sampling.temperature:
@@ -1000,8 +1000,7 @@ def stream_in_step(vlm: VLM, line: Iterator, G: int, sampling: Sampling, slots: 
             token = sample(logits, seen, sampling, noise[live, step])                        # (N,)
             chosen[live, step] = token
             ended = (token[:, None] == stops).any(1)
-            for row in live[ended].tolist():
-                lengths[row] = step + 1
+            lengths[live[ended]] = step + 1
             keep = (~ended).nonzero()[:, 0]
             if not len(keep) or step + 1 == R:
                 break
