@@ -342,7 +342,7 @@ class LLMJudge:
                  dtype: str | None = None, max_new_tokens: int = 512, batch_size: int = 32):
         self.cache = cache
         self.batch_size = batch_size
-        self.sampling = Sampling(0, 1, 0, 1, max_new_tokens)       # greedy, without filters or penalty
+        self.sampling = greedy_sampling(max_new_tokens)
         self.known = {}                                            # hash of a prompt -> verdict
         self.has_shown = False                                     # whether a reply has been shown
         self.endpoint = endpoint_of(model)
@@ -390,8 +390,8 @@ class LLMJudge:
         keys, heard, failures = list(prompts), [], []
         if not self.endpoint:
             encoded = (encode(self.llm, prompt, []) for prompt in prompts.values())
-            longest = self.sampling.max_new_tokens
-            for i, reply, _ in stream_greedy(self.llm, encoded, longest, self.batch_size):
+            noise = repeat(torch.zeros(1, self.sampling.max_new_tokens, device=self.llm.device))   # no effect
+            for i, reply, _ in stream_texts(self.llm, encoded, noise, self.sampling, self.batch_size):
                 yield keys[i], reply
             return
 
@@ -959,48 +959,44 @@ def check_rotations(group: list[Example]):
 # -------------------------------------------------------------------------------- responses
 
 
-def stream_greedy(vlm: VLM, prompts: Iterable[Prompt], max_new_tokens: int,
-                  batch_size: int) -> Iterator[tuple[int, str, bool]]:
-    """Yield (prompt number, greedy response, whether it finished) as the responses end, with batch_size of
-    them in progress at a time. A thought that the prompt opened is part of the response."""
+def greedy_sampling(max_new_tokens: int) -> Sampling:
+    """Greedy decoding, without filters or penalty."""
+    return Sampling(0, 1, 0, 1, max_new_tokens)
+
+
+def stream_texts(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[torch.Tensor], sampling: Sampling,
+                 slots: int) -> Iterator[tuple[int, str, bool]]:
+    """Like `stream` for one response per prompt, but yield (prompt number, text, whether it finished). A
+    thought that the prompt opened is part of the text."""
     opened = opened_thought(vlm.processor)
-    sampling = Sampling(temperature=0, repetition_penalty=1, max_new_tokens=max_new_tokens)
-    noise = torch.zeros(1, max_new_tokens, device=vlm.device)      # has no effect at temperature 0
-    for i, ids in stream(vlm, prompts, repeat(noise), 1, sampling, batch_size):
+    for i, ids in stream(vlm, prompts, noise, 1, sampling, slots):
         yield i, opened + decode(vlm, ids)[0], ids[0][-1].item() in vlm.stop_ids
 
 
-def stream_task(vlm: VLM, task: Task, max_new_tokens: int,
-                batch_size: int) -> Iterator[tuple[Example, str, bool]]:
-    """Yield (example, greedy response, finished) as responses end. An image is opened when its turn comes.
-    The longest prompts come first, so lack of memory shows at once and progress is not overestimated."""
+def stream_task(vlm: VLM, task: Task, sampling: Sampling, slots: int) -> Iterator[tuple[Example, str, bool]]:
+    """Yield (example, response, finished) as responses end. An image is opened when its turn comes.
+
+    The noise of a response depends only on the example's id. The longest prompts come first, so lack of
+    memory shows at once and progress is not overestimated.
+    """
     def tokens(e):                                                 # roughly
         return sum(w * h for w, h in e.sizes) / 28 ** 2 + len(e.text) / 4
+
+    def noise(e):
+        generator = torch.Generator().manual_seed(zlib.crc32(e.id.encode()))
+        return torch.rand(1, sampling.max_new_tokens, generator=generator).to(vlm.device)
     todo = sorted(task.examples, key=tokens, reverse=True)
     prompts = (encode_example(vlm, task.asked(e)) for e in todo)
-    replies = stream_greedy(vlm, prompts, max_new_tokens, batch_size)
+    replies = stream_texts(vlm, prompts, map(noise, todo), sampling, slots)
     for i, text, finished in tqdm(replies, task.name, len(todo), unit="question", leave=False):
         yield todo[i], text, finished
 
 
-def predict_greedy(vlm: VLM, task: Task, max_new_tokens: int, batch_size: int = 64,
-                   world: World = World()) -> list[str]:
-    """One greedy response per example, in the order of the examples. Each process generates its share."""
+def predict(vlm: VLM, task: Task, sampling: Sampling, slots: int, world: World = World()) -> list[str]:
+    """One response per example, in the order of the examples. Each process generates its share."""
     part = replace(task, examples=world.mine(task.examples))
-    texts = {e.id: text for e, text, _ in stream_task(vlm, part, max_new_tokens, batch_size)}
+    texts = {e.id: text for e, text, _ in stream_task(vlm, part, sampling, slots)}
     return world.all_gather([texts[e.id] for e in part.examples])
-
-
-def predict_sampled(vlm: VLM, task: Task, sampling: Sampling, slots: int,
-                    world: World = World()) -> list[str]:
-    """Like predict_greedy, but sampled. The noise of a response depends only on the example's id."""
-    def noise(e):
-        generator = torch.Generator().manual_seed(zlib.crc32(e.id.encode()))
-        return torch.rand(1, sampling.max_new_tokens, generator=generator).to(vlm.device)
-    part, opened = world.mine(task.examples), opened_thought(vlm.processor)
-    prompts = (encode_example(vlm, task.asked(e)) for e in part)
-    ids = dict(stream(vlm, prompts, map(noise, part), 1, sampling, slots))
-    return world.all_gather([opened + decode(vlm, ids[i])[0] for i in range(len(part))])
 
 
 def predict_to_files(model: str, folder: Path, tasks: list[Task], args: argparse.Namespace,
@@ -1023,7 +1019,8 @@ def predict_to_files(model: str, folder: Path, tasks: list[Task], args: argparse
             # room=0: no encoded prompt is kept, because each is asked only once
             vlm = vlm or replace(load_vlm(model, args.device, args.dtype), room=0)
             with open(own_file(path, world.rank), "a", encoding="utf-8") as file:
-                for e, text, finished in stream_task(vlm, part, args.max_new_tokens, args.batch_size):
+                sampling = greedy_sampling(args.max_new_tokens)
+                for e, text, finished in stream_task(vlm, part, sampling, args.batch_size):
                     row = {"id": e.id, "text": text, "finished": finished, "asked": asked[e.id]}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     file.flush()

@@ -68,7 +68,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from discriminator import (AFTER, BEFORE, SIMILARITIES, SYSTEM, Discriminator, around_response,
                            pretrain_discriminator, update_discriminator)
-from eval import (Task, check_judge, draw_curves, make_judge, predict_greedy, predict_sampled, results_table,
+from eval import (Task, check_judge, draw_curves, greedy_sampling, make_judge, predict, results_table,
                   rule_check, score_responses, task_of, write_report)
 from model import (VLM, Outputs, UserError, World, all_or_nothing, check_scoring, checkpoint_layers, concat,
                    encode_responses, gathered, generate, image_tokens, load_processor, load_vlm,
@@ -517,8 +517,8 @@ def held_out_accuracy(run: Run, held_out: Task, judge) -> tuple[dict[str, float]
     A judge that is down does not end the run."""
     row, greedy, p_student = {}, [], []
     with run.sampler() as policy:
-        texts = predict_greedy(policy, held_out, run.args.max_new_tokens, run.args.rollout_batch, run.world)
-        sampled = predict_sampled(policy, held_out, sampling_of(run.args), run.args.rollout_batch, run.world)
+        texts, sampled = (predict(policy, held_out, sampling, run.args.rollout_batch, run.world)
+                          for sampling in (greedy_sampling(run.args.max_new_tokens), sampling_of(run.args)))
     if run.D:
         followed = [e.text for e in held_out.examples[:FOLLOWED]]
         with run.using(run.D):
@@ -1334,8 +1334,8 @@ def report(folder: RunFolder, args, data: dict, get_judge, start: str):
     for name, checkpoint in (("before", start), ("after", str(out / "student"))):
         def make(path):
             vlm, world = load_vlm(checkpoint, args.device, args.dtype), folder.world
-            texts = predict_greedy(vlm, held_out, args.max_new_tokens, args.rollout_batch, world)
-            sampled = predict_sampled(vlm, held_out, sampling_of(args), args.rollout_batch, world)
+            texts, sampled = (predict(vlm, held_out, sampling, args.rollout_batch, world)
+                              for sampling in (greedy_sampling(args.max_new_tokens), sampling_of(args)))
             if world.rank == 0:
                 score, of_samples = score_responses(held_out, texts, get_judge()), f"{held_out.name}, sampled"
                 score["sampled"] = score_responses(replace(held_out, name=of_samples), sampled, get_judge())

@@ -7,12 +7,13 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
 import eval
 from conftest import call, noise_image
-from eval import (draw_curves, most_changed, opened_thought, parse_verdict, rule_check, rule_judge,
-                  rule_verdict, stream_greedy, task_of, without_thoughts, write_report)
+from eval import (draw_curves, greedy_sampling, most_changed, opened_thought, parse_verdict, rule_check,
+                  rule_judge, rule_verdict, stream_texts, task_of, without_thoughts, write_report)
 from model import UserError, encode
 from teachers import Example, load_examples
 
@@ -233,10 +234,10 @@ def test_a_thought_that_the_template_opened_hides_what_never_left_it(end, opened
     assert opened_thought(tokenizer) == opened
     assert opened_thought(qwen.processor) == ""
     vlm = replace(qwen, processor=tokenizer)
-    prompts = [encode(vlm, "How many?", [])]
-    [(_, text, finished)] = stream_greedy(vlm, prompts, 2, 1)
+    rest = [encode(vlm, "How many?", [])], [torch.zeros(1, 2)], greedy_sampling(2), 1
+    [(_, text, finished)] = stream_texts(vlm, *rest)
     assert text.startswith(opened) and not finished
-    [(_, _, finished)] = stream_greedy(replace(vlm, stop_ids=list(range(len(tokenizer)))), prompts, 2, 1)
+    [(_, _, finished)] = stream_texts(replace(vlm, stop_ids=list(range(len(tokenizer)))), *rest)
     assert finished
     assert (without_thoughts(text) == "") == bool(opened)
     assert rule_verdict(COUNT, "2", opened + "It is 2") == int(not opened)
