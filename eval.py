@@ -45,8 +45,8 @@ from tqdm import tqdm
 from model import (VLM, Prompt, Sampling, UserError, World, chat_turns, decode, encode, load_processor,
                    load_vlm, opened_thought, pick_device, pick_dtype, run_main, stamp, stream,
                    without_thoughts, write_atomic)
-from teachers import (CallFailed, Check, Example, chat, check_endpoint, check_prompts, drop_torn_line,
-                      encode_example, endpoint_of, load_examples, merge_files, messages_of, open_image,
+from teachers import (CallFailed, Check, Example, chat, check_endpoint, check_prompts, encode_example,
+                      endpoint_of, load_examples, merge_files, messages_of, open_image,
                       own_file, prompt_checks, question_hash, read_jsonl, read_tsv, shortened)
 
 # A judge is any function from (question, truth, response) triples to verdicts: 0 (wrong) to 1 (right), or
@@ -354,7 +354,7 @@ class LLMJudge:
             self.llm = load_vlm(model, device, dtype, text_only=True)
             self.name, self.made_from = model, f"{stamp(model)} {pick_dtype(device, dtype)}"
         if cache and cache.exists():
-            drop_torn_line(cache)
+            merge_files(cache)                                     # drops half a line
             self.known = {row["key"]: row["verdict"] for _, row in read_jsonl(cache)}
 
     def __call__(self, triples: list[Triple], graded: bool = False) -> list[float | None]:

@@ -400,35 +400,28 @@ def merge_files(path: str | Path):
     """Append the files of the other processes (see own_file) to a JSONL file, and delete them. No two of
     their lines are equal, so a line that the file already has comes from a merge that was killed."""
     path = Path(path)
+    before = path.read_bytes() if path.exists() else b""
     others = sorted(p for p in path.parent.glob("*") if p.name.startswith(f"{path.name}.rank"))
-    for file in (path, *others):
-        drop_torn_line(file)
-    if others:
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        there = set(lines)
-        for other in others:
-            lines += [line for line in other.read_bytes().splitlines(keepends=True) if line not in there]
+    lines = complete_lines(before)
+    there = set(lines)
+    for other in others:
+        lines += [line for line in complete_lines(other.read_bytes()) if line not in there]
+    if b"".join(lines) != before:
         write_atomic(path, b"".join(lines))
     for other in others:
         other.unlink()
 
 
-def drop_torn_line(path: str | Path):
-    """If a JSONL file ends in half a line, remove it. A writer that was killed may have left it."""
-    if not Path(path).exists():
-        return
-    with open(path, "rb+") as file:
-        size, last = 0, b"\n"
-        for last in file:
-            size += len(last)
-        if last.endswith(b"\n"):
-            return
+def complete_lines(contents: bytes) -> list[bytes]:
+    """The lines of a JSONL file, without half a line at its end, which a writer that was killed may leave."""
+    lines = contents.splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
         try:
-            json.loads(last)
-            file.seek(size)
-            file.write(b"\n")                      # complete except for its newline
+            json.loads(lines[-1])
+            lines[-1] += b"\n"                     # complete except for its newline
         except ValueError:
-            file.truncate(size - len(last))
+            lines.pop()
+    return lines
 
 
 def sort_collection(path: str, names: list[str], examples: list[Example]):

@@ -20,7 +20,7 @@ from conftest import call, lamp_files, noise_image
 from eval import rule_verdict, task_of
 from model import Sampling, UserError, chat_turns, encode_responses, image_tokens
 from teachers import (SHAPES, VOICES, CallFailed, Collection, Example, ToySplit, blamed_settings, draw_scene,
-                      draw_toy_world, drop_torn_line, fill_collection, load_examples, make_teacher,
+                      draw_toy_world, fill_collection, load_examples, make_teacher, merge_files,
                       open_image, prompt_checks, questions_about, replies_of, select, write_examples)
 
 
@@ -817,5 +817,5 @@ def test_a_complete_last_line_without_its_end_is_kept(tmp_path):
                        (b'{"id": 1}\n', b'{"id": 1}\n'),
                        (b'{"id": 1}\n{"id": "' + b"x" * 200_000, b'{"id": 1}\n')):
         (tmp_path / "c").write_bytes(text)
-        drop_torn_line(str(tmp_path / "c"))
+        merge_files(str(tmp_path / "c"))
         assert (tmp_path / "c").read_bytes() == kept
