@@ -336,31 +336,24 @@ def response_length(tokenizer, text: str) -> int:
 
 def incomplete(path: str, names: list[str], examples: list[Example], num: int, settings: dict,
                made_by: dict[str, str]) -> dict[str, list[tuple[Example, int]]]:
-    """{teacher: pairs (example, number of its responses so far), for the examples with fewer than num}."""
-    have = count_responses(path, examples, settings, made_by)
-    return {name: [(e, have[name, e.id]) for e in examples if have[name, e.id] < num] for name in names}
+    """{teacher: pairs (example, have)}: where the file has fewer than num responses with these settings.
 
-
-def count_responses(path: str, examples: list[Example], settings: dict, made_by: dict[str, str]) -> Counter:
-    """Count the file's responses that were sampled with these settings, by (teacher, example id). Raises
-    UserError if a response is to another question than the example with its id asks, or if its teacher was a
-    different checkpoint from the one in made_by."""
-    counts = Counter()
-    merge_files(path)
-    if not Path(path).exists():
-        return counts
+    Raises UserError if a response is to another question than the example with its id asks, or if its teacher
+    was a different checkpoint from the one in made_by.
+    """
+    have = Counter()                               # by (teacher, example id)
     asked = {example.id: question_hash(example) for example in examples}
-    for where, row in read_jsonl(path):
-        name = row.get("id")
+    merge_files(path)
+    for where, row in read_jsonl(path) if Path(path).exists() else ():
+        name, teacher = row.get("id"), row.get("teacher")
         if "asked" in row and row["asked"] != asked.get(name, row["asked"]):
             raise UserError(f"{where}: a response to another question than {name!r} asks now; remove the "
                             f"lines with this id, or choose another --out")
-        teacher = row.get("teacher")
         if row.get("made_by") and row["made_by"] != made_by.get(teacher, row["made_by"]):
             raise UserError(f"{where}: {teacher} was another checkpoint, or had another dtype, when it gave "
                             f"this response; remove its lines, or choose another --out")
-        counts[teacher, name] += row.get("sampling") == settings
-    return counts
+        have[teacher, name] += row.get("sampling") == settings
+    return {name: [(e, have[name, e.id]) for e in examples if have[name, e.id] < num] for name in names}
 
 
 def question_hash(example: Example) -> int:
