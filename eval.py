@@ -15,10 +15,8 @@ wrong, the docstring says so, and says what this file does instead. A response f
 extracted is wrong (upstream guesses at random). The share of extracted answers is reported with the score.
 """
 import argparse
-import base64
 import hashlib
 import html
-import io
 import json
 import math
 import os
@@ -45,8 +43,8 @@ from tqdm import tqdm
 from model import (VLM, Prompt, Sampling, UserError, World, chat_turns, decode, encode, load_processor,
                    load_vlm, opened_thought, pick_device, pick_dtype, run_main, stamp, stream,
                    without_thoughts, write_atomic)
-from teachers import (CallFailed, Check, Example, chat, check_endpoint, check_prompts, encode_example,
-                      endpoint_of, load_examples, merge_files, messages_of, open_image,
+from teachers import (CallFailed, Check, Example, chat, check_endpoint, check_prompts, data_url,
+                      encode_example, endpoint_of, load_examples, merge_files, messages_of, open_image,
                       own_file, prompt_checks, question_hash, read_jsonl, read_tsv, shortened)
 
 # A judge is any function from (question, truth, response) triples to verdicts: 0 (wrong) to 1 (right), or
@@ -1331,7 +1329,7 @@ def write_report(folder: Path, settings: dict, results: dict[str, list[dict]], r
     page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title>",
             f"<meta name=viewport content='width=device-width'><style>{STYLE}</style><h1>{title}</h1>"]
     if curves.exists():
-        page.append(f'<img class=curves alt="Curves" src="{data_url(curves.read_bytes(), "png")}">')
+        page.append(f'<img class=curves alt="Curves" src="{data_url(Image.open(curves), "png")}">')
     if results:
         page.append(f"<h2>Scores</h2><pre>{html.escape(results_table(results))}</pre>")
     if rollouts:
@@ -1343,11 +1341,6 @@ def write_report(folder: Path, settings: dict, results: dict[str, list[dict]], r
     rows = "".join(table_row([name, str(value)]) for name, value in settings.items())
     page.append(f"<h2>Settings</h2><table>{rows}</table></html>")
     write_atomic(folder / "report.html", "\n".join(page))
-
-
-def data_url(contents: bytes, kind: str) -> str:
-    """Embed an image file in a data URL, so that a report is one file."""
-    return f"data:image/{kind};base64,{base64.b64encode(contents).decode()}"
 
 
 def table_row(cells: list, value: float = 0, tag: str = "td") -> str:
@@ -1363,8 +1356,7 @@ def card(about: str, row: dict, header: list[str], lines: list[str]) -> str:
     for path in row["image"][:4]:
         picture = open_image(path, path)
         picture.thumbnail((320, 320))
-        picture.save(buffer := io.BytesIO(), "jpeg", quality=90, subsampling=0)
-        images += f'<img alt="" src="{data_url(buffer.getvalue(), "jpeg")}">'
+        images += f'<img alt="" src="{data_url(picture, "jpeg", quality=90, subsampling=0)}">'
     about, question, truth = (html.escape(text) for text in (about, row["question"], row["truth"]))
     return (f"<div class=card><div>{images}</div><table><caption>{about}: <b>{question}</b> (truth: {truth})"
             f"</caption>\n{table_row(header, tag='th')}{''.join(lines)}</table></div>\n")

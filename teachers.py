@@ -1159,22 +1159,21 @@ def check_endpoint(endpoint: Endpoint):
 
 def messages_of(turns: list[dict], images: list[Image.Image]) -> list[dict]:
     """Format chat_turns for an endpoint: images as lossless PNG data URLs, text alone as a string."""
-    waiting = iter(images)
+    urls = (data_url(image, "png", compress_level=1) for image in images)
     messages = []
     for turn in turns:
-        content = [part if part["type"] == "text" else image_part(next(waiting)) for part in turn["content"]]
+        content = [part if part["type"] == "text" else {"type": "image_url", "image_url": {"url": next(urls)}}
+                   for part in turn["content"]]
         if all(part["type"] == "text" for part in content):
             content = "".join(part["text"] for part in content)
         messages.append({"role": turn["role"], "content": content})
     return messages
 
 
-def image_part(image: Image.Image) -> dict:
-    """An image as part of a message."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
+def data_url(image: Image.Image, kind: str, **options) -> str:
+    """An image as a data URL, which holds all of it. kind: "png" or "jpeg"; options: see PIL's Image.save."""
+    image.save(buffer := io.BytesIO(), kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def chat(endpoint: Endpoint, messages: list[dict], num: int, sampling: Sampling,
