@@ -16,7 +16,6 @@ import csv
 import http.client
 import io
 import json
-import math
 import os
 import random
 import re
@@ -458,13 +457,11 @@ def select(vlm: VLM, examples: list[Example], num: int, longest: int, seed: int,
             logps = score(vlm, encode_examples(vlm, batch), outputs)                 # (B, 1, R)
         means += (logps.sum((1, 2)) / outputs.mask.sum((1, 2))).tolist()             # (B,)
     world.barrier()                                # may wait for over an hour
-    rng, keys = random.Random(seed), []
-    for mean in world.all_gather(means):
-        weight = max(1e-9, -math.expm1(mean))
-        # Gumbel trick: the `num` largest log w + noise are such a draw without replacement
-        keys.append(math.log(weight) - math.log(-math.log(rng.random())))
-    chosen = set(sorted(range(len(short)), key=lambda i: -keys[i])[:num])
-    return [e for i, e in enumerate(short) if i in chosen]
+    rng = random.Random(seed)
+    weights = np.maximum(1e-9, -np.expm1(world.all_gather(means)))
+    # Gumbel trick: the `num` largest log w + noise are such a draw without replacement
+    keys = np.log(weights) - np.log(-np.log([rng.random() for _ in short]))
+    return [short[i] for i in sorted(np.argsort(-keys)[:num])]
 
 
 def write_examples(examples: list[Example], path: str):
