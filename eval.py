@@ -1225,10 +1225,7 @@ def draw_curves(metrics: list[dict], greedy: list[dict], path: str):
     terms = [name for name in dict.fromkeys(name for row in metrics for name in row)
              if re.fullmatch("reward/.+/student", name)]
     last = max((row["step"] + 1 for row in metrics), default=1)
-    followed = most_changed(greedy)
-    image = Image.new("RGB", (WIDTH * (len(terms) + 1 + bool(followed)), HEIGHT), "white")
-    if followed:
-        image.paste(question_panel(followed), (WIDTH * (len(terms) + 1), 0))
+    panels = []
 
     def curve(name, colour, dots=False):
         points = [(row["step"] + 1, row[name]) for row in metrics  # a mean of no verdicts is NaN
@@ -1236,11 +1233,13 @@ def draw_curves(metrics: list[dict], greedy: list[dict], path: str):
         return points, colour, dots
     for i, name in enumerate(terms):
         title = f"{name.split('/')[1].capitalize()} reward of the student"
-        image.paste(panel(title, [curve(name, COLOURS[i % len(COLOURS)])], last), (i * WIDTH, 0))
+        panels.append(panel(title, [curve(name, COLOURS[i % len(COLOURS)])], last))
     held_out = [curve("tail", TAIL_COLOUR), curve("heldout_accuracy", ACCURACY_COLOUR, dots=True),
                 curve("heldout_sampled", SAMPLED_COLOUR, dots=True)]
-    image.paste(panel("Held-out accuracy, greedy and sampled; tail", held_out, last), (len(terms) * WIDTH, 0))
-    image.save(path)
+    panels.append(panel("Held-out accuracy, greedy and sampled; tail", held_out, last))
+    if followed := most_changed(greedy):
+        panels.append(question_panel(followed))
+    Image.fromarray(np.hstack(panels)).save(path)
 
 
 def most_changed(greedy: list[dict]) -> list[dict]:
