@@ -362,13 +362,17 @@ class LLMJudge:
         reply without a verdict is shown. Prompts that got no verdict are asked again in a later call.
         """
         template = GRADED_PROMPT if graded else JUDGE_PROMPT
-        safe = [[TAGS.sub("&lt;", text) for text in triple] for triple in triples]
-        prompts = [template.format(question=q, truth=a, response=o) for q, a, o in safe]
-        texts = [f"{self.made_from}\n{prompt}" for prompt in prompts]
-        keys = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts]
-        texts = [[text.strip().removesuffix(".").casefold() for text in triple[1:]] for triple in triples]
-        same = {key: 1.0 for key, (truth, response) in zip(keys, texts) if truth == response}
-        new = {key: prompt for key, prompt in zip(keys, prompts) if key not in self.known | same}
+        keys, new = [], {}
+        for triple in triples:
+            question, truth, response = (TAGS.sub("&lt;", text) for text in triple)
+            prompt = template.format(question=question, truth=truth, response=response)
+            key = hashlib.sha256(f"{self.made_from}\n{prompt}".encode()).hexdigest()[:32]
+            keys.append(key)
+            truth, response = (text.strip().removesuffix(".").casefold() for text in triple[1:])
+            if truth == response:
+                self.known[key] = 1.0
+            elif key not in self.known:
+                new[key] = prompt
         for key, reply in self.replies(new):
             verdict = parse_verdict(without_thoughts(reply), graded)
             if verdict is not None:
@@ -379,8 +383,7 @@ class LLMJudge:
             elif not self.has_shown:
                 self.has_shown = True
                 tqdm.write(f"judge: this reply does not end with an <answer> tag: {shortened(reply)!r}")
-        verdicts = self.known | same
-        return [verdicts.get(key) for key in keys]
+        return [self.known.get(key) for key in keys]
 
     def replies(self, prompts: dict[str, str]) -> Iterator[tuple[str, str]]:
         """Yield (key, reply) for prompts {key: text}. A server gets several prompts at a time. A failed call
