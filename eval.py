@@ -928,7 +928,8 @@ TRUTHS_NEEDED = {"vqa": 4, "cider": 1}
 
 
 def check_task(task: Task, path: str):
-    """Raise UserError if a task's metric makes no sense for its data, e.g. if a rotation is missing."""
+    """Raise UserError if a task's metric makes no sense for its data. A circular question must occur once per
+    option, with its options rotated."""
     groups = defaultdict(list)
     for e in task.examples:
         groups[e.group].append(e)
@@ -944,17 +945,12 @@ def check_task(task: Task, path: str):
         raise UserError(f"{path}: CIDEr compares images, so give it at least two")
     if task.metric == "circular":
         for group in groups.values():
-            check_rotations(group)
-
-
-def check_rotations(group: list[Example]):
-    """Raise UserError unless a question occurs once per option, with its options rotated. A question whose
-    options mention letters may occur just once, because upstream does not rotate such options."""
-    options = group[0].letters
-    fixed = len(options) < 2 or any(re.search(r"\b[A-D]\b", option) for option in options.values())
-    if len(group) != len(options) and not (fixed and len(group) == 1):
-        raise UserError(f"{group[0].where}: {len(group)} rotations of a question with {len(options)} "
-                        "options; give --metric mcq to score each row by itself")
+            options = group[0].letters
+            # upstream does not rotate options that mention letters
+            fixed = len(options) < 2 or any(re.search(r"\b[A-D]\b", option) for option in options.values())
+            if len(group) != len(options) and not (fixed and len(group) == 1):
+                raise UserError(f"{group[0].where}: {len(group)} rotations of a question with {len(options)} "
+                                "options; give --metric mcq to score each row by itself")
 
 
 # -------------------------------------------------------------------------------- responses
