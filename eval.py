@@ -26,7 +26,6 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -40,12 +39,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import (VLM, Prompt, Sampling, UserError, World, chat_turns, decode, encode, load_processor,
-                   load_vlm, opened_thought, pick_device, pick_dtype, run_main, stamp, stream,
-                   without_thoughts, write_atomic)
-from teachers import (CallFailed, Check, Example, chat, check_endpoint, check_prompts, data_url,
-                      encode_example, endpoint_of, load_examples, merge_files, messages_of, open_image,
-                      own_file, prompt_checks, question_hash, read_jsonl, read_tsv, shortened)
+from model import (VLM, Prompt, Sampling, UserError, World, decode, encode, load_processor, load_vlm,
+                   opened_thought, pick_device, pick_dtype, run_main, stamp, stream, without_thoughts,
+                   write_atomic)
+from teachers import (Check, Example, ServerTeacher, check_endpoint, check_prompts, data_url, encode_example,
+                      endpoint_of, load_examples, merge_files, open_image, own_file, prompt_checks,
+                      question_hash, read_jsonl, read_tsv, shortened)
 
 # A judge is any function from (question, truth, response) triples to verdicts: 0 (wrong) to 1 (right), or
 # None if it could not tell. None never becomes a score: the response is left out and counted as a failure.
@@ -386,34 +385,20 @@ class LLMJudge:
         return [self.known.get(key) for key in keys]
 
     def replies(self, prompts: dict[str, str]) -> Iterator[tuple[str, str]]:
-        """Yield (key, reply) for prompts {key: text}. A server gets several prompts at a time. A failed call
-        yields no reply. If as many calls fail as there are workers, and none succeeds, it stops asking."""
-        keys, heard, failures = list(prompts), [], []
-        if not self.endpoint:
-            encoded = (encode(self.llm, prompt, []) for prompt in prompts.values())
-            noise = repeat(torch.zeros(1, self.sampling.max_new_tokens, device=self.llm.device))   # no effect
-            for i, reply, _ in stream_texts(self.llm, encoded, noise, self.sampling, self.batch_size):
-                yield keys[i], reply
-            return
-
-        def ask(key):
-            if len(failures) >= self.endpoint.workers and not heard:
-                return None
-            messages = messages_of(chat_turns(prompts[key], 0), [])
+        """Yield (key, reply) for prompts {key: text}. A call to a server that fails yields no reply; if none
+        of the first succeeds, the rest is not asked."""
+        if self.endpoint:
+            todo = [(Example(key, (), prompt, ""), 0) for key, prompt in prompts.items()]
             try:
-                (reply, _), *_ = chat(self.endpoint, messages, 1, self.sampling, seed=0)
-            except CallFailed as error:
-                failures.append(error)
-                return None
-            heard.append(key)
-            return reply
-        with ThreadPoolExecutor(self.endpoint.workers) as pool:
-            for key, reply in zip(keys, pool.map(ask, keys)):
-                if reply is not None:
-                    yield key, reply
-        if failures:
-            failed = len(keys) - len(heard)
-            tqdm.write(f"judge: {failed} of {len(keys)} calls failed; the last: {failures[-1]}")
+                for example, replies in ServerTeacher(self.endpoint).ask(todo, 1, self.sampling, 0):
+                    yield from ((example.id, reply) for reply, _ in replies)
+            except UserError as error:
+                tqdm.write(f"judge: {error}")
+            return
+        keys, encoded = list(prompts), (encode(self.llm, prompt, []) for prompt in prompts.values())
+        noise = repeat(torch.zeros(1, self.sampling.max_new_tokens, device=self.llm.device))       # no effect
+        for i, reply, _ in stream_texts(self.llm, encoded, noise, self.sampling, self.batch_size):
+            yield keys[i], reply
 
 
 def make_judge(name: str, cache: Path | None = None, device: str | None = None,

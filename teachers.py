@@ -252,7 +252,7 @@ class CheckpointTeacher:
 
 @dataclass
 class ServerTeacher:
-    """A model behind a URL; see Endpoint."""
+    """A model behind a URL; see Endpoint. A judge on a server is asked in the same way."""
     endpoint: "Endpoint"
     name = property(lambda self: Path(self.endpoint.model).name)
 
