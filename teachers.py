@@ -1057,8 +1057,6 @@ def open_image(path: str, where: str) -> Image.Image:
 
 
 KEY = "OPENAI_API_KEY"                             # the only source of an API key, which is never logged
-# settings that not all servers know
-OPTIONAL_SETTINGS = ("top_k", "top_p", "repetition_penalty", "seed", "n", "temperature")
 # finish reasons of complete responses ("none": not given); servers have many for cut-off or failed ones
 ENDS = ("none", "", "stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "complete", "completed")
 
@@ -1239,11 +1237,11 @@ def blamed_settings(error: CallFailed, body: dict) -> list[str]:
         return []                                  # 200: some send a complaint as if it were a reply
     if re.search("(?i)context|too (long|large|many)|reduce", error.text):
         return []                                  # the prompt is too long, whatever else the error names
-    candidates = list(OPTIONAL_SETTINGS)
+    needed = {"model", "messages", "stream", "max_completion_tokens", "max_tokens"}
     if re.search("max_completion_tokens|unsupported|unrecognized", error.text, re.IGNORECASE):
-        candidates.append("max_tokens")
+        needed.remove("max_tokens")
     kind, verb = "(argument|parameter|field|property|setting)s?:? ", "(is|must|should|does|may|cannot|:|=)"
-    return [name for name in candidates if name in body and re.search(
+    return [name for name in body if name not in needed and re.search(
         rf"""(?i)["'`]{name}["'`]|\b{kind}{name}(?![\w.-])|(?<![\w.-]){name} ?{verb}""", error.text)]
 
 
