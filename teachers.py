@@ -1257,24 +1257,22 @@ VOICES = {"plain": ("{}",),
           "B": ("{}, I see.", "{}, that would be.", "{} by the look of it.", "{}, right there.")}
 BACKGROUND = ((255, 255, 255), (200, 255, 255), (255, 255, 200), (180, 180, 180))
 CELL = 16                                          # pixels; also the toy models' patch, which is one token
-CORNERS = ((0, 0), (CELL, 0), (0, CELL), (CELL, CELL))     # upper left pixels (x, y)
 
 
 def draw_scene(scene: dict[int, tuple[str, str]]) -> Image.Image:
-    """A 32 x 32 picture of {cell 0..3: (colour, shape)}."""
+    """A 32 x 32 picture of {cell 0..3: (colour, shape)}; cell 1 is at the upper right."""
     image = Image.new("RGB", (2 * CELL, 2 * CELL))
     pen = ImageDraw.Draw(image)
     for cell, tint in enumerate(BACKGROUND):       # a tint for each cell: a patch shows where it is
-        x, y = CORNERS[cell]
+        x, y = CELL * (cell % 2), CELL * (cell // 2)
         pen.rectangle((x, y, x + CELL - 1, y + CELL - 1), fill=tint)
-    for cell, (colour, shape) in scene.items():
-        x, y = CORNERS[cell]
+        colour, shape = scene.get(cell, ("", ""))
         box = (x + 2, y + 2, x + CELL - 3, y + CELL - 3)
         if shape == "circle":
             pen.ellipse(box, fill=COLOURS[colour])
         elif shape == "square":
             pen.rectangle(box, fill=COLOURS[colour])
-        else:
+        elif shape == "triangle":
             points = [(x + CELL // 2, y + 1), (x + 1, y + CELL - 3), (x + CELL - 2, y + CELL - 3)]
             pen.polygon(points, fill=COLOURS[colour])
     return image
