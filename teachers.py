@@ -1317,10 +1317,7 @@ class ToySplit:
 
 
 def draw_toy_world(folder: str, seed: int, splits: dict[str, ToySplit]):
-    """Write PNG images and one JSONL file per split, named after it.
-
-    Splits share no scenes: no picture of one split occurs in another.
-    """
+    """Write PNG images and one JSONL file per split, named after it. No picture occurs in two splits."""
     rng = random.Random(seed)
     drawn = set()
     (Path(folder) / "images").mkdir(parents=True, exist_ok=True)
