@@ -403,8 +403,7 @@ class LLMJudge:
 
 def make_judge(name: str, cache: Path | None = None, device: str | None = None,
                dtype: str | None = None) -> Judge:
-    """Return the judge that --judge names: "rule", a checkpoint, or model@url. A model reads JUDGE_PROMPT,
-    sees no image, and must end its reply with <answer>1</answer> or <answer>0</answer> (see LLMJudge)."""
+    """Return the judge that --judge names: "rule", a checkpoint, or model@url (see LLMJudge)."""
     return rule_judge if name == "rule" else LLMJudge(name, cache, device, dtype)
 
 
@@ -909,19 +908,17 @@ def grouped(benchmark: Benchmark, examples: list[Example], path: str) -> list[Ex
             for e in examples]
 
 
-TRUTHS_NEEDED = {"vqa": 4, "cider": 1}
-
-
 def check_task(task: Task, path: str):
     """Raise UserError if a task's metric makes no sense for its data. A circular question must occur once per
     option, with its options rotated."""
     groups = defaultdict(list)
+    needed = {"vqa": 4, "cider": 1}.get(task.metric, 0)
     for e in task.examples:
         groups[e.group].append(e)
         if task.metric in ("mcq", "circular", "mmmu") and e.options and e.truth not in e.letters:
             raise UserError(f"{e.where}: the answer {e.truth!r} is none of the options "
                             f"{', '.join(e.letters)}")
-        if len(e.truths) < (needed := TRUTHS_NEEDED.get(task.metric, 0)):
+        if len(e.truths) < needed:
             raise UserError(f"{e.where}: the metric {task.metric} needs at least {needed} answers, "
                             f"found {len(e.truths)}")
         if task.metric == "yes_no" and e.truth.lower() not in ("yes", "no"):
