@@ -69,7 +69,7 @@ class Example:
     truths: tuple[str, ...] = ()                   # VQA's ten answers, or reference captions
     group: str = ""                                # examples scored together, as a caption and its foils
     split: str = ""
-    kind: str = ""                                 # "dialogue", "caption", "foil", "picture", an answer_type
+    kind: str = ""                                 # "dialogue", "caption", "foil" or "picture"
     sizes: tuple[tuple[int, int], ...] = ()        # (width, height) of each image
     pictures: tuple[int, ...] = ()                 # a hash of each image's bytes
 
@@ -838,16 +838,13 @@ def tsv_examples(path: str, where: str, row: dict) -> list[Example]:
     truths = strings_in(row.get("answers") or truth)
     if row.get("answers") and truths:
         truth = truths[0]
-    kind = row.get("answer_type", "")
-    if row.get("question_type") == "multi_choice":
-        kind = "multi_choice"
-        if truth and truth in options and truth not in LETTERS[:len(options)]:
-            truth = LETTERS[options.index(truth)]
+    is_text_of_option = truth and truth in options and truth not in LETTERS[:len(options)]
+    if row.get("question_type") == "multi_choice" and is_text_of_option:
+        truth = LETTERS[options.index(truth)]
     texts = [row.get("hint", ""), row.get("question", ""), *options]
     images = row["image"]
     tag = re.compile(r"<image (\d+)>")             # MMMU marks where its images belong
-    if not tag.sub("", texts[1]).replace(MARK, "").strip():
-        kind = "picture"
+    has_words = tag.sub("", texts[1]).replace(MARK, "").strip()
     order = [int(number) for text in texts for number in tag.findall(text)]
     if order:
         if not all(1 <= k <= len(images) for k in order):
@@ -856,9 +853,9 @@ def tsv_examples(path: str, where: str, row: dict) -> list[Example]:
         texts = [tag.sub(MARK, text) for text in texts]
     return [Example(
         id=row["index"], images=tuple(images), question=texts[1], truth=truth, truths=tuple(truths),
-        options=without_letters(texts[2:]), hint=texts[0], group=row.get("g_index", ""), kind=kind,
+        options=without_letters(texts[2:]), hint=texts[0], group=row.get("g_index", ""),
         category=";".join(filter(None, (row.get("l2-category"), row.get("category")))),
-        split=row.get("split", ""))]
+        split=row.get("split", ""), kind="" if has_words else "picture")]
 
 
 def coco_rows(path: str, contents: dict) -> Iterator[tuple[str, list[dict]]]:
