@@ -210,11 +210,6 @@ def marked_answer(text: str) -> str:
     return text
 
 
-def conclusions(text: str) -> list[str]:
-    """The text after each "the answer is", "so" or the like, up to the next such phrase, last one first."""
-    return [part for part in reversed(CONCLUSION.split(text)[1:]) if re.search(r"\w", part)]
-
-
 def rule_judge(triples: list[Triple]) -> list[float | None]:
     """The judge made of rule_verdict: it always has a verdict."""
     return [rule_verdict(*triple) for triple in triples]
@@ -475,8 +470,10 @@ def extract_choice(text: str, options: dict[str, str]) -> str | None:
         return None
     text = unicodedata.normalize("NFKC", without_thoughts(text))
     options = {letter: unicodedata.normalize("NFKC", option) for letter, option in options.items()}
-    marked = marked_answer(text)
-    for piece in conclusions(text) if marked == text else [marked]:
+    pieces = [marked_answer(text)]
+    if pieces == [text]:                                           # nothing is marked: by the last conclusion
+        pieces = [piece for piece in reversed(CONCLUSION.split(text)[1:]) if re.search(r"\w", piece)]
+    for piece in pieces:
         letter = (bare_choice(piece, options) or leading_letter(piece, options)
                   or only_letter(piece, options))
         if letter:
