@@ -806,20 +806,17 @@ def tsv_rows(path: str) -> Iterator[tuple[str, dict]]:
             column = list(row).index("image")
             stored[row["index"]] = [f"{path}#{offset}.{column}.{k}" for k in range(len(strings_in(cell)))]
             cell = row["index"]
-        row["image"] = cell or files
-        if row["image"]:                           # as in VLMEvalKit: every question is about an image
-            rows.append((where, row))
+        if cell or files:                          # as in VLMEvalKit: every question is about an image
+            rows.append((where, row, cell, files))
         else:
             without += 1
     if without:
         print(f"{path}: {without} rows without an image are left out")
-    for where, row in rows:
-        target = row["image"]
-        if isinstance(target, str) and target not in stored:
-            raise UserError(f"{where}: its image should be in row {target}, which holds none; write "
+    for where, row, cell, files in rows:
+        if cell and cell not in stored:
+            raise UserError(f"{where}: its image should be in row {cell}, which holds none; write "
                             "the names of files in image_path")
-        row["image"] = stored[target] if isinstance(target, str) else target
-        yield where, row
+        yield where, row | {"image": stored[cell] if cell else files}
 
 
 def tsv_examples(path: str, where: str, row: dict) -> list[Example]:
