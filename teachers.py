@@ -930,21 +930,20 @@ def check_prompts(examples: list[Example], path: str, skip_bad: bool,
                   checks: Iterable[Check]) -> list[Example]:
     """The examples that pass all checks. The first that fails raises its UserError. With skip_bad, the number
     of failures is printed instead, unless all examples fail."""
-    kept = []
-    first = None
+    kept, errors = [], []
     for example in tqdm(examples, f"checks of {Path(path).name}", unit="example", delay=3):
         try:
             for check in checks:
                 check(example)
             kept.append(example)
         except UserError as error:
-            first = first or error
             if not skip_bad:
                 raise
-    if first and not kept:
-        raise first
-    if first:
-        print(f"{path}: {len(examples) - len(kept)} of {len(examples)} examples skipped, the first: {first}")
+            errors.append(error)
+    if errors and not kept:
+        raise errors[0]
+    if errors:
+        print(f"{path}: {len(errors)} of {len(examples)} examples skipped, the first: {errors[0]}")
     return kept
 
 
