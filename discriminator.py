@@ -158,19 +158,15 @@ def update_discriminator(D: Discriminator, optimizer, responses: Outputs, is_stu
 
 
 def pretrain_discriminator(D: Discriminator, optimizer, batches, steps: int, lr: float, budget: int,
-                           size: int) -> float:
+                           size: int):
     """Teach D before it rewards anyone: `steps` updates of Eq. 1, lr decayed linearly to lr / 10.
 
     batches: an iterator over (questions, texts, is_student), this process's share of `size` questions.
-    Returns the accuracy over the last tenth of the steps.
     """
-    bar, accuracies = tqdm(range(steps), desc="discriminator", unit="step"), []
+    bar = tqdm(range(steps), desc="discriminator", unit="step")
     for step in bar:
         optimizer.set_lr(lr * (1 - 0.9 * step / steps))
         questions, texts, is_student = next(batches)
         metrics = update_discriminator(D, optimizer, D.encode(questions, texts), is_student, budget, size)
-        accuracies.append(metrics["d_accuracy"])
         bar.set_postfix_str(f"loss {metrics['d_loss']:.3f} accuracy {metrics['d_accuracy']:.2f}",
                             refresh=False)
-    last = accuracies[-max(1, steps // 10):]
-    return sum(last) / len(last) if last else float("nan")

@@ -1452,6 +1452,8 @@ def main():
     args = parser.parse_args()
     if not args.teachers and not (args.select and args.student):
         parser.error("give --teachers, or --select K and --student")
+    if args.num < 1:
+        parser.error("-n must be at least 1")
     if args.select and Path(args.out).exists():
         parser.error(f"--out {args.out} already exists")
     models = [args.student] if args.select else args.teachers
