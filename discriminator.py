@@ -4,8 +4,8 @@
 
 D is a copy of the student's own language backbone, in which a linear head (d x 1) replaces the vocabulary
 head (d x V). The head reads the last layer's state at the last token of D's prompt, where D's answer would
-begin. Its output is p_student, the probability that the student wrote the text. A response earns the
-similarity reward if p_student < 0.5.
+begin. The sigmoid of its output is p_student, the probability that the student wrote the text. A response
+earns the similarity reward if p_student < 0.5.
 
 The paper writes D(q, o), but its D sees the response alone, neither image nor question (Fig. 3). So D can
 only judge how something is said; whether it is true is the judge's business. One sentence of the paper's
@@ -95,10 +95,10 @@ class Discriminator(nn.Module):
 
             start | o_1 | o_2          `prompt_start` (F tokens) is always the same, so a row reads it once.
             start | o_3 | o_4          Each o ends with `prompt_end`; the state at its last token gives its
-            start | o_5 |  -           logit. Identical responses share one.
+            start | o_5 |  -           logit. Identical responses share a logit.
 
         A row of n responses with r tokens each takes F + n r tokens instead of n (F + r). We choose n so that
-        n r = 3 F. Then `start` is a quarter of a row: longer rows could save no more than that, but in them
+        n r = 3 F. Then `start` is a quarter of a row, the most that longer rows could save, while in those
         every token attends to more others.
         """
         padded = torch.where(responses.mask, responses.ids, -1).flatten(0, 1)                # (B K, R)
@@ -112,7 +112,7 @@ class Discriminator(nn.Module):
 
         prompt = Prompt(torch.tensor(self.prompt_start), {}, torch.arange(F)[None])
         states_of = packed_states if self.packs else row_states
-        # states of all tokens (T, d), and where among them the tokens of the responses are
+        # states of all tokens (T, d), and the indices of all response tokens among them, in order
         states, at, _ = states_of(self.backbone, [prompt] * rows, ids, mask)
         # The last token of each response. Example: lengths 2 and 3 occupy at[0:2] and at[2:5], so they end
         # at at[1] and at[4].
@@ -145,7 +145,7 @@ def update_discriminator(D: Discriminator, optimizer, responses: Outputs, is_stu
     frees them. Returns loss and accuracy before the step.
     """
     num_questions = num_questions or len(is_student)
-    loss, right = torch.zeros(2, device=is_student.device)
+    loss, right = torch.zeros(2, device=is_student.device)         # two scalars
     for part, weight in optimizer.world.even(D.parts(responses, budget)):
         logits, label = D.logits(responses[part]), is_student[part]
         share = weight * discriminator_loss(logits, label) * len(label) / num_questions

@@ -6,9 +6,9 @@
 
 From this file, a training step uses only a judge. The paper's is a language model: its prompt, and what it
 must reply, are above the banner, and LLMJudge asks it. For short answers, as in the toy world, a rule will
-do: rule_verdict. Its helpers below the banner are final_answer, which keeps the last conclusion of a response
-("..., so the answer is B"), normalise, options_of, which reads the options of a question ("A. red"), and
-HARMLESS, the phrases that may stand beside a truth.
+do: rule_verdict. Its helpers stand below the banner. final_answer keeps the last conclusion of a response
+("..., so the answer is B"), options_of reads the options of a question ("A. red"), and HARMLESS lists the
+phrases that may stand beside a truth.
 
 Benchmarks have their own metrics, and each is scored the way its field scores it. If a published scorer is
 wrong, the docstring says so, and says what this file does instead. A response from which no answer can be
@@ -78,6 +78,9 @@ def parse_verdict(reply: str, graded: bool = False) -> float | None:
     return float(match[1]) if match and reply.lower().count("<answer>") == 1 else None
 
 
+# -------------------------------------------------------------------------------- the rule judge
+
+
 def rule_verdict(question: str, truth: str, response: str) -> int:
     """Return 1 if the final answer states only the truth, otherwise 0. The truth must pass rule_check.
 
@@ -103,15 +106,11 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
     0
     """
     options, letter, question = options_of(question, truth)
-    answer, truths, leading, rivals = final_answer(response), [normalise(truth)], [], []
-    if letter:                                                     # mark_letters turns "(B)" into "b@"
-        texts = {own: normalise(mark_letters(option)) for own, option in options.items()}
-        text = texts[letter]
-        leading = [f"{own.lower()}@" for own in texts if own == letter or text and texts[own] == text]
-        if text in ("yes", "no"):
-            leading.append(text)
-        truths, answer = [text, *leading], mark_letters(answer)
-        rivals = [*texts.values(), *(f"{other}@" for other in string.ascii_lowercase)]
+    answer, truths = final_answer(response), [normalise(truth)]
+    leading, rivals = [], []                                       # what may lead, and what must not occur
+    if letter:
+        answer = mark_letters(answer)
+        truths, leading, rivals = truths_of_letter(letter, options)
     elif truths[0] in ("yes", "no"):
         leading, rivals = truths, ["yes", "no"]
     elif truths == ["0"]:
@@ -124,36 +123,6 @@ def rule_verdict(question: str, truth: str, response: str) -> int:
         return 1
     left = {word.rstrip("s") for word in HARMLESS.sub("", rest).split()} - {".", "T"}
     return int(left <= words_to_repeat(question, truths))
-
-
-def take_off(truths: list[str], text: str, rivals: Iterable[str] = ()) -> str | None:
-    """Replace every truth in a normalised text with "T", ignoring articles and a plural s. Return None if the
-    text contains no truth, or contains a rival. If one phrase is part of another, only the longer counts."""
-    def bare(text):
-        return re.sub(r"\b(?:an?|the) (?=.)", "", text)
-    own, every = {*map(bare, truths)} - {""}, {*map(bare, (*truths, *rivals))} - {""}
-    patterns = [re.escape(each).replace(r"\ ", " (?:(?:an?|the) )?") + "(?:e?s)?" * each[-1].isalpha()
-                for each in sorted(every, key=len, reverse=True)]
-    found = set()                                                  # for each match: is it a truth?
-
-    def mark(match):
-        each = bare(match[0])
-        is_plural = each not in every and not own.isdisjoint((each[:-1], each[:-2]))
-        found.add(each in own or is_plural)
-        return "T"
-    rest = re.sub(rf"(?<= )(?:{'|'.join(patterns)})(?= )", mark, f" {text} ") if patterns else ""
-    return rest if found == {True} else None
-
-
-def words_to_repeat(question: str, truths: list[str]) -> set[str]:
-    """The words (without a plural s) of a question that an answer may repeat: none if the question has all
-    words of a truth. Two-letter words ("or", "no"), words with "n't" and NEVER_HARMLESS are excluded."""
-    asked = normalise(question.replace("?", " ")).split()
-    words = {word.rstrip("s") for word in asked}
-    if any({word.rstrip("s") for word in truth.split()} <= words for truth in truths if truth):
-        return set()
-    return {word.rstrip("s") for word in asked if (len(word) != 2 or word.isdigit())
-            and word not in NEVER_HARMLESS and "n't" not in word}
 
 
 # ==========================================================================================
@@ -297,6 +266,47 @@ def normalise(text: str) -> str:
     words = [by_value(word) if re.fullmatch(DECIMAL, word) else SPELLINGS.get(word, word)
              for word in text.split()]
     return " ".join(words).strip(" .")
+
+
+def take_off(truths: list[str], text: str, rivals: Iterable[str] = ()) -> str | None:
+    """Replace every truth in a normalised text with "T", ignoring articles and a plural s. Return None if the
+    text contains no truth, or contains a rival. If one phrase is part of another, only the longer counts."""
+    def bare(text):
+        return re.sub(r"\b(?:an?|the) (?=.)", "", text)
+    own, every = {*map(bare, truths)} - {""}, {*map(bare, (*truths, *rivals))} - {""}
+    patterns = [re.escape(each).replace(r"\ ", " (?:(?:an?|the) )?") + "(?:e?s)?" * each[-1].isalpha()
+                for each in sorted(every, key=len, reverse=True)]
+    found = set()                                                  # for each match: is it a truth?
+
+    def mark(match):
+        each = bare(match[0])
+        is_plural = each not in every and not own.isdisjoint((each[:-1], each[:-2]))
+        found.add(each in own or is_plural)
+        return "T"
+    rest = re.sub(rf"(?<= )(?:{'|'.join(patterns)})(?= )", mark, f" {text} ") if patterns else ""
+    return rest if found == {True} else None
+
+
+def words_to_repeat(question: str, truths: list[str]) -> set[str]:
+    """The words (without a plural s) of a question that an answer may repeat: none if the question has all
+    words of a truth. Two-letter words ("or", "no"), words with "n't" and NEVER_HARMLESS are excluded."""
+    asked = normalise(question.replace("?", " ")).split()
+    words = {word.rstrip("s") for word in asked}
+    if any({word.rstrip("s") for word in truth.split()} <= words for truth in truths if truth):
+        return set()
+    return {word.rstrip("s") for word in asked if (len(word) != 2 or word.isdigit())
+            and word not in NEVER_HARMLESS and "n't" not in word}
+
+
+def truths_of_letter(letter: str, options: dict[str, str]) -> tuple[list[str], list[str], list[str]]:
+    """(truths, those of them that may lead a longer answer, rivals), normalised, for the option of a letter.
+    The truths are its text, its letter, and letters of options with the same text; rivals include truths."""
+    texts = {own: normalise(mark_letters(option)) for own, option in options.items()}
+    text = texts[letter]
+    leading = [f"{own.lower()}@" for own in texts if own == letter or (text and texts[own] == text)]
+    if text in ("yes", "no"):
+        leading.append(text)
+    return [text, *leading], leading, [*texts.values(), *(f"{own}@" for own in string.ascii_lowercase)]
 
 
 def by_value(number: str) -> str:

@@ -60,12 +60,12 @@ class VLM:
     stop_ids: list[int]
     banned_ids: list[int]
     packs: bool = True
-    scale: float = 1.0                                           # of the logits, see find_head
+    scale: float = 1.0                                             # of the logits, see find_head
     cap: float | None = None
-    prompts: dict = field(default_factory=dict)                  # cache of encoded prompts
+    prompts: dict = field(default_factory=dict)                    # cache of encoded prompts
     room: int = 2 ** 29                                            # bytes that the cache may still take
-    lock: Lock = field(default_factory=Lock)                     # several threads encode prompts
-    capture: bool = True                                         # until recording a CUDA graph fails
+    lock: Lock = field(default_factory=Lock)                       # several threads encode prompts
+    capture: bool = True                                           # until recording a CUDA graph fails
 
     @property
     def device(self):
@@ -143,7 +143,7 @@ def encode_responses(vlm: VLM, texts: list[list[str]]) -> Outputs:
 @dataclass(frozen=True)
 class Sampling:
     """How to sample; the defaults are the paper's. Temperature 0 is greedy; top_k 0, top_p 1, penalty 1 mean
-    off. If not `truncated`, these three are off, and top_k and top_p only define what counts as the tail."""
+    off. If not `truncated`, all of these are off, and top_k and top_p only define what counts as the tail."""
     temperature: float = 1.0
     top_p: float = 0.95
     top_k: int = 50
@@ -160,10 +160,7 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> T
     generate: repetition penalty, temperature, top-k, top-p.
     """
     if not sampling.truncated and sampling.temperature:
-        probs = (logits / sampling.temperature).softmax(-1)                                  # (N, V)
-        mass, noise = probs.cumsum(-1), noise.clamp(max=1 - 1e-6)  # else rounding may pass the last token
-        beyond = (mass > noise[:, None] * mass[:, -1:]) & (probs > 0)
-        return beyond.int().argmax(-1)                             # the first such token
+        return pick((logits / sampling.temperature).softmax(-1), noise)
     if sampling.repetition_penalty != 1:                           # lowers seen logits, whatever their sign
         penalised = torch.where(logits > 0, logits / sampling.repetition_penalty,
                                 logits * sampling.repetition_penalty)
@@ -174,10 +171,15 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, noise: Tensor) -> T
     probs, tokens = (logits / sampling.temperature).topk(k)        # (N, k), likeliest first
     probs = probs.softmax(-1)
     kept = probs.cumsum(-1) - probs < sampling.top_p     # mass of likelier tokens, so the first always stays
-    mass = (probs * kept).cumsum(-1)
-    place = (mass <= noise[:, None] * mass[:, -1:]).sum(-1)
-    place = place.minimum(kept.sum(-1) - 1)                        # rounding may overshoot
-    return tokens.gather(-1, place[:, None]).squeeze(-1)
+    return tokens.gather(-1, pick(probs * kept, noise)[:, None])[:, 0]
+
+
+def pick(probs: Tensor, noise: Tensor) -> Tensor:
+    """The first token, (N,), at which the cumulative sum of probs (N, V) exceeds this share of its total."""
+    mass = probs.cumsum(-1)
+    noise = noise.clamp(max=1 - 1e-6)                              # or rounding might pass the last token
+    beyond = (mass > noise[:, None] * mass[:, -1:]) & (probs > 0)
+    return beyond.int().argmax(-1)
 
 
 def generate(vlm: VLM, prompts: list[Prompt], num_samples: int, sampling: Sampling, generator=None,
@@ -223,16 +225,17 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
     if not vlm.packs:
         yield from stream_in_step(vlm, line, G, sampling, slots, tails)
         return
+    # table.start fills slots, advance decodes a token in each, and close_gaps moves responses to free slots
     table, ready = Slots(vlm, sampling, slots, measures_tail=tails is not None), deque()
     owners, done = [], defaultdict(dict)
     while True:
         while len(owners) < slots:                                 # owners[s]: whose response slot s holds
-            if not ready:                                          # ready: (prompt, sample, row of noise)
+            if not ready:                                          # (prompt, sample, row of block_noise)
                 block = None                                       # free the previous prompts' cache
                 ahead = list(islice(line, max(1, slots // G)))     # prefill the next prompts, once each
                 if not ahead:
                     break
-                # caches and first tokens, a row per prompt
+                # what a slot starts from (keys, values, last token, ...), a row per prompt
                 block = prefill(vlm, [prompt for _, (prompt, _) in ahead])
                 block_noise = torch.cat([own for _, (_, own) in ahead])                      # (prompts G, R)
                 ready.extend((b, g, i * G + g) for i, (b, _) in enumerate(ahead) for g in range(G))
@@ -283,7 +286,7 @@ def packed_states(trunk, prompts: list[Prompt], ids: Tensor, mask: Tensor) -> tu
 
         token             a  b  c  d  e  f
         owner             0  0  0  1  1  2       0 the prompt, k the response o_k
-        place             0  1  2  3  4  3       every response begins right after the prompt
+        place             0  1  2  3  4  3       every response begins right after the prompt (for the mask)
         sees              a, ab, abc, abcd, abcde, abcf      f sees neither d nor e
         is predicted by   -  a  b  c  d  c       the prompt's last state predicts each first token
 

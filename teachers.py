@@ -92,110 +92,6 @@ class Example:
         return "\n".join([f"{question}\n{reply}" for question, reply in self.history] + [self.text])
 
 
-# -------------------------------------------------------------------------------- the collection
-
-
-class Collection:
-    """The saved responses: `responses[example id][teacher]` is a list of texts."""
-
-    def __init__(self, path: str, examples: list[Example], forbidden: set[str] = frozenset(), tokenizer=None,
-                 longest: int = 0):
-        """Read a collection for these examples. A row is {"id", "teacher", "text", "finished"}.
-
-        Two kinds of responses are left out and counted. Those not `finished` are blank, or a token limit cut
-        them off. `overlong` ones have more than `longest` tokens of the student, which it could never say in
-        full. `self.examples` has the examples with a response left. Raises UserError if an example has no row
-        at all, if no response is left, or if one spells a `forbidden` student token.
-        """
-        self.responses = defaultdict(lambda: defaultdict(list))
-        self.unfinished = self.overlong = 0
-        seen = set()                                               # ids of examples
-        for key, teacher, text, finished in read_responses(path, forbidden):
-            seen.add(key)
-            # a token is at least a byte, so a short text need not be counted; the stop token is one more
-            may_be = tokenizer is not None and len(text.encode()) + 1 > longest
-            overlong = may_be and response_length(tokenizer, text) > longest
-            self.unfinished += not finished
-            self.overlong += overlong
-            if finished and not overlong:
-                self.responses[key][teacher].append(text)
-        for example in examples:
-            if example.id not in seen:
-                raise UserError(f"{path}: no response for the question {example.id!r} of {example.where}")
-        self.examples = [example for example in examples if example.id in self.responses]
-        if not self.examples:
-            raise UserError(f"{path}: no response is both finished and short enough for --max-new-tokens")
-
-    def draw(self, examples: list[Example], num: int, rng: random.Random) -> list[list[tuple[str, str]]]:
-        """Line 6 of Algorithm 2: num pairs (teacher, text) per example, spread evenly over its teachers.
-
-        Chance decides which teachers give any remainder. A teacher repeats a response only after all others.
-        """
-        drawn = []
-        for example in examples:
-            by_teacher = self.responses[example.id]
-            order = rng.sample(sorted(by_teacher), len(by_teacher))
-            bags = {teacher: [] for teacher in order}              # its responses, shuffled, not yet drawn
-            pairs = []
-            for i in range(num):
-                teacher = order[i % len(order)]                    # taking turns is as even as it gets
-                if not bags[teacher]:
-                    bags[teacher] = rng.sample(by_teacher[teacher], len(by_teacher[teacher]))
-                pairs.append((teacher, bags[teacher].pop()))
-            drawn.append(pairs)
-        return drawn
-
-
-def fill_collection(path: str, teachers: list["Teacher"], examples: list[Example], num: int,
-                    sampling: Sampling, seed: int = 0, world: World = World()) -> bool:
-    """Add to the file until each teacher has `num` responses to each example, sampled with `sampling`.
-
-    Existing responses with the same example, teacher, sampling settings and seed are kept. So an interrupted
-    fill resumes where it stopped, with the same responses (from a server, only if it honours seeds). The
-    processes split the questions to a checkpoint; rank 0 alone asks a server. Returns whether the collection
-    is complete; another call retries what a server failed on. Raises UserError if two teachers share a name,
-    if one is called "student" or cannot be asked, or if the file has a response of an edited checkpoint, or
-    one to another question or picture under the id of an example.
-    """
-    names = [teacher.name for teacher in teachers]
-    if len(set(names)) < len(names) or "student" in names:
-        raise UserError(f"the teachers are called {', '.join(names)}; rename a folder, so that each "
-                        "teacher has a name of its own, different from the student's")
-    settings = asdict(sampling) | {"seed": seed}
-    del settings["truncated"]                      # always True for teachers
-    made_by = {teacher.name: f"{stamp(teacher.path)} {getattr(teacher, 'dtype', '')}"
-               for teacher in teachers if hasattr(teacher, "path")}
-    lacking = partial(incomplete, path, names, examples, num, settings, made_by)
-    todo = world.rank_0(lacking)
-    teachers = [teacher for teacher in teachers if todo[teacher.name]]
-    for teacher in teachers:                       # check all before the first does any work
-        world.rank_0(teacher.check)
-    for teacher in teachers:
-        mine = todo[teacher.name]
-        if hasattr(teacher, "path"):               # a checkpoint, not a server
-            mine = world.mine(mine)
-        elif world.rank:
-            mine = []
-        if mine:
-            responses = teacher.ask(mine, num, sampling, seed)
-            about = {"sampling": settings, "made_by": made_by.get(teacher.name)}
-            append_responses(own_file(path, world.rank), teacher.name, responses, mine, num, about)
-    missing = {name: questions for name, questions in world.rank_0(lacking).items() if questions}
-    world.rank_0(partial(sort_collection, path, names, examples))
-    for name, questions in missing.items():
-        tqdm.write(f"{name}: {len(questions)} questions still lack responses; run again to ask for them")
-    return not missing
-
-
-# ==========================================================================================
-#
-#   MACHINERY: skip on first reading. What RIL needs of a teacher stands above. What follows:
-#   the two kinds of teachers, the choice of examples, the readers of data files and images,
-#   the client of servers, the toy world and its tiny models, and the command line.
-#
-# ==========================================================================================
-
-
 # -------------------------------------------------------------------------------- teachers
 
 
@@ -216,6 +112,74 @@ class Teacher(Protocol):
         the text off. A response should depend only on the seed, the example and its own number, so that
         interruptions do not change it.
         """
+
+
+# -------------------------------------------------------------------------------- the collection
+
+
+class Collection:
+    """The saved responses: `responses[example id][teacher]` is a list of texts."""
+
+    def __init__(self, path: str, examples: list[Example], forbidden: set[str] = frozenset(), tokenizer=None,
+                 longest: int = 0):
+        """Read a collection for these examples. A row is {"id", "teacher", "text", "finished"}.
+
+        Two kinds of responses are left out and counted. Those not `finished` are blank, or were cut off by a
+        token limit. `overlong` ones have more than `longest` tokens of the student, which it could never say
+        in full. `self.examples` has the examples with a response left. Raises UserError if an example has no
+        row at all, if no response is left, or if one spells a `forbidden` student token.
+        """
+        self.responses = defaultdict(lambda: defaultdict(list))
+        self.unfinished = self.overlong = 0
+        seen = set()                                               # ids of examples
+        for key, teacher, text, finished in read_responses(path, forbidden):
+            seen.add(key)
+            # tokens <= bytes, so a short text need not be tokenized; + 1: the stop token
+            may_be = tokenizer is not None and len(text.encode()) + 1 > longest
+            overlong = may_be and response_length(tokenizer, text) > longest
+            self.unfinished += not finished
+            self.overlong += overlong
+            if finished and not overlong:
+                self.responses[key][teacher].append(text)
+        for example in examples:
+            if example.id not in seen:
+                raise UserError(f"{path}: no response for the question {example.id!r} of {example.where}")
+        self.examples = [example for example in examples if example.id in self.responses]
+        if not self.examples:
+            raise UserError(f"{path}: no response is both finished and short enough for --max-new-tokens")
+
+    def draw(self, examples: list[Example], num: int, rng: random.Random) -> list[list[tuple[str, str]]]:
+        """Line 6 of Algorithm 2: num pairs (teacher, text) per example, spread evenly over its teachers.
+
+        Chance decides which teachers give any remainder. Within a draw, a teacher repeats a response only
+        after all others.
+        """
+        drawn = []
+        for example in examples:
+            by_teacher = self.responses[example.id]
+            order = rng.sample(sorted(by_teacher), len(by_teacher))
+            bags = {teacher: [] for teacher in order}              # its responses, shuffled, not yet drawn
+            pairs = []
+            for i in range(num):
+                teacher = order[i % len(order)]                    # taking turns is as even as it gets
+                if not bags[teacher]:
+                    bags[teacher] = rng.sample(by_teacher[teacher], len(by_teacher[teacher]))
+                pairs.append((teacher, bags[teacher].pop()))
+            drawn.append(pairs)
+        return drawn
+
+
+# ==========================================================================================
+#
+#   MACHINERY: skip on first reading. What RIL needs of a teacher stands above. What follows:
+#   the two kinds of teachers, how they fill a collection, the choice of examples, the readers
+#   of data files and images, the client of servers, the toy world and its tiny models, and
+#   the command line.
+#
+# ==========================================================================================
+
+
+# -------------------------------------------------------------------------------- the two kinds of teachers
 
 
 @dataclass
@@ -311,6 +275,50 @@ def make_teacher(name: str, device: str | None = None, dtype: str | None = None,
     if endpoint:
         return ServerTeacher(endpoint)
     return CheckpointTeacher(name, device, pick_dtype(device, dtype), slots)
+
+
+# -------------------------------------------------------------------------------- filling the collection
+
+
+def fill_collection(path: str, teachers: list["Teacher"], examples: list[Example], num: int,
+                    sampling: Sampling, seed: int = 0, world: World = World()) -> bool:
+    """Add to the file until each teacher has `num` responses to each example, sampled with `sampling`.
+
+    Existing responses with the same example, teacher, sampling settings and seed are kept. So an interrupted
+    fill resumes where it stopped, with the same responses (from a server, only if it honours seeds). The
+    processes split the questions to a checkpoint; rank 0 alone asks a server. Returns whether the collection
+    is complete; another call retries what a server failed on. Raises UserError if two teachers share a name,
+    if one is called "student" or cannot be asked, or if the file has a response of an edited checkpoint, or
+    one to another question or picture under the id of an example.
+    """
+    names = [teacher.name for teacher in teachers]
+    if len(set(names)) < len(names) or "student" in names:
+        raise UserError(f"the teachers are called {', '.join(names)}; rename a folder, so that each "
+                        "teacher has a name of its own, different from the student's")
+    settings = asdict(sampling) | {"seed": seed}
+    del settings["truncated"]                      # always True for teachers
+    made_by = {teacher.name: f"{stamp(teacher.path)} {getattr(teacher, 'dtype', '')}"
+               for teacher in teachers if hasattr(teacher, "path")}
+    lacking = partial(incomplete, path, names, examples, num, settings, made_by)
+    todo = world.rank_0(lacking)
+    teachers = [teacher for teacher in teachers if todo[teacher.name]]
+    for teacher in teachers:                       # check all before the first does any work
+        world.rank_0(teacher.check)
+    for teacher in teachers:
+        mine = todo[teacher.name]
+        if hasattr(teacher, "path"):               # a checkpoint, not a server
+            mine = world.mine(mine)
+        elif world.rank:
+            mine = []
+        if mine:
+            responses = teacher.ask(mine, num, sampling, seed)
+            about = {"sampling": settings, "made_by": made_by.get(teacher.name)}
+            append_responses(own_file(path, world.rank), teacher.name, responses, mine, num, about)
+    missing = {name: questions for name, questions in world.rank_0(lacking).items() if questions}
+    world.rank_0(partial(sort_collection, path, names, examples))
+    for name, questions in missing.items():
+        tqdm.write(f"{name}: {len(questions)} questions still lack responses; run again to ask for them")
+    return not missing
 
 
 def read_responses(path: str, forbidden: set[str]) -> Iterator[tuple[str, str, str, bool]]:

@@ -22,9 +22,10 @@ response, as in Dr.GRPO. A response on which the judge fails leaves its group, a
 happens then. D keeps the optimizer of its pre-training. The toy student samples from its full distribution in
 the loop. The paper gives no formula for its choice of training data; ours is `select` in teachers.py.
 
-Notation, here and in every file: B questions, G samples per side, K responses per question (in RIL K = 2G,
-the student's first, then the teachers'), P prompt tokens, R response tokens, L tokens in a row, T tokens in
-all rows, V vocabulary size, d width, X axes of positions. N counts whatever the nearest comment says.
+Notation, here and in every file: B questions, b of them in a micro-batch, G samples per side, K responses
+per question (in RIL K = 2G, the student's first, then the teachers'), P prompt tokens, R response tokens, L
+tokens in a row, T tokens in all rows, V vocabulary size, d width, X axes of positions. N counts what its
+comment says.
 
     python train.py                                    all of it on a toy world, minutes on a laptop
     python train.py --algorithm rl --out runs/rl       Algorithm 1: the judge's reward alone, no teachers
@@ -96,7 +97,7 @@ REWARD_WEIGHTS = {"similarity": 1.0, "answer": 1.0}
 
 
 def reward_terms(group: Group, args) -> dict[str, Tensor]:
-    """The terms of R(q, o) = 1[D(o) < 0.5] + judge(q, a, o) by name, each (B, K).
+    """The terms of R(q, o) = 1[D(o) < 0.5] + judge(q, truth, o) by name, each (B, K).
 
     To add a reward, add an entry here and its weight to REWARD_WEIGHTS. It is then logged, printed and drawn
     under its name. NaN means that a response has no such reward: it leaves its group, unless the weight is 0.
@@ -111,8 +112,8 @@ def reward_terms(group: Group, args) -> dict[str, Tensor]:
 def total_reward(terms: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, Tensor]:
     """The weighted sum of the terms, (B, K), and where it exists, (B, K) bool.
 
-    A term of weight 0 is only logged. Where another term is NaN, as if the judge failed, there is no reward:
-    the 0 returned in its place is masked out by the second tensor.
+    A term of weight 0 is only logged. Where any other term is NaN (a failed judge), there is no reward: the 0
+    returned in its place is masked out by the second tensor.
     """
     counted = [weights[name] * term for name, term in terms.items() if weights[name] != 0]
     reward = torch.stack(counted).sum(0)
@@ -121,7 +122,8 @@ def total_reward(terms: dict[str, Tensor], weights: dict[str, float]) -> tuple[T
 
 @dataclass(frozen=True)
 class LossForm:
-    """How GRPO and Dr.GRPO differ; read by advantages, importance_ratio and policy_loss."""
+    """How GRPO and Dr.GRPO differ; read by advantages, importance_ratio and policy_loss. To add a loss, add
+    an entry to LOSSES, and a field here if it needs one."""
     divide_by_std: bool                # advantages are divided by the standard deviation of their group
     mean_over_tokens: bool             # the gain of a response is divided by its length
 
@@ -188,10 +190,12 @@ def policy_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantage: Ten
 #   run.score(vlm, prompts, outputs, part)      log-probs of some of the questions, see `score` in model.py
 #   run.sampler(), run.using(m)                 contexts: the policy can sample; m is on the device
 #   run.unheard                whether the last step had no verdict at all, as when the judge is down
+#   run.steps(), run.batches   the numbers of the steps, and lists of questions; run.rng: a random.Random
+#   run.optimizer.step()       sums the gradients over processes, clips, steps, and frees them
 #   run.world                  the processes (one, unless torchrun starts more). mine(x): this one's share;
 #                              all_reduce(x): the sum over all; rank_0(f): f in the first, its result in all;
-#                              even(parts): equally many (part, weight) in each, as sharded weights need all
-#                              processes in every forward pass. A part that only fills up has weight 0.
+#                              even(parts): equally many pairs (part, weight) in each, as sharded weights need
+#                              all processes in every forward pass; a filler repeats a question with weight 0
 
 
 def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid: Tensor,
@@ -202,17 +206,18 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
     processes. Returns loss, kl, clip_fraction and grad_norm.
     """
     args, policy, reference, form = run.args, run.policy, run.reference, LOSSES[run.args.loss]
+    # a part: the indices of questions that have up to token_budget tokens
     parts = run.world.even(micro_batches(row_sizes(policy.packs, prompts, outputs.mask), args.token_budget))
     old_logps, ref_logps, norms, stats = {}, {}, [], defaultdict(float)
 
     if reference:                                                                     # unless beta is 0
         with run.using(reference.model), torch.no_grad():
             for i, (part, _) in enumerate(parts):
-                ref_logps[i] = run.score(reference, prompts, outputs, part)           #          (b, K, R)
+                ref_logps[i] = run.score(reference, prompts, outputs, part)           # (b, K, R)
 
     for update in range(args.mu):                                                     # line 11
         for i, (part, weight) in enumerate(parts):
-            logp = run.score(policy, prompts, outputs, part)                          #          (b, K, R)
+            logp = run.score(policy, prompts, outputs, part)                          # (b, K, R)
             # pi_old is the policy before this step's first update, also for teachers' responses: no teacher's
             # log-prob is needed. In the first update the ratio is 1, and its gradient that of logp.
             if update == 0:
@@ -224,15 +229,15 @@ def update_policy(run, prompts: list, outputs: Outputs, advantage: Tensor, valid
                 args.beta, form)
             loss.backward()
             stats["loss"] += loss.detach()
-            # The loss has the KL on all valid responses, as in Eq. 2. The metric averages it over the
-            # student's own, because only there is k3 an unbiased estimate.
-            sampled = mask & is_student[part][..., None]                              #          (b, K, R)
+            # The loss has the KL on all valid responses, as in Eq. 2. The metric averages it over all of the
+            # student's own, because k3 estimates a KL only on samples of the policy.
+            sampled = mask & is_student[part][..., None]                              # (b, K, R)
             stats["kl"] += weight * k3_kl(logp.detach(), ref_logp)[sampled].sum()
             stats["sampled"] += weight * sampled.sum()
             stats["tokens"] += weight * mask.sum()
             clipped = (importance_ratio(logp.detach(), old_logp, mask, form) - 1).abs() > args.eps
             stats["clip_fraction"] += weight * clipped[mask].sum()
-        norms.append(run.optimizer.step(max_norm=1.0))           # line 12; gradients summed over processes
+        norms.append(run.optimizer.step(max_norm=1.0))                                # line 12
 
     sums = {name: run.world.all_reduce(total).item() / args.mu for name, total in stats.items()}
     return {"loss": sums["loss"], "kl": sums["kl"] / sums["sampled"],
@@ -248,8 +253,9 @@ def ask_judge(judge, batch: list[Example], outputs: Outputs):
     """
     triples = [(e.dialogue, e.truth, without_thoughts(text))
                for e, texts in zip(batch, outputs.text) for text in texts]
-    in_thread = getattr(judge, "remote", False)
-    answer = ThreadPoolExecutor(1).submit(judge, triples).result if in_thread else partial(judge, triples)
+    answer = partial(judge, triples)
+    if getattr(judge, "remote", False):
+        answer = ThreadPoolExecutor(1).submit(answer).result
 
     def wait() -> Tensor:
         verdicts = [float("nan") if verdict is None else float(verdict) for verdict in answer()]
@@ -263,7 +269,7 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     All processes draw the same questions, and each works on its own share of B.
     """
     args, policy, D, G = run.args, run.policy, run.D, run.args.num_samples
-    batch = run.world.mine(questions)                                                 #          B questions
+    batch = run.world.mine(questions)                                                 # B questions
 
     with run.phase("generate"), run.sampler() as sampler:
         prompts = encode_examples(sampler, batch)
@@ -278,7 +284,7 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     if D:
         drawn = run.world.mine(collection.draw(questions, G, run.rng))                # line 6   B lists of G
         taught = encode_responses(policy, [[text for _, text in pairs] for pairs in drawn])
-        outputs = concat([outputs, taught])                                           #          (B, 2G, R)
+        outputs = concat([outputs, taught])                                           # (B, 2G, R)
         sources = [["student"] * G + [teacher for teacher, _ in pairs] for pairs in drawn]
     B, K, _ = outputs.ids.shape
     is_student = torch.arange(K, device=policy.device).expand(B, K) < G
@@ -288,7 +294,7 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     if D:
         with run.phase("discriminator"), run.using(D):
             responses = D.encode([example.text for example in batch], outputs.text)   # questions: for forks
-            # after a step without any verdict, D waits, too: the policy could not follow it
+            # after a step without any verdict, D waits: the policy stood still, and could not follow it
             learns = not args.freeze_discriminator and not run.unheard
             for update in range(args.mu if learns else 0):                            # line 7
                 d_stats = update_discriminator(D, run.d_optimizer, responses, is_student,
@@ -301,8 +307,8 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
     group = Group(batch, outputs, sources, p_student, verdicts)
 
     terms = reward_terms(group, args)                                                 # line 10
-    reward, valid = total_reward(terms, args.reward_weights)                          #          (B, 2G)
-    if not args.teacher_rollouts:                      # then D alone sees the teachers
+    reward, valid = total_reward(terms, args.reward_weights)                          # (B, 2G)
+    if not args.teacher_rollouts:                      # an ablation: D alone sees the teachers
         valid = valid & is_student
     advantage = advantages(reward, valid, LOSSES[args.loss])                          # line 10  (B, 2G)
 
@@ -334,7 +340,7 @@ def main():
     data = world.rank_0(partial(check_inputs, args, folder))
     folder.record = world.rank_0(partial(folder.open, data))
     teachers = toy_world_and_teachers(folder, args, data)
-    start = fine_tuned_student(folder, args, data)     # the path of its checkpoint   # SFT
+    start = fine_tuned_student(folder, args, data)                                    # SFT; a path
     collection = teachers_responses(folder, args, teachers, data, start)
     pretrained = pretrained_discriminator(folder, args, data, collection, start)      # Eq. 1
     verdicts = folder.out / f"verdicts{world.rank or ''}.jsonl"
