@@ -217,32 +217,29 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
         slot 1    a2   a2   a2   a2   a2.  c1   c1.
         slot 2    b1   b1.  b2   c1   c1   c2           the line is empty: fewer slots from here on
 
-    Prompts are read only when their turn comes, each once for its G responses (`prefill`), so memory does not
-    grow with their number. A step decodes one token in every slot (`advance`). Batches that pad and repeat
-    would prefill B G P tokens and decode B G R. This prefills B P and decodes B G r (r: the mean length).
+    A prompt is read when its turn comes, once for its G responses (`prefill`), so memory does not grow with
+    their number. `advance` decodes a token in each slot. Batches that pad and repeat would prefill B G P
+    tokens and decode B G R. This prefills B P and decodes B G r (r: the mean length).
     """
     line, G = enumerate(zip(prompts, noise)), num_samples
     if not vlm.packs:
         yield from stream_in_step(vlm, line, G, sampling, slots, tails)
         return
-    # table.start fills slots, advance decodes a token in each, and close_gaps moves responses to free slots
     table, ready = Slots(vlm, sampling, slots, measures_tail=tails is not None), deque()
     owners, done = [], defaultdict(dict)
     while True:
         while len(owners) < slots:                                 # owners[s]: whose response slot s holds
-            if not ready:                                          # (prompt, sample, row of block_noise)
+            if not ready:                                          # (prompt, sample, row of block, its noise)
                 block = None                                       # free the previous prompts' cache
                 ahead = list(islice(line, max(1, slots // G)))     # prefill the next prompts, once each
                 if not ahead:
                     break
-                # what a slot starts from (keys, values, last token, ...), a row per prompt
-                block = prefill(vlm, [prompt for _, (prompt, _) in ahead])
-                block_noise = torch.cat([own for _, (_, own) in ahead])                      # (prompts G, R)
-                ready.extend((b, g, i * G + g) for i, (b, _) in enumerate(ahead) for g in range(G))
+                block = prefill(vlm, [prompt for _, (prompt, _) in ahead])     # keys, values, last token, ...
+                ready.extend((b, g, i, own[g]) for i, (b, (_, own)) in enumerate(ahead) for g in range(G))
             starting = [ready.popleft() for _ in range(min(slots - len(owners), len(ready)))]
-            which = torch.tensor([i for _, _, i in starting], device=vlm.device)
-            table.start(len(owners), *block, which // G, block_noise[which])   # G samples start from each row
-            owners += [(b, g) for b, g, _ in starting]
+            which = torch.tensor([i for *_, i, _ in starting], device=vlm.device)
+            table.start(len(owners), *block, which, torch.stack([own for *_, own in starting]))
+            owners += [(b, g) for b, g, *_ in starting]
         if not owners:
             return
         ends = table.advance(len(owners))                          # lengths of ended responses, 0 for others
@@ -252,8 +249,7 @@ def stream(vlm: VLM, prompts: Iterable[Prompt], noise: Iterable[Tensor], num_sam
                 if tails is not None:
                     tails.append(table.rows["tail"][s, 0].clone())
                 if len(done[b]) == G:
-                    rows = done.pop(b)
-                    yield b, [rows[g] for g in range(G)]
+                    yield b, [ids for _, ids in sorted(done.pop(b).items())]
         for source, target in table.close_gaps(ends):              # running responses fill the freed slots
             owners[target] = owners[source]
         owners = owners[:ends.count(0)]

@@ -277,9 +277,7 @@ def ril_step(run, questions: list[Example], collection: Collection | None, judge
         noise = drawn_noise(run.world, questions, G, args.max_new_tokens, policy.device)
         outputs = generate(sampler, prompts, G, sampling, noise=noise,
                            slots=args.rollout_batch * G)                              # line 5   (B, G, R)
-    sums = torch.tensor([outputs.tail, outputs.mask.sum().item()], device=policy.device)
-    tail, tokens = run.world.all_reduce(sums).tolist()
-    row = {"tail": tail / tokens}
+    row = {"tail": tail_per_token(run.world, outputs)}
     sources = [["student"] * G for _ in batch]
     if D:
         drawn = run.world.mine(collection.draw(questions, G, run.rng))                # line 6   B lists of G
@@ -515,6 +513,13 @@ def drawn_noise(world: World, questions: list[Example], num: int, length: int, d
     """Uniform numbers (num, length) that choose the tokens, for each of this process's questions. Every
     process draws them for all questions, so the number of processes changes nothing."""
     return world.mine([torch.rand(num, length, device=device) for _ in questions])
+
+
+def tail_per_token(world: World, outputs: Outputs) -> float:
+    """The mean tail of a token in the responses of all processes."""
+    sums = torch.tensor([outputs.tail, outputs.mask.sum().item()], device=outputs.ids.device)
+    tail, tokens = world.all_reduce(sums).tolist()
+    return tail / tokens
 
 
 def held_out_accuracy(run: Run, held_out: Task, judge) -> tuple[dict[str, float], list[dict]]:
