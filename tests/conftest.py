@@ -14,13 +14,18 @@ import traceback
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")                   # see train.py: threads wait for one another
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+
+
+def pytest_configure(config):
+    """Tests, and not the benchmarks that import this file, run on one thread: their models are too small."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 FAMILIES = ("qwen2_5_vl", "internvl")
 TEXTS = 20 * ["How many red circles are there? "
