@@ -107,8 +107,8 @@ def alone(folder: Path, kills: int):
     print(f"uninterrupted: {seconds:.0f} s", flush=True)
     while sum(killed.values()) < kills:
         process = start(cut, str(ROOT / "train.py"))
-        try:                                                   # Python and torch take seconds to begin
-            process.wait(rng.uniform(2, 2 + seconds / 6))
+        try:                                       # long enough for the first stage, which trains three models
+            process.wait(rng.uniform(2, 2 + seconds / 3))
             hastes += 1                                        # it was done: begin anew, to kill more
             failures += process.returncode != 0
             if process.returncode:
