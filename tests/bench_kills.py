@@ -107,7 +107,7 @@ def alone(folder: Path, kills: int):
     print(f"uninterrupted: {seconds:.0f} s", flush=True)
     while sum(killed.values()) < kills:
         process = start(cut, str(ROOT / "train.py"))
-        try:                                       # long enough for the first stage, which trains three models
+        try:                                   # long enough for the first stage, which trains three models
             process.wait(rng.uniform(2, 2 + seconds / 3))
             hastes += 1                                        # it was done: begin anew, to kill more
             failures += process.returncode != 0
