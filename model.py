@@ -503,16 +503,17 @@ def read_processor(path: str, text_only: bool) -> ProcessorMixin:
 
 
 @contextmanager
-def naming(path: str, trouble: str = "not an image-text-to-text checkpoint that can be loaded"):
+def naming(path: str):
     """Turn any error over a missing, foreign or damaged checkpoint into one sentence; mute warnings."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):                    # these already say what is wrong
+    except (UserError, MemoryError, torch.OutOfMemoryError):       # these already say what is wrong
         raise
     except Exception as error:                                     # tokenizers raises nothing more specific
-        raise UserError(f"{path}: {trouble} ({reason(error)})") from error
+        raise UserError(f"{path}: not an image-text-to-text checkpoint that can be loaded "
+                        f"({reason(error)})") from error
     finally:
         logging.set_verbosity(verbosity)
 
@@ -696,6 +697,10 @@ def prompt_text(processor: ProcessorMixin, question: str, images: int,
     return render(processor, turns, add_generation_prompt=True)
 
 
+# What a family's code raises when it gets input that it was not made for.
+FAMILY_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError)
+
+
 def process(processor: ProcessorMixin, text: str, images: list[Image.Image]):
     """The tensors that a processor makes from a prompt. Raises UserError if it refuses an odd image."""
     tokenizer = tokenizer_of(processor)
@@ -703,7 +708,7 @@ def process(processor: ProcessorMixin, text: str, images: list[Image.Image]):
     try:
         return processor(text=[text], **shown, return_tensors="pt",
                          add_special_tokens=needs_bos(tokenizer, text))
-    except Exception as error:                                     # families raise nothing more specific
+    except FAMILY_ERRORS as error:
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
         raise UserError(f"{type(processor).__name__} refuses a prompt with images of {sizes or 'no'} "
                         f"pixels ({reason(error)})") from error
@@ -1216,13 +1221,17 @@ def check_decoding(vlm: VLM, prompts: list[Prompt]):
     from those of the model's own forward pass."""
     sampling, rest = Sampling(top_p=1, top_k=1, repetition_penalty=1, max_new_tokens=6), 0.0
     noise = [torch.zeros(1, sampling.max_new_tokens, device=vlm.device)] * len(prompts)
-    with naming(vlm.model.name_or_path, "it cannot be decoded"):
+    try:
         outputs = generate(vlm, prompts, 1, sampling, noise=noise)             # greedy: the tail is 1 - p
         for b, prompt in enumerate(prompts):
             response = outputs.ids[b, 0][outputs.mask[b, 0]]
             logits = plain_logits(vlm, prompt, response)
             logits[:, vlm.banned_ids] = -torch.inf
             rest += (1 - logits.softmax(-1).gather(1, response[:, None])).sum()
+    except torch.OutOfMemoryError:
+        raise
+    except FAMILY_ERRORS as error:
+        raise UserError(f"{vlm.model.name_or_path} cannot be decoded ({reason(error)})") from error
     refuse(vlm, "it decodes", (outputs.tail - rest).abs() / outputs.mask.sum())
 
 
