@@ -842,7 +842,7 @@ class AdamW:
                 master.grad = local(weight.grad).to(master.device, master.dtype)
                 self.optimizers[name].step()
                 master.grad = None
-                local(weight).copy_(master)
+                local(weight).copy_(master)                        # rounds; onto itself if in float32
             weight.grad = None
         return norm
 
