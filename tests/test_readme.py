@@ -13,7 +13,7 @@ def test_every_path_that_the_readme_links_to_exists():
         assert (ROOT / path).exists(), path
 
 
-MOST_ABOVE = {"train.py": 355, "model.py": 320, "teachers.py": 175, "eval.py": 132, "discriminator.py": 175}
+MOST_ABOVE = {"train.py": 353, "model.py": 314, "teachers.py": 174, "eval.py": 130, "discriminator.py": 172}
 
 
 def above_banner(source):
@@ -31,7 +31,7 @@ def test_the_line_counts_in_the_file_map_are_right():
         assert above_banner(source) == int(above) <= MOST_ABOVE[name], name
         assert abs(source.count("\n") - int(lines)) <= 0.05 * int(lines), name
     said = int(re.search(r"above the banner in each file, ([\d,]+) lines", README)[1].replace(",", ""))
-    assert said == sum(int(above) for _, above, _ in counts)
+    assert said == sum(int(above) for _, above, _ in counts) <= 1200
 
 
 def test_every_option_in_the_readmes_commands_exists():
