@@ -341,7 +341,7 @@ def run_main(main):
 
 @contextmanager
 def all_or_nothing(path: str | Path) -> Iterator[Path]:
-    """Yield a path to write a file or folder to. Once it is on the disk (its subfolders may not yet be), rename
+    """Yield a path to write a file or folder to. Once it is on the disk (its subfolders may not be), rename
     it to `path`, where nothing may exist except a file to be replaced."""
     unfinished = Path(f"{path}.unfinished")
     remove(unfinished)                             # left by a killed run
